@@ -1,0 +1,170 @@
+"""Where a face lies: working copy, landmarks, similarity transforms, aligned crops.
+
+Frames. *picture*: pixels of the upright decoded picture. *working*: pixels of the enlarged copy that
+pictures under 512 px are detected and cropped in; elsewhere the same as picture. *face*: pixels of the
+512 x 512 aligned crop. A point is (x, y), the centre of the first pixel is (0, 0); a transform is a
+(2, 3) float64 matrix A with [x', y'] = A @ [x, y, 1], named from_to_to.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from codeformer.detection import Detection
+from codeformer.images import ImageU8
+
+FloatArray = npt.NDArray[np.float64]
+
+FACE_SIZE: Final = 512
+MIN_WORKING_SIDE: Final = 512
+MIN_EYE_DISTANCE: Final = 5.0
+# The colour outside the picture in a crop, BGR.
+BORDER_BGR: Final = (135, 133, 132)
+
+# Left eye, right eye, nose, left and right mouth corner of the mean FFHQ face at 512 px.
+FFHQ_TEMPLATE_XY: Final[FloatArray] = np.array(
+    [
+        [192.98138, 239.94708],
+        [318.90277, 240.1936],
+        [256.63416, 314.01935],
+        [201.26117, 371.41043],
+        [313.08905, 371.15118],
+    ]
+)
+FFHQ_TEMPLATE_XY.setflags(write=False)
+
+
+@dataclass(frozen=True)
+class WorkingCopy:
+    """The picture that detection and cropping see.
+
+    Attributes:
+        image_bgr: (H, W, 3) uint8 BGR, in the working frame.
+        scale: working pixels per picture pixel; 1.0 when the picture was large enough.
+    """
+
+    image_bgr: ImageU8
+    scale: float
+
+    @property
+    def working_to_picture(self) -> FloatArray:
+        """(2, 3): resizing keeps the corners of pixels in place, not their centres."""
+        offset = 0.5 / self.scale - 0.5
+        return np.array([[1.0 / self.scale, 0.0, offset], [0.0, 1.0 / self.scale, offset]])
+
+
+@dataclass(frozen=True)
+class Face:
+    """A face of a picture; every coordinate is in the picture frame.
+
+    Attributes:
+        box_xyxy: (4,) float64: left, top, right, bottom.
+        score: the detector's confidence, 0 to 1.
+        landmarks_xy: (5, 2) float64: left eye, right eye, nose, left and right mouth corner.
+        picture_to_face: (2, 3) float64.
+        face_to_picture: (2, 3) float64.
+    """
+
+    box_xyxy: FloatArray
+    score: float
+    landmarks_xy: FloatArray
+    picture_to_face: FloatArray
+    face_to_picture: FloatArray
+
+
+@dataclass(frozen=True)
+class AlignedFace:
+    """A face and its aligned crop, (512, 512, 3) uint8 BGR in the face frame."""
+
+    face: Face
+    crop_bgr: ImageU8
+
+
+def make_working_copy(image_bgr: ImageU8) -> WorkingCopy:
+    """Enlarges a picture (bilinear) whose shorter side is under 512 px to 512 px; keeps others."""
+    shorter = min(image_bgr.shape[:2])
+    if shorter >= MIN_WORKING_SIDE:
+        return WorkingCopy(image_bgr, 1.0)
+    scale = MIN_WORKING_SIDE / shorter
+    enlarged = cv2.resize(image_bgr, None, fx=scale, fy=scale, interpolation=cv2.INTER_LINEAR)
+    return WorkingCopy(np.asarray(enlarged, dtype=np.uint8), scale)
+
+
+def align_faces(
+    working: WorkingCopy, detections: Sequence[Detection]
+) -> tuple[list[AlignedFace], list[str]]:
+    """Cuts every alignable face out of the working copy.
+
+    Args:
+        working: the copy the detections come from.
+        detections: faces in the working frame.
+
+    Returns:
+        The aligned faces in the detections' order, and for each face left out the reason.
+    """
+    aligned: list[AlignedFace] = []
+    skipped: list[str] = []
+    for detection in detections:
+        eye_distance = float(np.linalg.norm(detection.landmarks_xy[0] - detection.landmarks_xy[1]))
+        if eye_distance < MIN_EYE_DISTANCE:
+            skipped.append(f"eyes {eye_distance:.1f} px apart, less than {MIN_EYE_DISTANCE:g}")
+            continue
+        working_to_face = estimate_similarity(detection.landmarks_xy)
+        if working_to_face is None:
+            skipped.append("landmarks that are not those of a face")
+            continue
+        face = _face_in_picture(detection, working_to_face, working.working_to_picture)
+        aligned.append(AlignedFace(face, crop_face(working.image_bgr, working_to_face)))
+    return aligned, skipped
+
+
+def estimate_similarity(landmarks_xy: npt.NDArray[np.floating]) -> FloatArray | None:
+    """The similarity from landmarks (5, 2) to the FFHQ template, by least median of squares.
+
+    Returns:
+        (2, 3) float64, or None when the landmarks determine no such transform.
+    """
+    matrix, _ = cv2.estimateAffinePartial2D(landmarks_xy, FFHQ_TEMPLATE_XY, method=cv2.LMEDS)
+    if matrix is None or not np.isfinite(matrix).all() or np.linalg.det(matrix[:, :2]) < 1e-12:
+        return None
+    return np.asarray(matrix, dtype=np.float64)
+
+
+def crop_face(image_bgr: ImageU8, image_to_face: FloatArray) -> ImageU8:
+    """Warps a picture (H, W, 3) uint8 BGR into the face frame (512, 512, 3): bilinear, grey outside."""
+    crop = cv2.warpAffine(
+        image_bgr,
+        image_to_face,
+        (FACE_SIZE, FACE_SIZE),
+        borderMode=cv2.BORDER_CONSTANT,
+        borderValue=BORDER_BGR,
+    )
+    return np.asarray(crop, dtype=np.uint8)
+
+
+def _face_in_picture(
+    detection: Detection, working_to_face: FloatArray, working_to_picture: FloatArray
+) -> Face:
+    return Face(
+        box_xyxy=transform_points(working_to_picture, detection.box_xyxy.reshape(2, 2)).reshape(4),
+        score=detection.score,
+        landmarks_xy=transform_points(working_to_picture, detection.landmarks_xy),
+        picture_to_face=compose(working_to_face, cv2.invertAffineTransform(working_to_picture)),
+        face_to_picture=compose(working_to_picture, cv2.invertAffineTransform(working_to_face)),
+    )
+
+
+def compose(outer: npt.NDArray[np.floating], inner: npt.NDArray[np.floating]) -> FloatArray:
+    """The (2, 3) transform that applies `inner`, then `outer`."""
+    linear = outer[:, :2] @ inner[:, :2]
+    shift = outer[:, :2] @ inner[:, 2] + outer[:, 2]
+    return np.column_stack([linear, shift]).astype(np.float64)
+
+
+def transform_points(matrix: FloatArray, points_xy: npt.NDArray[np.floating]) -> FloatArray:
+    """Maps points (N, 2) by a (2, 3) transform."""
+    return np.asarray(points_xy @ matrix[:, :2].T + matrix[:, 2], dtype=np.float64)

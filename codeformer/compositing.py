@@ -1,0 +1,73 @@
+"""Paste-back: restored faces into the picture, seamlessly.
+
+Only the face's region of interest is touched; inside it the pixels are those that warping, eroding
+and blurring the whole picture would give.
+"""
+
+from typing import Final
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from codeformer.alignment import FACE_SIZE, FloatArray, transform_points
+from codeformer.images import ImageU8
+from codeformer.parsing import MaskF32
+
+# Pixels around the warped square, so that filters meet only zeros at the region's edge.
+_MARGIN: Final = 3
+# OpenCV's default element, which an empty kernel, i.e. a tiny face, selects in upstream's erosion.
+_SMALLEST_ELEMENT: Final = 3
+
+
+def paste_face(
+    canvas_bgr: ImageU8, face_bgr: ImageU8, face_to_picture: FloatArray, face_mask: MaskF32 | None
+) -> None:
+    """Blends one restored face into the picture, in place.
+
+    Args:
+        canvas_bgr: (H, W, 3) uint8 BGR picture; changed only under the soft mask.
+        face_bgr: (512, 512, 3) uint8 BGR restored face.
+        face_to_picture: (2, 3) float64.
+        face_mask: (512, 512) float32, 0 to 1, in the face frame, from parsing; None for the square alone.
+    """
+    left, top, right, bottom = region_of_interest(face_to_picture, canvas_bgr.shape[1], canvas_bgr.shape[0])
+    if left >= right or top >= bottom:
+        return
+    size_wh = (right - left, bottom - top)
+    face_to_region = face_to_picture - np.array([[0.0, 0.0, left], [0.0, 0.0, top]])
+
+    square = np.ones((FACE_SIZE, FACE_SIZE), np.float32)
+    hard = cv2.erode(_warp(square, face_to_region, size_wh), np.ones((2, 2), np.uint8))
+    soft = soften_square(hard)
+    if face_mask is not None:
+        soft = np.minimum(soft, _warp(face_mask, face_to_region, size_wh))
+
+    region = canvas_bgr[top:bottom, left:right]
+    face = hard[:, :, None] * _warp(face_bgr, face_to_region, size_wh)
+    blended = soft[:, :, None] * face + (1.0 - soft[:, :, None]) * region
+    np.copyto(region, np.clip(np.rint(blended), 0, 255), casting="unsafe")
+
+
+def soften_square(hard: MaskF32) -> MaskF32:
+    """Shrinks and blurs a warped square mask (H, W) by a twentieth of its side, to (H, W) float32."""
+    edge = int(float(hard.sum(dtype=np.float64)) ** 0.5) // 20
+    element = 2 * edge or _SMALLEST_ELEMENT
+    core = cv2.erode(hard, np.ones((element, element), np.uint8))
+    return np.asarray(cv2.GaussianBlur(core, (2 * edge + 1, 2 * edge + 1), 0), dtype=np.float32)
+
+
+def region_of_interest(face_to_picture: FloatArray, width: int, height: int) -> tuple[int, int, int, int]:
+    """The part of a picture that a warped face can touch: left, top, right, bottom (exclusive)."""
+    # Bilinear interpolation spreads the border pixels by one.
+    outer = np.array([[-1, -1], [FACE_SIZE, -1], [FACE_SIZE, FACE_SIZE], [-1, FACE_SIZE]], np.float64)
+    corners = transform_points(face_to_picture, outer)
+    left, top = np.floor(corners.min(axis=0)).astype(int) - _MARGIN
+    right, bottom = np.ceil(corners.max(axis=0)).astype(int) + _MARGIN + 1
+    return max(int(left), 0), max(int(top), 0), min(int(right), width), min(int(bottom), height)
+
+
+def _warp(
+    source: npt.NDArray[np.generic], matrix: FloatArray, size_wh: tuple[int, int]
+) -> npt.NDArray[np.float32]:
+    return np.asarray(cv2.warpAffine(source, matrix, size_wh), dtype=np.float32)

@@ -1,0 +1,124 @@
+"""Every error this package raises on purpose.
+
+Each message says what was expected, what came and what to do about it; the facts
+behind the message are attributes, so that callers need not parse text.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+
+class CodeFormerError(Exception):
+    """Base class of all errors below."""
+
+
+class InputError(CodeFormerError, ValueError):
+    """The request cannot be served as it was asked; the caller can mend it."""
+
+
+class OptionError(InputError):
+    """An option has a value outside its range.
+
+    Attributes: `option`, its name; `value`, what came; `expected`, in words.
+    """
+
+    def __init__(self, option: str, value: object, expected: str) -> None:
+        self.option = option
+        self.value = value
+        self.expected = expected
+        super().__init__(f"{option}: expected {expected}, got {value!r}.")
+
+
+class BackendConflictError(InputError):
+    """A second `torch.compile` backend was asked for in one process.
+
+    Attributes: `active`, the backend in use; `requested`, the refused one.
+    """
+
+    def __init__(self, active: str, requested: str) -> None:
+        self.active = active
+        self.requested = requested
+        super().__init__(
+            f"compile_backend: this process was initialised with {active!r} in optimized mode and "
+            f"cannot change to {requested!r}. Send {active!r}, use stability_mode 'safe', "
+            "or restart the predictor."
+        )
+
+
+class ImageError(InputError):
+    """One picture of the request is unusable.
+
+    Attributes: `index`, its place in the request counted from 1, or None when it came alone;
+    `reason`, what is wrong and what to do.
+    """
+
+    def __init__(self, reason: str, index: int | None = None) -> None:
+        self.index = index
+        self.reason = reason
+        super().__init__(reason if index is None else f"Image {index}: {reason}")
+
+
+class WeightsError(CodeFormerError):
+    """Base class: a weight set, or one of its files, cannot be used."""
+
+
+class ManifestError(WeightsError):
+    """A weight set is unknown, or its manifest is malformed.
+
+    Attributes: `path`, the manifest or folder; `reason`.
+    """
+
+    def __init__(self, path: Path | str, reason: str) -> None:
+        self.path = path
+        self.reason = reason
+        super().__init__(f"Weight set {path}: {reason}")
+
+
+class WeightFileError(WeightsError):
+    """A weight file is missing or is not the file its manifest describes.
+
+    Attributes: `path`; `expected` and `actual` in words; `remedy`.
+    """
+
+    def __init__(self, path: Path, expected: str, actual: str, remedy: str) -> None:
+        self.path = path
+        self.expected = expected
+        self.actual = actual
+        self.remedy = remedy
+        super().__init__(f"Weight file {path}: expected {expected}, got {actual}. {remedy}")
+
+
+class DownloadError(WeightsError):
+    """No source delivered a weight file.
+
+    Attributes: `path`, where it should have gone; `expected`, in words;
+    `attempts`, one line per address tried, with what it answered.
+    """
+
+    def __init__(self, path: Path, expected: str, attempts: Sequence[str]) -> None:
+        self.path = path
+        self.expected = expected
+        self.attempts = tuple(attempts)
+        tried = "".join(f"\n  - {attempt}" for attempt in attempts)
+        super().__init__(
+            f"Weight file {path}: expected {expected}, but no source delivered it:{tried}\n"
+            "Check the network and run `python -m codeformer weights fetch` again (it resumes), or put "
+            "the file there by other means; it is verified before use."
+        )
+
+
+class InferenceError(CodeFormerError, RuntimeError):
+    """A stage failed on a valid picture; nothing was returned for the whole request.
+
+    Attributes: `stage`; `where`, the pictures and faces in work, counted from 1; `cause`, in words.
+    """
+
+    def __init__(self, stage: str, where: str, cause: str) -> None:
+        self.stage = stage
+        self.where = where
+        self.cause = cause
+        super().__init__(f"{stage} failed on {where}: {cause}")
+
+
+class NonFiniteOutputError(CodeFormerError, ArithmeticError):
+    """A network answered with NaN or infinity; in half precision a float32 pass may still succeed."""

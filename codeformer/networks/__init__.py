@@ -1,0 +1,1 @@
+"""Neural networks only: no files, no pictures, no devices."""

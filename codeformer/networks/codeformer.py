@@ -1,0 +1,177 @@
+"""CodeFormer: blind face restoration by predicting codes of a learned codebook.
+
+Method: Zhou et al., "Towards Robust Blind Face Restoration with Codebook Lookup Transformer"
+(NeurIPS 2022). Written from the published description; parameter names are those of the official
+checkpoint, so that it loads with `strict=True`.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from codeformer.networks.vqgan import Codebook, Encoder, Generator, ResidualBlock, conv3x3, match_statistics
+
+
+class TransformerLayer(nn.Module):
+    """Pre-norm self-attention and MLP; the position embedding joins queries and keys in every layer."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.self_attn = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.linear1 = nn.Linear(width, 2 * width)
+        self.linear2 = nn.Linear(2 * width, width)
+        self.norm1 = nn.LayerNorm(width)
+        self.norm2 = nn.LayerNorm(width)
+
+    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Tokens (B, T, width) and positions (T, width) to tokens (B, T, width)."""
+        normed = self.norm1(tokens)
+        located = normed + positions
+        tokens = tokens + self.self_attn(located, located, normed, need_weights=False)[0]
+        return tokens + self.linear2(F.gelu(self.linear1(self.norm2(tokens))))
+
+
+class ControllableFeatureTransform(nn.Module):
+    """Modulates a generator feature by the encoder feature of the same size, with strength `w`."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.encode_enc = ResidualBlock(2 * channels, channels)
+        self.scale = nn.Sequential(
+            conv3x3(channels, channels), nn.LeakyReLU(0.2), conv3x3(channels, channels)
+        )
+        self.shift = nn.Sequential(
+            conv3x3(channels, channels), nn.LeakyReLU(0.2), conv3x3(channels, channels)
+        )
+
+    def forward(self, encoder_feature: Tensor, generator_feature: Tensor, w: float | Tensor) -> Tensor:
+        joint = self.encode_enc(torch.cat([encoder_feature, generator_feature], dim=1))
+        return generator_feature + w * (generator_feature * self.scale(joint) + self.shift(joint))
+
+
+class CodeFormer(nn.Module):
+    """The restoration network, parametric in width, depth and codebook.
+
+    The defaults are the official configuration (94.1 M parameters, 512 px faces).
+
+    Args:
+        dim_embd: width of the transformer.
+        n_head: attention heads of the transformer.
+        n_layers: layers of the transformer.
+        codebook_size: number of codes.
+        latent_size: number of tokens, the square of the latent map's side.
+        connect_list: feature sizes in px at which the encoder's features guide the generator.
+        base_channels: channels at full resolution.
+        channel_multipliers: channels of each level, in units of `base_channels`; each level but the
+            last halves the resolution.
+        code_dim: length of one code.
+
+    Raises:
+        ValueError: the sizes contradict each other.
+    """
+
+    def __init__(
+        self,
+        dim_embd: int = 512,
+        n_head: int = 8,
+        n_layers: int = 9,
+        codebook_size: int = 1024,
+        latent_size: int = 256,
+        connect_list: Sequence[str] = ("32", "64", "128", "256"),
+        base_channels: int = 64,
+        channel_multipliers: Sequence[int] = (1, 2, 2, 4, 4, 8),
+        code_dim: int = 256,
+    ) -> None:
+        super().__init__()
+        self.latent_side = round(latent_size**0.5)
+        if self.latent_side**2 != latent_size:
+            raise ValueError(f"latent_size must be a square number, got {latent_size}.")
+        if dim_embd % n_head:
+            raise ValueError(f"dim_embd ({dim_embd}) must be a multiple of n_head ({n_head}).")
+        self.resolution = self.latent_side << (len(channel_multipliers) - 1)
+        self.encoder = Encoder(self.resolution, base_channels, channel_multipliers, code_dim)
+        self.generator = Generator(self.resolution, base_channels, channel_multipliers, code_dim)
+        channels_of = {
+            self.resolution >> level: base_channels * multiplier
+            for level, multiplier in enumerate(channel_multipliers)
+        }
+        sizes = [int(size) for size in connect_list]
+        if unknown := sorted(set(sizes) - set(channels_of)):
+            raise ValueError(f"connect_list names sizes {unknown}; this network has {sorted(channels_of)}.")
+
+        self.quantize = Codebook(codebook_size, code_dim)
+        self.position_emb = nn.Parameter(torch.zeros(latent_size, dim_embd))
+        self.feat_emb = nn.Linear(code_dim, dim_embd)
+        self.ft_layers = nn.ModuleList(TransformerLayer(dim_embd, n_head) for _ in range(n_layers))
+        self.idx_pred_layer = nn.Sequential(
+            nn.LayerNorm(dim_embd), nn.Linear(dim_embd, codebook_size, bias=False)
+        )
+        self.fuse_convs_dict = nn.ModuleDict(
+            {str(size): ControllableFeatureTransform(channels_of[size]) for size in sizes}
+        )
+        self._encoder_taps = {self.encoder.tap_blocks[size]: size for size in sizes}
+        self._generator_taps = {self.generator.tap_blocks[size]: size for size in sizes}
+
+    def predict(self, x: Tensor) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
+        """Degraded faces to codes: everything before the generator.
+
+        Args:
+            x: (B, 3, resolution, resolution) RGB in [-1, 1].
+
+        Returns:
+            Code logits (B, side * side, codebook_size), the latent feature `lq_feat`
+            (B, code_dim, side, side), and the encoder's feature for each connected size.
+        """
+        features: dict[int, Tensor] = {}
+        for index, block in enumerate(self.encoder.blocks):
+            x = block(x)
+            if index in self._encoder_taps:
+                features[self._encoder_taps[index]] = x
+        tokens = self.feat_emb(x.flatten(2).transpose(1, 2))
+        for layer in self.ft_layers:
+            tokens = layer(tokens, self.position_emb)
+        return self.idx_pred_layer(tokens), x, features
+
+    def generate(
+        self,
+        logits: Tensor,
+        lq_feat: Tensor,
+        features: Mapping[int, Tensor],
+        w: float | Tensor,
+        adain: bool,
+    ) -> Tensor:
+        """Codes to faces: look-up and generator.
+
+        Args:
+            logits: from `predict`; the best code of each token is taken.
+            lq_feat: from `predict`; the source of statistics under `adain`.
+            features: from `predict`; unused at w = 0.
+            w: fidelity in [0, 1]; the number 0 leaves the guided branches out altogether.
+            adain: give the looked-up codes the channel statistics of `lq_feat`.
+
+        Returns:
+            (B, 3, resolution, resolution) RGB, nominally in [-1, 1], not clamped.
+        """
+        x = self.quantize.lookup(logits.argmax(dim=2), self.latent_side)
+        if adain:
+            x = match_statistics(x, lq_feat)
+        guided = isinstance(w, Tensor) or w > 0
+        for index, block in enumerate(self.generator.blocks):
+            x = block(x)
+            if guided and index in self._generator_taps:
+                size = self._generator_taps[index]
+                x = self.fuse_convs_dict[str(size)](features[size], x, w)
+        return x
+
+    def forward(
+        self, x: Tensor, w: float | Tensor = 0, adain: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Restores aligned faces: `predict`, then `generate`, with their arguments.
+
+        Returns:
+            `out` as from `generate`, then `logits` and `lq_feat` as from `predict`.
+        """
+        logits, lq_feat, features = self.predict(x)
+        return self.generate(logits, lq_feat, features, w, adain), logits, lq_feat

@@ -1,0 +1,32 @@
+"""ParseNet: facexlib's face-parsing network without its unused image branch.
+
+Method: Chen et al., "Progressive Semantic-Aware Style Transformation for Blind Face Restoration"
+(PSFRGAN, 2021).
+"""
+
+from typing import Final
+
+from facexlib.parsing.parsenet import ParseNet
+from torch import Tensor, nn
+
+CLASSES: Final = 19
+
+
+class FaceParsingNetwork(nn.Module):
+    """Label logits for aligned faces.
+
+    The wrapped network keeps the checkpoint's parameter names; load weights into `parsenet`.
+    """
+
+    def __init__(self, resolution: int = 512) -> None:
+        super().__init__()
+        self.resolution = resolution
+        self.parsenet: nn.Module = ParseNet(in_size=resolution, out_size=resolution, parsing_ch=CLASSES)
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, 3, S, S) RGB in [-1, 1] to logits (B, 19, S, S)."""
+        net = self.parsenet
+        features = net.encoder(x)
+        logits: Tensor = net.out_mask_conv(net.decoder(features + net.body(features)))
+        return logits

@@ -1,0 +1,170 @@
+"""Encoder and generator of the vector-quantised autoencoder under CodeFormer.
+
+Method: Esser et al., "Taming Transformers for High-Resolution Image Synthesis" (2021), as
+configured by Zhou et al., "Towards Robust Blind Face Restoration with Codebook Lookup
+Transformer" (2022). Parameter names follow the published checkpoints: both halves are one flat
+list of `blocks`, so a block's index is part of its parameters' names.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+RESIDUAL_BLOCKS_PER_LEVEL = 2
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """The normalisation used throughout: 32 groups, or as many as divide a narrow layer."""
+    return nn.GroupNorm(math.gcd(32, channels), channels, eps=1e-6)
+
+
+def conv3x3(in_channels: int, out_channels: int) -> nn.Conv2d:
+    """A size-preserving 3 x 3 convolution."""
+    return nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
+
+
+class ResidualBlock(nn.Module):
+    """Two normalised 3 x 3 convolutions beside a (projected) identity; (B, C, H, W) to (B, C', H, W)."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.norm1 = group_norm(in_channels)
+        self.conv1 = conv3x3(in_channels, out_channels)
+        self.norm2 = group_norm(out_channels)
+        self.conv2 = conv3x3(out_channels, out_channels)
+        self.conv_out = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        residual = self.conv1(F.silu(self.norm1(x)))
+        residual = self.conv2(F.silu(self.norm2(residual)))
+        return residual + (x if self.conv_out is None else self.conv_out(x))
+
+
+class AttentionBlock(nn.Module):
+    """Single-head self-attention over all positions of a (B, C, H, W) map."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = group_norm(channels)
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = self.norm(x)
+        q, k, v = (
+            project(normed).flatten(2).transpose(1, 2).unsqueeze(1) for project in (self.q, self.k, self.v)
+        )
+        attended = F.scaled_dot_product_attention(q, k, v)
+        return x + self.proj_out(attended.squeeze(1).transpose(1, 2).reshape(x.shape))
+
+
+class Downsample(nn.Module):
+    """Halves height and width; the picture is padded on the right and at the bottom only."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, kernel_size=3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Doubles height and width by repetition, then convolves."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = conv3x3(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Encoder(nn.Module):
+    """(B, 3, S, S) to (B, code_dim, s, s), where s = S / 2 ** (levels - 1).
+
+    `tap_blocks` maps a feature size to the index of the block after which the feature of that size
+    is complete, i.e. the level's second residual block (with its attention, where it has one).
+    """
+
+    def __init__(
+        self, resolution: int, base_channels: int, channel_multipliers: Sequence[int], code_dim: int
+    ) -> None:
+        super().__init__()
+        blocks: list[nn.Module] = [conv3x3(3, base_channels)]
+        self.tap_blocks: dict[int, int] = {}
+        channels, size = base_channels, resolution
+        last_level = len(channel_multipliers) - 1
+        for level, multiplier in enumerate(channel_multipliers):
+            for _ in range(RESIDUAL_BLOCKS_PER_LEVEL):
+                blocks.append(ResidualBlock(channels, base_channels * multiplier))
+                channels = base_channels * multiplier
+                if level == last_level:
+                    blocks.append(AttentionBlock(channels))
+            self.tap_blocks[size] = len(blocks) - 1
+            if level != last_level:
+                blocks.append(Downsample(channels))
+                size //= 2
+        blocks += [ResidualBlock(channels, channels), AttentionBlock(channels), ResidualBlock(channels, channels)]
+        blocks += [group_norm(channels), conv3x3(channels, code_dim)]
+        self.blocks = nn.ModuleList(blocks)
+
+
+class Generator(nn.Module):
+    """(B, code_dim, s, s) to (B, 3, S, S): the encoder's mirror image.
+
+    `tap_blocks` maps a feature size to the index of the first residual block of that size.
+    """
+
+    def __init__(
+        self, resolution: int, base_channels: int, channel_multipliers: Sequence[int], code_dim: int
+    ) -> None:
+        super().__init__()
+        last_level = len(channel_multipliers) - 1
+        channels = base_channels * channel_multipliers[-1]
+        size = resolution >> last_level
+        blocks: list[nn.Module] = [conv3x3(code_dim, channels)]
+        blocks += [ResidualBlock(channels, channels), AttentionBlock(channels), ResidualBlock(channels, channels)]
+        self.tap_blocks: dict[int, int] = {}
+        for level in range(last_level, -1, -1):
+            self.tap_blocks[size] = len(blocks)
+            for _ in range(RESIDUAL_BLOCKS_PER_LEVEL):
+                blocks.append(ResidualBlock(channels, base_channels * channel_multipliers[level]))
+                channels = base_channels * channel_multipliers[level]
+                if level == last_level:
+                    blocks.append(AttentionBlock(channels))
+            if level != 0:
+                blocks.append(Upsample(channels))
+                size *= 2
+        blocks += [group_norm(channels), conv3x3(channels, 3)]
+        self.blocks = nn.ModuleList(blocks)
+
+
+class Codebook(nn.Module):
+    """The learned dictionary of `size` visual codes, each `code_dim` numbers."""
+
+    def __init__(self, size: int, code_dim: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(size, code_dim)
+        nn.init.uniform_(self.embedding.weight, -1.0 / size, 1.0 / size)
+
+    def lookup(self, codes: Tensor, side: int) -> Tensor:
+        """Codes (B, side * side) int64 in row-major order to features (B, code_dim, side, side)."""
+        features: Tensor = self.embedding(codes)
+        return features.transpose(1, 2).reshape(codes.shape[0], -1, side, side)
+
+
+def match_statistics(content: Tensor, style: Tensor, eps: float = 1e-5) -> Tensor:
+    """Adaptive instance normalisation (Huang and Belongie, 2017).
+
+    Gives `content` (B, C, H, W) the per-channel mean and (unbiased) standard deviation of `style`.
+    """
+    content_std = (torch.var(content, dim=(2, 3), keepdim=True) + eps).sqrt()
+    style_std = (torch.var(style, dim=(2, 3), keepdim=True) + eps).sqrt()
+    normalised = (content - content.mean(dim=(2, 3), keepdim=True)) / content_std
+    return normalised * style_std + style.mean(dim=(2, 3), keepdim=True)

@@ -1,0 +1,105 @@
+"""Face restoration: the adapter around CodeFormer.
+
+It owns the network's input convention (RGB in [-1, 1], 512 px), its precision, and the way back to
+pictures. Method: Zhou et al., "Towards Robust Blind Face Restoration with Codebook Lookup
+Transformer" (2022).
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from codeformer.errors import NonFiniteOutputError
+from codeformer.images import ImageU8
+from codeformer.networks.codeformer import CodeFormer
+
+LUMA_RGB = (0.2989, 0.5870, 0.1140)
+
+
+def faces_to_tensor(faces_bgr: ImageU8, device: torch.device, *, channels_last: bool) -> Tensor:
+    """(N, S, S, 3) uint8 BGR to (N, 3, S, S) float32 RGB in [-1, 1] on `device`."""
+    batch = torch.from_numpy(faces_bgr).to(device).flip(3).permute(0, 3, 1, 2)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return batch.to(dtype=torch.float32, memory_format=layout).div_(127.5).sub_(1.0)
+
+
+def tensor_to_faces(batch_rgb: Tensor) -> ImageU8:
+    """(N, 3, S, S) RGB, nominally in [-1, 1], to (N, S, S, 3) uint8 BGR: clamped, scaled and rounded
+    in float32, whatever the input's dtype."""
+    levels = batch_rgb.float().clamp(-1.0, 1.0).add(1.0).mul(127.5).round_()
+    return levels.to(torch.uint8).permute(0, 2, 3, 1).flip(3).contiguous().cpu().numpy()
+
+
+class FaceRestorer:
+    """Restores aligned faces.
+
+    Args:
+        network: on its device, in evaluation mode, in the memory layout `channels_last` tells.
+        channels_last: feed the network channels-last batches.
+        compile_backend: compile both halves of the network with this `torch.compile` backend.
+    """
+
+    def __init__(
+        self, network: CodeFormer, *, channels_last: bool = False, compile_backend: str | None = None
+    ) -> None:
+        self.network = network
+        self._device = next(network.parameters()).device
+        self._channels_last = channels_last
+        self._compiled = compile_backend is not None
+        self._predict: Any = network.predict
+        self._generate: Any = network.generate
+        if compile_backend is not None:
+            self._predict = torch.compile(network.predict, backend=compile_backend, fullgraph=True)
+            self._generate = torch.compile(network.generate, backend=compile_backend, fullgraph=True)
+
+    @torch.inference_mode()
+    def restore(
+        self, crops_bgr: ImageU8, fidelity: float, *, half_dtype: torch.dtype | None = None
+    ) -> ImageU8:
+        """Restores one batch.
+
+        Codes are predicted in float32 always; only the generator runs in half precision.
+
+        Args:
+            crops_bgr: (N, 512, 512, 3) uint8 BGR aligned faces.
+            fidelity: 0 (quality) to 1 (fidelity).
+            half_dtype: autocast dtype of the generator; None for float32.
+
+        Returns:
+            (N, 512, 512, 3) uint8 BGR.
+
+        Raises:
+            NonFiniteOutputError: the network's answer holds NaN or infinity.
+        """
+        batch = faces_to_tensor(crops_bgr, self._device, channels_last=self._channels_last)
+        # A tensor keeps the compiled graph the same for every fidelity above 0.
+        w = torch.tensor(fidelity, device=self._device) if self._compiled and fidelity > 0 else fidelity
+        logits, lq_feat, features = self._predict(batch)
+        with torch.autocast(self._device.type, dtype=half_dtype, enabled=half_dtype is not None):
+            restored = self._generate(logits, lq_feat, features, w, True)
+        if not bool(torch.isfinite(restored).all()):
+            raise NonFiniteOutputError(f"the restorer's output is not finite ({restored.dtype}).")
+        return tensor_to_faces(restored)
+
+
+def match_gray(restored_bgr: ImageU8, crop_bgr: ImageU8) -> ImageU8:
+    """Takes invented colour out of a face of a grey picture.
+
+    The restored face becomes its luma in all channels, and each channel gets the mean and standard
+    deviation of the input crop's.
+
+    Args:
+        restored_bgr: (512, 512, 3) uint8 BGR.
+        crop_bgr: (512, 512, 3) uint8 BGR, the face before restoration.
+
+    Returns:
+        (512, 512, 3) uint8 BGR.
+    """
+    luma = restored_bgr[:, :, ::-1].astype(np.float64) @ np.array(LUMA_RGB)
+    normalised = (luma - luma.mean()) / np.sqrt(luma.var() + 1e-5)
+    crop = crop_bgr.astype(np.float64)
+    crop_std = np.sqrt(crop.var(axis=(0, 1)) + 1e-5)
+    matched = normalised[:, :, None] * crop_std + crop.mean(axis=(0, 1))
+    return np.clip(np.rint(matched), 0, 255).astype(np.uint8)
