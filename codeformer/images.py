@@ -58,7 +58,7 @@ def decode_image(data: bytes, index: int | None = None) -> ImageU8:
             # Our own limit below is the stricter one; Pillow's warning would only repeat it.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
-                _check_size(picture.width, picture.height, index)
+                check_size(picture.width, picture.height, index)
                 if _bits_per_sample(picture, data) == 16:
                     return _decode_16_bit(data, picture.getexif().get(_EXIF_ORIENTATION, 1), index)
                 return _to_bgr(ImageOps.exif_transpose(picture))
@@ -89,17 +89,8 @@ def encode_jpeg(image_bgr: ImageU8) -> bytes:
     return data.tobytes()
 
 
-def is_gray(image_bgr: ImageU8, threshold: float = 10.0) -> bool:
-    """Whether a (H, W, 3) uint8 BGR picture has no colour to speak of.
-
-    True when the mean of the variances of B-G, G-R and R-B over all pixels is at most `threshold`.
-    """
-    b, g, r = (channel.astype(np.int16) for channel in cv2.split(image_bgr))
-    variances = [float(np.var(difference)) for difference in (b - g, g - r, r - b)]
-    return sum(variances) / 3 <= threshold
-
-
-def _check_size(width: int, height: int, index: int | None) -> None:
+def check_size(width: int, height: int, index: int | None = None) -> None:
+    """Raises ImageError when a picture of this size in px cannot be served."""
     shape = f"{width} x {height} px"
     if width * height > MAX_PIXELS:
         raise ImageError(f"expected at most {MAX_PIXELS:,} pixels, got {shape}; send a smaller copy.", index)
@@ -114,6 +105,16 @@ def _check_size(width: int, height: int, index: int | None) -> None:
             "cut the picture around its faces.",
             index,
         )
+
+
+def is_gray(image_bgr: ImageU8, threshold: float = 10.0) -> bool:
+    """Whether a (H, W, 3) uint8 BGR picture has no colour to speak of.
+
+    True when the mean of the variances of B-G, G-R and R-B over all pixels is at most `threshold`.
+    """
+    b, g, r = (channel.astype(np.int16) for channel in cv2.split(image_bgr))
+    variances = [float(np.var(difference)) for difference in (b - g, g - r, r - b)]
+    return sum(variances) / 3 <= threshold
 
 
 def _bits_per_sample(picture: Image.Image, data: bytes) -> int:

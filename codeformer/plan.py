@@ -23,8 +23,8 @@ COMPILE_BACKENDS: Final[tuple[str, ...]] = get_args(CompileBackend)
 
 DEFAULT_FIDELITY: Final = 0.5
 
-# Faces per forward pass. On a CPU larger batches only cost memory.
-_MICRO_BATCH: Final = {"cuda": 8, "cpu": 4}
+# Faces per forward pass. On a CPU more than two gain nothing and cost memory.
+_MICRO_BATCH: Final = {"cuda": 8, "cpu": 2}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,206 @@
+"""The command line: restore photos and manage weights, without Docker or a server."""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from tqdm import tqdm
+
+from codeformer.errors import CodeFormerError, InputError, WeightsError
+from codeformer.images import ImageU8, encode_jpeg
+from codeformer.pipeline import Pipeline
+from codeformer.plan import COMPILE_BACKENDS, DEFAULT_FIDELITY, RUNTIME_PROFILES, STABILITY_MODES
+from codeformer.request import describe, serve
+from codeformer.weights.checkpoints import read_verified
+from codeformer.weights.download import fetch_set, is_verified
+from codeformer.weights.manifest import DEFAULT_SET, SET_VARIABLE, available_sets, load_weight_set
+
+PHOTO_SUFFIXES: Final = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+_COMPARE_GAP: Final = 8
+
+logger = logging.getLogger(__name__)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Returns:
+        0 when everything succeeded, 1 when something failed, 2 for a wrong call.
+    """
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(
+        level=logging.INFO if getattr(options, "verbose", False) else logging.WARNING,
+        format="%(levelname)s %(name)s: %(message)s",
+    )
+    try:
+        return int(options.command(options))
+    except CodeFormerError as failure:
+        print(f"error: {failure}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m codeformer", description="Restore the faces of photos.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    restore = commands.add_parser("restore", help="restore photos, or folders of photos")
+    restore.add_argument("photos", nargs="+", type=Path, metavar="PHOTO", help="a file or a folder")
+    restore.add_argument(
+        "-o", "--output", type=Path, default=Path("restored"), metavar="DIR", help="default: restored"
+    )
+    restore.add_argument(
+        "--codeformer-fidelity",
+        "--fidelity",
+        type=float,
+        default=DEFAULT_FIDELITY,
+        metavar="W",
+        help="0 (quality) to 1 (fidelity), default 0.5",
+    )
+    restore.add_argument("--runtime-profile", choices=RUNTIME_PROFILES, default="baseline")
+    restore.add_argument("--stability-mode", choices=STABILITY_MODES, default="safe")
+    restore.add_argument("--compile-backend", choices=COMPILE_BACKENDS, default="eager")
+    restore.add_argument("--weights", metavar="SET", help=_set_help())
+    restore.add_argument("--device", help="cuda or cpu; default: cuda where there is one")
+    restore.add_argument("--compare", action="store_true", help="also write before/after pictures")
+    restore.add_argument("-v", "--verbose", action="store_true", help="log faces and stage times")
+    restore.set_defaults(command=_restore)
+
+    weights = commands.add_parser("weights", help="list, fetch or verify weight files")
+    actions = weights.add_subparsers(required=True, metavar="ACTION")
+    for name, command, text in (
+        ("list", _list_weights, "show the sets, their files, licences and state"),
+        ("fetch", _fetch_weights, "download what is missing or wrong"),
+        ("verify", _verify_weights, "check every file's size and hash"),
+    ):
+        action = actions.add_parser(name, help=text)
+        action.add_argument("set", nargs="?", metavar="SET", help=_set_help())
+        action.set_defaults(command=command)
+    return parser
+
+
+def _set_help() -> str:
+    return f"a set's name or folder; default: {SET_VARIABLE}, else {DEFAULT_SET}"
+
+
+def _restore(options: argparse.Namespace) -> int:
+    photos = list(_find_photos(options.photos))
+    targets = _name_outputs(photos, options.output)
+    try:
+        options.output.mkdir(parents=True, exist_ok=True)
+    except OSError as cause:
+        raise InputError(f"--output {options.output}: cannot be made ({cause.strerror}).") from cause
+    pipeline = Pipeline.load(options.weights, options.device)
+    failures = 0
+    for photo, target in zip(
+        tqdm(photos, desc="restoring", unit="photo", disable=len(photos) == 1), targets, strict=True
+    ):
+        try:
+            faces = _restore_one(pipeline, photo, target, options)
+        except (CodeFormerError, OSError) as failure:
+            failures += 1
+            tqdm.write(f"failed: {photo}: {failure}", file=sys.stderr)
+        else:
+            note = f"{faces} face{'s' * (faces != 1)}" if faces else "no face found, picture unchanged"
+            tqdm.write(f"{target}  ({note})", file=sys.stdout)
+    if failures:
+        print(f"error: {failures} of {len(photos)} photos failed.", file=sys.stderr)
+    return int(failures > 0)
+
+
+def _restore_one(pipeline: Pipeline, photo: Path, target: Path, options: argparse.Namespace) -> int:
+    outcome = serve(
+        pipeline,
+        [photo],
+        fidelity=options.codeformer_fidelity,
+        runtime_profile=options.runtime_profile,
+        stability_mode=options.stability_mode,
+        compile_backend=options.compile_backend,
+    )
+    logger.info("%s: %s", photo, describe(outcome.metrics))
+    _write(target, outcome.jpegs[0])
+    if options.compare:
+        pair = _side_by_side(outcome.images_bgr[0], outcome.results[0].image_bgr)
+        _write(target.with_name(f"{target.stem}_compare.jpg"), encode_jpeg(pair))
+    return len(outcome.results[0].faces)
+
+
+def _find_photos(paths: Sequence[Path]) -> Iterator[Path]:
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(
+                entry
+                for entry in path.iterdir()
+                if entry.suffix.lower() in PHOTO_SUFFIXES and entry.is_file()
+            )
+            if not inside:
+                raise InputError(f"{path}: expected photos ({', '.join(PHOTO_SUFFIXES)}), found none.")
+            yield from inside
+        else:
+            yield path
+
+
+def _name_outputs(photos: Sequence[Path], folder: Path) -> list[Path]:
+    """One JPG name per photo, none twice and none that is an input."""
+    inputs = {photo.resolve() for photo in photos}
+    taken: set[Path] = set()
+    targets = []
+    for photo in photos:
+        target, number = folder / f"{photo.stem}.jpg", 1
+        while target in taken:
+            number += 1
+            target = folder / f"{photo.stem}_{number}.jpg"
+        if target.resolve() in inputs:
+            raise InputError(f"--output {folder}: {target} would overwrite an input; choose another folder.")
+        taken.add(target)
+        targets.append(target)
+    return targets
+
+
+def _write(path: Path, data: bytes) -> None:
+    partial = path.with_name(f"{path.name}.part")
+    partial.write_bytes(data)
+    os.replace(partial, path)
+
+
+def _side_by_side(before_bgr: ImageU8, after_bgr: ImageU8) -> ImageU8:
+    gap = np.full((before_bgr.shape[0], _COMPARE_GAP, 3), 255, np.uint8)
+    return np.hstack([before_bgr, gap, after_bgr])
+
+
+def _list_weights(options: argparse.Namespace) -> int:
+    for name in [options.set] if options.set else available_sets():
+        weight_set = load_weight_set(name)
+        print(f"{weight_set.name}: {weight_set.description}")
+        for role, file in weight_set.files():
+            if not file.path.exists():
+                state = "missing"
+            else:
+                state = "verified" if is_verified(file) else "wrong size or hash"
+            megabytes = file.size_bytes / 1e6
+            print(f"  {role:9} {file.path.name:28} {megabytes:7.1f} MB  {state:18}  {file.licence}")
+    return 0
+
+
+def _fetch_weights(options: argparse.Namespace) -> int:
+    weight_set = load_weight_set(options.set)
+    fetch_set(weight_set, replace=True)
+    print(f"{weight_set.name}: every file is there and verified.")
+    return 0
+
+
+def _verify_weights(options: argparse.Namespace) -> int:
+    failures = 0
+    for role, file in load_weight_set(options.set).files():
+        try:
+            read_verified(file)
+        except WeightsError as failure:
+            failures += 1
+            print(f"{role}: {failure}", file=sys.stderr)
+        else:
+            print(f"{role}: {file.path.name} verified")
+    return int(failures > 0)

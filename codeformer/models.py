@@ -1,0 +1,138 @@
+"""The three networks of a weight set, behind their adapters, as a plan wants them."""
+
+import copy
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from codeformer.alignment import FACE_SIZE
+from codeformer.detection import FaceDetector
+from codeformer.errors import BackendConflictError, ManifestError
+from codeformer.networks.codeformer import CodeFormer
+from codeformer.networks.parsenet import FaceParsingNetwork
+from codeformer.networks.retinaface import build_retinaface
+from codeformer.parsing import FaceMasker, FaceParser, TemplateMask
+from codeformer.plan import ExecutionPlan
+from codeformer.restoration import FaceRestorer
+from codeformer.weights.checkpoints import load_into
+from codeformer.weights.manifest import WeightFile, WeightSet
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Models:
+    """The adapters a request works with."""
+
+    detector: FaceDetector
+    restorer: FaceRestorer
+    masker: FaceMasker
+
+    def optimized(self, compile_backend: str | None) -> "Models":
+        """Channels-last copies, compiled with the given `torch.compile` backend unless it is None.
+
+        Copies, so that the originals stay as they are for requests in safe mode. The detector is not
+        compiled: its input has another size for every shape of picture.
+        """
+
+        def copied(network: Any) -> Any:
+            return copy.deepcopy(network).to(memory_format=torch.channels_last)
+
+        masker = self.masker
+        if isinstance(masker, FaceParser):
+            masker = FaceParser(
+                copied(masker.network), channels_last=True, compile_backend=compile_backend
+            )
+        return Models(
+            detector=FaceDetector(copied(self.detector.network), channels_last=True),
+            restorer=FaceRestorer(
+                copied(self.restorer.network), channels_last=True, compile_backend=compile_backend
+            ),
+            masker=masker,
+        )
+
+
+class ModelStore:
+    """Owns the models of a process and the one piece of state requests share: the optimized copy.
+
+    Args:
+        reference: the models of safe mode; never altered.
+    """
+
+    def __init__(self, reference: Models) -> None:
+        self._reference = reference
+        self._optimized: Models | None = None
+        self._optimized_backend: str | None = None
+
+    def check(self, plan: ExecutionPlan) -> None:
+        """Raises BackendConflictError if the plan wants another backend than the one in use."""
+        if plan.optimized and self._optimized is not None and plan.compile_backend != self._optimized_backend:
+            raise BackendConflictError(
+                active=self._optimized_backend or "none", requested=plan.compile_backend or "none"
+            )
+
+    @contextmanager
+    def models_for(self, plan: ExecutionPlan) -> Iterator[Models]:
+        """The models of a request.
+
+        The first optimized request makes the optimized models. They are kept only if it succeeds, so
+        that a backend that cannot compile does not bar the others.
+
+        Raises:
+            BackendConflictError: the process was initialised with another backend.
+        """
+        self.check(plan)
+        if not plan.optimized:
+            yield self._reference
+        elif self._optimized is not None:
+            yield self._optimized
+        else:
+            logger.info("initialising optimized models, compile_backend=%s", plan.compile_backend or "none")
+            models = self._reference.optimized(plan.compile_backend)
+            yield models
+            self._optimized, self._optimized_backend = models, plan.compile_backend
+
+
+def load_models(weight_set: WeightSet, device: torch.device) -> Models:
+    """Builds the three networks on a device from verified files.
+
+    Raises:
+        WeightFileError: a file is missing, altered or not the network's.
+        ManifestError: a config is not one of its network's.
+    """
+    restorer = _build("restorer", weight_set.restorer, CodeFormer)
+    if restorer.resolution != FACE_SIZE:
+        raise ManifestError(
+            weight_set.name, f"restorer.config: expected {FACE_SIZE} px faces, got {restorer.resolution} px."
+        )
+    load_into(restorer, weight_set.restorer)
+    detector = _build("detector", weight_set.detector, build_retinaface)
+    load_into(detector, weight_set.detector)
+    masker: FaceMasker
+    if weight_set.parser is None:
+        logger.warning("weight set %s has no face parser; a fixed mask stands in", weight_set.name)
+        masker = TemplateMask()
+    else:
+        parser = _build("parser", weight_set.parser, FaceParsingNetwork)
+        load_into(parser.parsenet, weight_set.parser)
+        masker = FaceParser(_ready(parser, device))
+    return Models(
+        detector=FaceDetector(_ready(detector, device)),
+        restorer=FaceRestorer(_ready(restorer, device)),
+        masker=masker,
+    )
+
+
+def _build(role: str, file: WeightFile, factory: Any) -> Any:
+    try:
+        return factory(**file.config)
+    except (TypeError, ValueError) as cause:
+        raise ManifestError(file.path, f"{role}.config {dict(file.config)}: {cause}") from cause
+
+
+def _ready(network: Any, device: torch.device) -> Any:
+    return network.to(device).eval().requires_grad_(False)

@@ -1,0 +1,258 @@
+"""The front door: pictures in, pictures with restored faces out.
+
+Data flows one way: picture, working copy, detections, aligned crops, restored crops, masks, picture.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+
+from codeformer.alignment import AlignedFace, Face, align_faces, make_working_copy
+from codeformer.clock import Stage, StageClock
+from codeformer.compositing import paste_face
+from codeformer.errors import ImageError, InferenceError, NonFiniteOutputError, OptionError
+from codeformer.images import ImageU8, check_size, is_gray
+from codeformer.models import Models, ModelStore, load_models
+from codeformer.parsing import MaskF32
+from codeformer.restoration import match_gray
+from codeformer.plan import DEFAULT_FIDELITY, ExecutionPlan, check_fidelity, default_device, resolve_plan
+from codeformer.weights.download import fetch_set
+from codeformer.weights.manifest import WeightSet, load_weight_set
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RestoredImage:
+    """What became of one picture.
+
+    Attributes:
+        image_bgr: (H, W, 3) uint8 BGR, the input's size; equal to the input outside the faces.
+        faces: the restored faces, best score first, in coordinates of the picture.
+        skipped_faces: for each detected face that was left as it is, the reason.
+        elapsed_ms: milliseconds by stage (detect, align, restore, parse, paste). A stage that worked
+            on a batch counts in equal shares for its items, so that the sum over a request's pictures
+            is the time that passed.
+        float32_retries: batches with faces of this picture whose half-precision output was not finite
+            and that ran again in float32.
+    """
+
+    image_bgr: ImageU8
+    faces: tuple[Face, ...]
+    skipped_faces: tuple[str, ...]
+    elapsed_ms: Mapping[str, float]
+    float32_retries: int
+
+
+@dataclass(frozen=True)
+class _FaceJob:
+    """An aligned face on its way through the networks."""
+
+    picture: int
+    number: int
+    aligned: AlignedFace
+    is_gray: bool
+
+
+class Pipeline:
+    """Restores the faces of pictures; loaded once, used for many requests, one at a time.
+
+    Args:
+        models: the networks behind their adapters, all on `device`.
+        device: where they run.
+    """
+
+    def __init__(self, models: Models, device: torch.device) -> None:
+        self.device = device
+        self._store = ModelStore(models)
+
+    @classmethod
+    def load(
+        cls,
+        weights: WeightSet | str | Path | None = None,
+        device: torch.device | str | None = None,
+        *,
+        download: bool = True,
+        progress: bool = True,
+    ) -> "Pipeline":
+        """Loads the networks of a weight set.
+
+        Args:
+            weights: a set, its name or its folder; None for `CODEFORMER_WEIGHTS`, else "official".
+            device: where to run; None for CUDA where there is one, else the CPU.
+            download: fetch files that are missing.
+            progress: show a progress bar while fetching.
+
+        Raises:
+            WeightsError: the set or one of its files cannot be used or fetched.
+        """
+        weight_set = weights if isinstance(weights, WeightSet) else load_weight_set(weights)
+        if download:
+            fetch_set(weight_set, progress=progress)
+        chosen = default_device() if device is None else torch.device(device)
+        return cls(load_models(weight_set, chosen), chosen)
+
+    def check(self, plan: ExecutionPlan) -> None:
+        """Raises what `restore` would raise for this plan, before any work.
+
+        Raises:
+            BackendConflictError: this process uses another compile backend in optimized mode.
+            OptionError: the plan is for another device.
+        """
+        if plan.device != self.device:
+            raise OptionError("plan.device", str(plan.device), f"{self.device}, where the networks are")
+        self._store.check(plan)
+
+    def restore(
+        self,
+        images: Sequence[ImageU8],
+        fidelity: float = DEFAULT_FIDELITY,
+        plan: ExecutionPlan | None = None,
+    ) -> list[RestoredImage]:
+        """Restores every face of every picture, or raises; there is no partial success.
+
+        Args:
+            images: (H, W, 3) uint8 BGR pictures, upright; not altered.
+            fidelity: 0 (quality) to 1 (fidelity).
+            plan: from `resolve_plan`; None for the baseline profile in safe mode.
+
+        Returns:
+            One result per picture, in order.
+
+        Raises:
+            InputError: an option or a picture is unusable.
+            InferenceError: a stage failed; names picture, face and cause.
+        """
+        fidelity = check_fidelity(fidelity)
+        if plan is None:
+            plan = resolve_plan(device=self.device)
+        self.check(plan)
+        for index, image in enumerate(images, start=1):
+            _check_array(image, index)
+        with plan.backend_flags(), self._store.models_for(plan) as models:
+            return _Request(images, fidelity, plan, models).run()
+
+
+class _Request:
+    """One request's pictures on their way; nothing here outlives it."""
+
+    def __init__(
+        self, images: Sequence[ImageU8], fidelity: float, plan: ExecutionPlan, models: Models
+    ) -> None:
+        self._images = images
+        self._fidelity = fidelity
+        self._plan = plan
+        self._models = models
+        self._clock = StageClock(plan.device)
+        self._skipped: list[list[str]] = [[] for _ in images]
+        self._float32_retries = [0] * len(images)
+
+    def run(self) -> list[RestoredImage]:
+        jobs = self._find_faces()
+        canvases = [image.copy() for image in self._images]
+        for start in range(0, len(jobs), self._plan.micro_batch):
+            batch = jobs[start : start + self._plan.micro_batch]
+            faces = self._restore(batch)
+            masks = self._parse(batch, faces)
+            self._paste(batch, faces, masks, canvases)
+        return [
+            RestoredImage(
+                image_bgr=canvas,
+                faces=tuple(job.aligned.face for job in jobs if job.picture == picture),
+                skipped_faces=tuple(self._skipped[picture]),
+                elapsed_ms=self._clock.elapsed_ms(picture),
+                float32_retries=self._float32_retries[picture],
+            )
+            for picture, canvas in enumerate(canvases)
+        ]
+
+    def _find_faces(self) -> list[_FaceJob]:
+        pictures = range(len(self._images))
+        with self._stage("detect", pictures, _name_pictures(pictures)):
+            working = [make_working_copy(image) for image in self._images]
+            detections = self._models.detector.detect(
+                [copy.image_bgr for copy in working], batched=self._plan.batch_detection
+            )
+        jobs: list[_FaceJob] = []
+        for picture, (copy, found) in enumerate(zip(working, detections, strict=True)):
+            with self._stage("align", [picture], _name_pictures([picture])):
+                aligned, self._skipped[picture] = align_faces(copy, found)
+                gray = bool(aligned) and is_gray(self._images[picture])
+            for reason in self._skipped[picture]:
+                logger.warning("image %d: a face was left as it is: %s", picture + 1, reason)
+            jobs += [_FaceJob(picture, number, face, gray) for number, face in enumerate(aligned, start=1)]
+        return jobs
+
+    def _restore(self, batch: Sequence[_FaceJob]) -> ImageU8:
+        where = _name_faces(batch)
+        with self._stage("restore", [job.picture for job in batch], where):
+            crops = np.stack([job.aligned.crop_bgr for job in batch])
+            restorer, half_dtype = self._models.restorer, self._plan.half_dtype
+            try:
+                faces = restorer.restore(crops, self._fidelity, half_dtype=half_dtype)
+            except NonFiniteOutputError as cause:
+                if half_dtype is None:
+                    raise InferenceError("restore", where, str(cause)) from cause
+                logger.warning("%s: %s Running it again in float32.", where, cause)
+                for picture in {job.picture for job in batch}:
+                    self._float32_retries[picture] += 1
+                try:
+                    faces = restorer.restore(crops, self._fidelity)
+                except NonFiniteOutputError as again:
+                    raise InferenceError("restore", where, str(again)) from again
+            for index, job in enumerate(batch):
+                if job.is_gray:
+                    faces[index] = match_gray(faces[index], crops[index])
+        return faces
+
+    def _parse(self, batch: Sequence[_FaceJob], faces: ImageU8) -> Sequence[MaskF32 | None]:
+        if not self._plan.parse_faces:
+            return [None] * len(batch)
+        with self._stage("parse", [job.picture for job in batch], _name_faces(batch)):
+            return list(self._models.masker.masks(faces, half_dtype=self._plan.half_dtype))
+
+    def _paste(
+        self,
+        batch: Sequence[_FaceJob],
+        faces: ImageU8,
+        masks: Sequence[MaskF32 | None],
+        canvases: Sequence[ImageU8],
+    ) -> None:
+        for job, face, mask in zip(batch, faces, masks, strict=True):
+            with self._stage("paste", [job.picture], _name_faces([job])):
+                paste_face(canvases[job.picture], face, job.aligned.face.face_to_picture, mask)
+
+    @contextmanager
+    def _stage(self, stage: Stage, pictures: Sequence[int], where: str) -> Iterator[None]:
+        """Times a stage and gives its failures a name and a place."""
+        try:
+            with self._clock.measure(stage, pictures):
+                yield
+        except InferenceError:
+            raise
+        except (RuntimeError, MemoryError, cv2.error) as cause:
+            # torch and OpenCV raise these; anything else is a bug and keeps its own name.
+            raise InferenceError(stage, where, f"{type(cause).__name__}: {cause}") from cause
+
+
+def _name_pictures(pictures: Sequence[int]) -> str:
+    return ", ".join(f"image {picture + 1}" for picture in pictures)
+
+
+def _name_faces(batch: Sequence[_FaceJob]) -> str:
+    return ", ".join(f"image {job.picture + 1} face {job.number}" for job in batch)
+
+
+def _check_array(image: object, index: int) -> None:
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8:
+        kind = f"{image.dtype} array" if isinstance(image, np.ndarray) else type(image).__name__
+        raise ImageError(f"expected a uint8 array, got a {kind}.", index)
+    if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+        raise ImageError(f"expected the shape (H, W, 3) in BGR, got {image.shape}.", index)
+    check_size(image.shape[1], image.shape[0], index)

@@ -1,0 +1,123 @@
+"""One request from files to JPEGs: what the Cog predictor and the command line have in common."""
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from codeformer.errors import ImageError, OptionError
+from codeformer.images import ImageU8, decode_image, encode_jpeg
+from codeformer.pipeline import Pipeline, RestoredImage
+from codeformer.plan import DEFAULT_FIDELITY, check_fidelity, resolve_plan
+
+logger = logging.getLogger(__name__)
+
+MAX_IMAGES: Final = 4
+
+# Numbers, and for images.sizes a list of "WIDTHxHEIGHT" strings.
+Metrics = dict[str, float | int | list[str]]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A served request.
+
+    Attributes:
+        images_bgr: the decoded, upright inputs, (H, W, 3) uint8 BGR each.
+        results: what the pipeline made of each.
+        jpegs: the results as JPEG files, in order.
+        metrics: dotted names to values; times in milliseconds.
+    """
+
+    images_bgr: list[ImageU8]
+    results: list[RestoredImage]
+    jpegs: list[bytes]
+    metrics: Metrics
+
+
+def serve(
+    pipeline: Pipeline,
+    paths: Sequence[object],
+    *,
+    fidelity: float = DEFAULT_FIDELITY,
+    runtime_profile: str = "baseline",
+    stability_mode: str = "safe",
+    compile_backend: str = "eager",
+) -> Outcome:
+    """Restores 1 to 4 picture files. Every input is checked before any work begins.
+
+    Args:
+        pipeline: the loaded networks.
+        paths: the files. A string is refused: over HTTP, Cog turns uploads and URLs into paths, while a
+            string would be a client's guess at a file of the server.
+        fidelity: 0 (quality) to 1 (fidelity).
+        runtime_profile: see `resolve_plan`, as for the next two.
+        stability_mode: safe or optimized.
+        compile_backend: for optimized mode.
+
+    Raises:
+        InputError: an option is out of range, there are too few or too many pictures, or one is unusable.
+        InferenceError: a stage failed.
+    """
+    started = time.perf_counter()
+    fidelity = check_fidelity(fidelity)
+    plan = resolve_plan(runtime_profile, stability_mode, compile_backend, device=pipeline.device)
+    pipeline.check(plan)
+    if not 1 <= len(paths) <= MAX_IMAGES:
+        raise OptionError("images", f"{len(paths)} pictures", f"1 to {MAX_IMAGES} pictures")
+    images = [_read(path, index) for index, path in enumerate(paths, start=1)]
+    decoded = time.perf_counter()
+    results = pipeline.restore(images, fidelity, plan)
+    restored = time.perf_counter()
+    jpegs = [encode_jpeg(result.image_bgr) for result in results]
+    finished = time.perf_counter()
+
+    metrics = _summarise(results)
+    metrics["timing.decode"] = (decoded - started) * 1e3
+    metrics["timing.encode"] = (finished - restored) * 1e3
+    metrics["timing.total"] = (finished - started) * 1e3
+    for index, result in enumerate(results, start=1):
+        if not result.faces:
+            logger.info("image %d: no face to restore; the picture is returned as it came", index)
+    rounded: Metrics = {
+        name: round(value, 3) if isinstance(value, float) else value for name, value in metrics.items()
+    }
+    return Outcome(images, results, jpegs, rounded)
+
+
+def describe(metrics: Metrics) -> str:
+    """The metrics as one log line."""
+    return " ".join(
+        f"{name}={value:.1f}" if isinstance(value, float) else f"{name}={value}"
+        for name, value in sorted(metrics.items())
+    )
+
+
+def _read(path: object, index: int) -> ImageU8:
+    if not isinstance(path, Path):
+        raise ImageError("expected an uploaded file (a data URI) or an http(s) address.", index)
+    try:
+        data = path.read_bytes()
+    except OSError as cause:
+        raise ImageError(f"the file cannot be read ({cause.strerror}); send it again.", index) from cause
+    return decode_image(data, index)
+
+
+def _summarise(results: Sequence[RestoredImage]) -> Metrics:
+    stages = ("detect", "align", "restore", "parse", "paste")
+    restored = sum(len(result.faces) for result in results)
+    skipped = sum(len(result.skipped_faces) for result in results)
+    metrics: Metrics = {
+        f"timing.{stage}": sum((result.elapsed_ms.get(stage, 0.0) for result in results), 0.0)
+        for stage in stages
+    }
+    metrics["faces.detected"] = restored + skipped
+    metrics["faces.restored"] = restored
+    metrics["faces.skipped"] = skipped
+    metrics["faces.float32_retries"] = sum(result.float32_retries for result in results)
+    metrics["images.count"] = len(results)
+    metrics["images.without_faces"] = sum(not result.faces for result in results)
+    metrics["images.sizes"] = [f"{r.image_bgr.shape[1]}x{r.image_bgr.shape[0]}" for r in results]
+    return metrics

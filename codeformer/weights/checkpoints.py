@@ -1,0 +1,77 @@
+"""Verified weight files to state dicts.
+
+A file is read once and the same bytes are hashed and deserialised, so that nothing can change
+between the check and the use.
+"""
+
+import hashlib
+import io
+import pickle
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from torch import Tensor, nn
+
+from codeformer.errors import WeightFileError
+from codeformer.weights.manifest import WeightFile
+
+_FETCH = "Run `python -m codeformer weights fetch` to get it again."
+
+
+def read_verified(file: WeightFile) -> bytes:
+    """The content of a weight file, if it is the file the manifest describes.
+
+    Raises:
+        WeightFileError: missing, unreadable, short, long or altered.
+    """
+    try:
+        data = file.path.read_bytes()
+    except FileNotFoundError as cause:
+        raise WeightFileError(file.path, file.expectation, "no such file", _FETCH) from cause
+    except OSError as cause:
+        raise WeightFileError(
+            file.path, file.expectation, f"{cause.strerror}", "Make it readable for this process."
+        ) from cause
+    if len(data) != file.size_bytes:
+        raise WeightFileError(file.path, file.expectation, f"{len(data):,} bytes", _FETCH)
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != file.sha256:
+        raise WeightFileError(file.path, file.expectation, f"sha256 {digest}", _FETCH)
+    return data
+
+
+def load_into(network: nn.Module, file: WeightFile) -> None:
+    """Verifies a file and loads it into a network, `strict=True`.
+
+    Safetensors and `torch.save` files are read, the latter with `weights_only=True`; the wrappings of
+    the published files (a dict under `params_ema`, names behind `module.`) are taken off.
+
+    Raises:
+        WeightFileError: the file is not the one described, or not this network's.
+    """
+    data = read_verified(file)
+    try:
+        if file.path.suffix == ".safetensors":
+            content: Any = load_safetensors(data)
+        else:
+            content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as cause:
+        raise WeightFileError(
+            file.path, "a checkpoint of tensors only", f"{cause}", "The manifest describes an unusable file."
+        ) from cause
+    try:
+        network.load_state_dict(_unwrap(content), strict=True)
+    except (RuntimeError, TypeError, AttributeError) as cause:
+        raise WeightFileError(
+            file.path,
+            f"the tensors of {type(network).__name__}({dict(file.config)})",
+            str(cause),
+            "Make the manifest's config and file agree.",
+        ) from cause
+
+
+def _unwrap(content: Any) -> dict[str, Tensor]:
+    state = content.get("params_ema", content)
+    return {name.removeprefix("module."): tensor for name, tensor in state.items()}

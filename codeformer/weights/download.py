@@ -1,0 +1,209 @@
+"""Fetching weight files: resumed, retried, mirrored, verified, and safe beside another process."""
+
+import hashlib
+import logging
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final, Protocol
+
+import requests
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+
+from codeformer.errors import DownloadError, WeightFileError
+from codeformer.weights.manifest import WeightFile, WeightSet
+
+logger = logging.getLogger(__name__)
+
+ATTEMPTS_PER_SOURCE: Final = 4
+BACKOFF_S: Final = 1.0
+# Seconds to connect, and between two pieces of data.
+TIMEOUT_S: Final = (10.0, 30.0)
+LOCK_TIMEOUT_S: Final = 3600.0
+_CHUNK_BYTES: Final = 1 << 18
+_HTTP_PARTIAL: Final = 206
+_HTTP_RANGE_UNSATISFIABLE: Final = 416
+# Answers that trying the same address again may change.
+_HTTP_TRANSIENT: Final = frozenset({408, 425, 429, 500, 502, 503, 504})
+
+
+class ProgressBar(Protocol):
+    """The part of tqdm's bar that a download uses."""
+
+    def update(self, n: float) -> object: ...
+    def reset(self, total: float | None = None) -> object: ...
+
+
+class _SourceFailedError(Exception):
+    """One address did not deliver; `final` when asking it again is of no use."""
+
+    def __init__(self, reason: str, *, final: bool) -> None:
+        self.final = final
+        super().__init__(reason)
+
+
+def fetch_set(weight_set: WeightSet, *, replace: bool = False, progress: bool = True) -> None:
+    """Makes sure that every file of a set is there and verified; see `fetch_file`."""
+    for _, file in weight_set.files():
+        fetch_file(file, replace=replace, progress=progress)
+
+
+def fetch_file(
+    file: WeightFile,
+    *,
+    replace: bool = False,
+    progress: bool = True,
+    timeout_s: tuple[float, float] = TIMEOUT_S,
+    sleep: Callable[[float], None] = time.sleep,
+) -> None:
+    """Makes sure that a weight file is there and is the one its manifest describes.
+
+    Nothing is fetched if it is. Otherwise each source is tried in order, several times while its
+    failures look passing; a partial file is resumed, also by a later process. The file appears under
+    its own name only after its hash agrees. A second process waits for the first.
+
+    Args:
+        file: what to fetch.
+        replace: put the right file in the place of a wrong one; else a wrong one is an error.
+        progress: show a progress bar on standard error.
+        timeout_s: seconds to connect, and between two pieces of data.
+        sleep: waits between attempts.
+
+    Raises:
+        DownloadError: no source delivered the file.
+        WeightFileError: the file is wrong and may not be replaced, has no source, or the folder cannot
+            be written.
+    """
+    if is_verified(file):
+        return
+    if file.path.exists() and not replace:
+        raise WeightFileError(
+            file.path,
+            file.expectation,
+            f"a file of {file.path.stat().st_size:,} bytes with sha256 {_sha256_of(file.path)}",
+            "Remove it, or run `python -m codeformer weights fetch` to replace it.",
+        )
+    if not file.sources:
+        raise WeightFileError(
+            file.path,
+            file.expectation,
+            "no such file",
+            "It is shipped with the project, not downloaded: restore it from the repository.",
+        )
+    try:
+        file.path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{file.path}.lock", timeout=LOCK_TIMEOUT_S):
+            if not is_verified(file):
+                _fetch_locked(file, progress, timeout_s, sleep)
+    except Timeout as cause:
+        raise WeightFileError(
+            file.path,
+            file.expectation,
+            f"another process holding {file.path}.lock for {LOCK_TIMEOUT_S:.0f} s",
+            "End that process and try again.",
+        ) from cause
+    except OSError as cause:
+        raise WeightFileError(
+            file.path,
+            file.expectation,
+            f"{cause.strerror or cause}",
+            f"Make {file.path.parent} writable and leave {file.size_bytes:,} bytes free there.",
+        ) from cause
+
+
+def is_verified(file: WeightFile) -> bool:
+    """Whether the file is there with the right size and hash."""
+    try:
+        return file.path.stat().st_size == file.size_bytes and _sha256_of(file.path) == file.sha256
+    except OSError:
+        return False
+
+
+def _fetch_locked(
+    file: WeightFile, progress: bool, timeout_s: tuple[float, float], sleep: Callable[[float], None]
+) -> None:
+    # The hash in the name keeps a partial file from being continued with another file's bytes.
+    partial = file.path.with_name(f"{file.path.name}.{file.sha256[:12]}.part")
+    attempts: list[str] = []
+    with tqdm(
+        total=file.size_bytes, unit="B", unit_scale=True, desc=file.path.name, disable=not progress
+    ) as bar:
+        for source in file.sources:
+            for attempt in range(ATTEMPTS_PER_SOURCE):
+                if attempt:
+                    sleep(BACKOFF_S * 2 ** (attempt - 1))
+                try:
+                    _download(source, partial, file, bar, timeout_s)
+                except _SourceFailedError as failure:
+                    attempts.append(f"{source}: {failure}")
+                    logger.warning("%s (attempt %d): %s", source, attempt + 1, failure)
+                    if failure.final:
+                        break
+                else:
+                    os.replace(partial, file.path)
+                    return
+    raise DownloadError(file.path, file.expectation, attempts)
+
+
+def _download(
+    source: str, partial: Path, file: WeightFile, bar: ProgressBar, timeout_s: tuple[float, float]
+) -> None:
+    """Completes and verifies the partial file from one address, or raises `_SourceFailedError`."""
+    have = partial.stat().st_size if partial.exists() else 0
+    if have > file.size_bytes:
+        partial.unlink()
+        have = 0
+    if have < file.size_bytes:
+        try:
+            _transfer(source, partial, have, file.size_bytes, bar, timeout_s)
+        except requests.RequestException as cause:
+            raise _SourceFailedError(f"{type(cause).__name__}: {cause}", final=False) from cause
+    digest = _sha256_of(partial)
+    if digest != file.sha256:
+        # Which bytes are wrong is unknown, so none are kept.
+        partial.unlink()
+        raise _SourceFailedError(f"delivered a file with sha256 {digest}", final=have == 0)
+
+
+def _transfer(
+    source: str, partial: Path, have: int, size_bytes: int, bar: ProgressBar, timeout_s: tuple[float, float]
+) -> None:
+    headers = {"Accept-Encoding": "identity"}
+    if have:
+        headers["Range"] = f"bytes={have}-"
+    with requests.get(source, headers=headers, stream=True, timeout=timeout_s) as response:
+        if response.status_code == _HTTP_RANGE_UNSATISFIABLE:
+            partial.unlink()
+            raise _SourceFailedError("cannot continue the partial file; starting over", final=False)
+        if not response.ok:
+            raise _SourceFailedError(
+                f"answered {response.status_code} {response.reason}",
+                final=response.status_code not in _HTTP_TRANSIENT,
+            )
+        resumed = response.status_code == _HTTP_PARTIAL
+        if resumed and not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
+            raise _SourceFailedError("answered with another range than asked for", final=True)
+        received = have if resumed else 0
+        bar.reset(total=size_bytes)
+        bar.update(received)
+        with partial.open("ab" if resumed else "wb") as stream:
+            for chunk in response.iter_content(_CHUNK_BYTES):
+                received += len(chunk)
+                if received > size_bytes:
+                    break
+                stream.write(chunk)
+                bar.update(len(chunk))
+            stream.flush()
+            os.fsync(stream.fileno())
+    if received > size_bytes:
+        partial.unlink()
+        raise _SourceFailedError(f"delivered more than {size_bytes:,} bytes", final=True)
+    if received < size_bytes:
+        raise _SourceFailedError(f"ended after {received:,} of {size_bytes:,} bytes", final=False)
+
+
+def _sha256_of(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,159 @@
+"""Weight sets: a folder with a `manifest.json` that describes three networks' files."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from codeformer.errors import ManifestError
+
+WEIGHTS_ROOT: Final = Path(__file__).resolve().parents[2] / "weights"
+SET_VARIABLE: Final = "CODEFORMER_WEIGHTS"
+DEFAULT_SET: Final = "official"
+MANIFEST_NAME: Final = "manifest.json"
+FILE_SUFFIXES: Final = (".pth", ".safetensors")
+
+# Role in the pipeline -> the architecture that fills it. A set may lack a parser.
+ARCHITECTURES: Final = {"restorer": "codeformer", "detector": "retinaface", "parser": "parsenet"}
+_FIELDS: Final[dict[str, type]] = {
+    "architecture": str,
+    "file": str,
+    "bytes": int,
+    "sha256": str,
+    "sources": list,
+    "licence": str,
+    "config": dict,
+}
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """One network's file.
+
+    Attributes:
+        path: where the file is, or will be.
+        size_bytes: its exact size.
+        sha256: its hash, lower-case hexadecimal.
+        sources: addresses to fetch it from, in order of preference; empty for a file that is shipped.
+        licence: the terms of the weights.
+        config: keyword arguments of the network, JSON types.
+    """
+
+    path: Path
+    size_bytes: int
+    sha256: str
+    sources: tuple[str, ...]
+    licence: str
+    config: Mapping[str, Any]
+
+    @property
+    def expectation(self) -> str:
+        """What the file should be, in words."""
+        return f"{self.size_bytes:,} bytes with sha256 {self.sha256}"
+
+
+@dataclass(frozen=True)
+class WeightSet:
+    """A named set of weights; `parser` is None for a set without one."""
+
+    name: str
+    description: str
+    restorer: WeightFile
+    detector: WeightFile
+    parser: WeightFile | None
+
+    def files(self) -> Iterator[tuple[str, WeightFile]]:
+        """The set's files by role: restorer, detector, and parser if there is one."""
+        yield "restorer", self.restorer
+        yield "detector", self.detector
+        if self.parser is not None:
+            yield "parser", self.parser
+
+
+def load_weight_set(name_or_path: str | Path | None = None) -> WeightSet:
+    """Reads a weight set's manifest.
+
+    Args:
+        name_or_path: a set under `weights/`, or the path of a folder with a manifest; None asks the
+            environment variable CODEFORMER_WEIGHTS, and takes "official" if that is not set.
+
+    Raises:
+        ManifestError: no such set, or its manifest is malformed.
+    """
+    chosen = str(name_or_path or os.environ.get(SET_VARIABLE) or DEFAULT_SET)
+    named = WEIGHTS_ROOT / chosen
+    is_name = Path(chosen).name == chosen and (named / MANIFEST_NAME).is_file()
+    folder = named if is_name else Path(chosen)
+    manifest_path = folder / MANIFEST_NAME
+    if not manifest_path.is_file():
+        known = ", ".join(available_sets()) or "none"
+        raise ManifestError(
+            chosen,
+            f"expected the name of a set ({known}) or a folder with a {MANIFEST_NAME}; "
+            f"mend {SET_VARIABLE} or the argument.",
+        )
+    try:
+        content = json.loads(manifest_path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as cause:
+        raise ManifestError(manifest_path, f"not valid JSON ({cause}).") from cause
+    return _parse_manifest(manifest_path, content)
+
+
+def available_sets() -> list[str]:
+    """The names of the sets under `weights/`."""
+    return sorted(path.parent.name for path in WEIGHTS_ROOT.glob(f"*/{MANIFEST_NAME}"))
+
+
+def _parse_manifest(path: Path, content: object) -> WeightSet:
+    if not isinstance(content, dict):
+        raise ManifestError(path, f"expected a JSON object, got {type(content).__name__}.")
+    if unknown := sorted(set(content) - {"description", *ARCHITECTURES}):
+        raise ManifestError(path, f"unknown keys {unknown}.")
+    files = {
+        role: _parse_file(path, role, content[role])
+        for role in ARCHITECTURES
+        if content.get(role) is not None
+    }
+    if missing := [role for role in ("restorer", "detector") if role not in files]:
+        raise ManifestError(path, f"lacks {' and '.join(missing)}.")
+    return WeightSet(
+        name=path.parent.resolve().name,
+        description=str(content.get("description", "")),
+        restorer=files["restorer"],
+        detector=files["detector"],
+        parser=files.get("parser"),
+    )
+
+
+def _parse_file(manifest: Path, role: str, entry: object) -> WeightFile:
+    if not isinstance(entry, dict):
+        raise ManifestError(manifest, f"{role}: expected a JSON object, got {type(entry).__name__}.")
+    if set(entry) != set(_FIELDS):
+        raise ManifestError(manifest, f"{role}: expected the keys {sorted(_FIELDS)}, got {sorted(entry)}.")
+    for field, kind in _FIELDS.items():
+        if not isinstance(entry[field], kind):
+            raise ManifestError(manifest, f"{role}.{field}: expected {kind.__name__}, got {entry[field]!r}.")
+    if entry["architecture"] != ARCHITECTURES[role]:
+        raise ManifestError(
+            manifest, f"{role}.architecture: expected {ARCHITECTURES[role]!r}, got {entry['architecture']!r}."
+        )
+    name = entry["file"]
+    if Path(name).name != name or Path(name).suffix not in FILE_SUFFIXES:
+        raise ManifestError(
+            manifest, f"{role}.file: expected a plain name ending in {' or '.join(FILE_SUFFIXES)}, got {name!r}."
+        )
+    sha256 = entry["sha256"]
+    if len(sha256) != 64 or not set(sha256) <= set("0123456789abcdef"):
+        raise ManifestError(manifest, f"{role}.sha256: expected 64 lower-case hex digits, got {sha256!r}.")
+    if not all(isinstance(source, str) for source in entry["sources"]):
+        raise ManifestError(manifest, f"{role}.sources: expected a list of addresses.")
+    return WeightFile(
+        path=manifest.parent / name,
+        size_bytes=entry["bytes"],
+        sha256=sha256,
+        sources=tuple(entry["sources"]),
+        licence=entry["licence"],
+        config=entry["config"],
+    )

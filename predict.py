@@ -1,0 +1,77 @@
+"""The Cog predictor: a thin adapter over the `codeformer` package."""
+
+import logging
+import tempfile
+
+from cog import BaseRunner, Input, Path
+
+from codeformer.pipeline import Pipeline
+from codeformer.request import describe, serve
+
+logger = logging.getLogger("codeformer")
+
+
+class Predictor(BaseRunner):
+    """Restores the faces of 1 to 4 photos."""
+
+    _outputs: tempfile.TemporaryDirectory[str] | None = None
+
+    def setup(self) -> None:
+        """Loads the networks, fetching and verifying their weights."""
+        logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+        self.pipeline = Pipeline.load()
+
+    def run(
+        self,
+        images: list[Path] = Input(
+            description="1 to 4 photos: JPEG, PNG, WebP, BMP or TIFF, up to 100 megapixels each."
+        ),
+        codeformer_fidelity: float = Input(
+            description="Balance between quality (0) and fidelity (1). Lower values look better but may "
+            "alter facial features.",
+            default=0.5,
+            ge=0.0,
+            le=1.0,
+        ),
+        runtime_profile: str = Input(
+            description="baseline: float32, face after face, as upstream. fast: batched, with mixed precision on "
+            "a GPU. max_speed: fast without face parsing during paste-back.",
+            default="baseline",
+            choices=["baseline", "fast", "max_speed"],
+        ),
+        stability_mode: str = Input(
+            description="safe: no high-risk runtime optimizations (recommended on Replicate). optimized: "
+            "torch.compile and channels-last for the highest throughput.",
+            default="safe",
+            choices=["safe", "optimized"],
+        ),
+        compile_backend: str = Input(
+            description="torch.compile backend, used only when stability_mode is optimized. Fixed by the first "
+            "optimized request of a process.",
+            default="eager",
+            choices=["none", "eager", "aot_eager", "inductor"],
+        ),
+    ) -> list[Path]:
+        """Returns one JPG per photo, in order and of the same size, with every face restored."""
+        outcome = serve(
+            self.pipeline,
+            images,
+            fidelity=codeformer_fidelity,
+            runtime_profile=runtime_profile,
+            stability_mode=stability_mode,
+            compile_backend=compile_backend,
+        )
+        for name, value in outcome.metrics.items():
+            self.record_metric(name, value)
+        logger.info("%s", describe(outcome.metrics))
+        return self._write(outcome.jpegs)
+
+    def _write(self, jpegs: list[bytes]) -> list[Path]:
+        """Writes the outputs; Cog has sent the last request's by the time the next one begins."""
+        if self._outputs is not None:
+            self._outputs.cleanup()
+        self._outputs = tempfile.TemporaryDirectory(prefix="codeformer-")
+        paths = [Path(self._outputs.name) / f"{number}.jpg" for number in range(1, len(jpegs) + 1)]
+        for path, jpeg in zip(paths, jpegs, strict=True):
+            path.write_bytes(jpeg)
+        return [Path(path) for path in paths]

@@ -1,0 +1,61 @@
+"""Writes the predictor's input schema to `.cog/openapi_schema.json`.
+
+Cog's server checks requests against that file. `cog build` makes its own inside the image; this one
+serves `make serve` and pins the interface: a test compares it with predict.py.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any, Final
+
+ROOT: Final = Path(__file__).resolve().parents[1]
+SCHEMA_PATH: Final = ROOT / ".cog" / "openapi_schema.json"
+_BOUNDS: Final = {"minimum": "ge", "maximum": "le"}
+
+
+def build_schema() -> dict[str, Any]:
+    """The OpenAPI 3.0 components that Cog derives from the signature of `Predictor.run`."""
+    sys.path.insert(0, str(ROOT))
+    from cog._inspector import create_predictor  # noqa: PLC0415 (needs the project on the path)
+
+    predictor = create_predictor("predict", "Predictor")
+    properties: dict[str, Any] = {}
+    enumerations: dict[str, Any] = {}
+    for name, field in predictor.inputs.items():
+        entry: dict[str, Any] = {"x-order": field.order, "description": field.description}
+        if field.choices:
+            enumerations[name] = {
+                "title": name,
+                "description": "An enumeration.",
+                "enum": field.choices,
+                "type": "string",
+            }
+            entry["allOf"] = [{"$ref": f"#/components/schemas/{name}"}]
+        else:
+            entry |= {"title": name.replace("_", " ").title()} | field.type.json_type()
+        if field.default is not None:
+            entry["default"] = field.default
+        for keyword, attribute in _BOUNDS.items():
+            if (bound := getattr(field, attribute)) is not None:
+                entry[keyword] = bound
+        properties[name] = entry
+    required = [name for name, field in predictor.inputs.items() if field.default is None]
+    return {
+        "openapi": "3.0.2",
+        "info": {"title": "Cog", "version": "0.1.0"},
+        "paths": {},
+        "components": {
+            "schemas": {
+                "Input": {"title": "Input", "type": "object", "required": required, "properties": properties},
+                "Output": predictor.output.json_type(),
+                **enumerations,
+            }
+        },
+    }
+
+
+if __name__ == "__main__":
+    SCHEMA_PATH.parent.mkdir(exist_ok=True)
+    SCHEMA_PATH.write_text(json.dumps(build_schema(), indent=2) + "\n", encoding="utf-8")
+    print(f"wrote {SCHEMA_PATH.relative_to(ROOT)}")
