@@ -34,8 +34,8 @@ class Predictor(BaseRunner):
             le=1.0,
         ),
         runtime_profile: str = Input(
-            description="baseline: float32, face after face, as upstream. fast: batched, with mixed precision on "
-            "a GPU. max_speed: fast without face parsing during paste-back.",
+            description="baseline: float32, face after face, as upstream. fast: batched, mixed precision "
+            "on a GPU. max_speed: fast without face parsing during paste-back.",
             default="baseline",
             choices=["baseline", "fast", "max_speed"],
         ),
@@ -46,8 +46,8 @@ class Predictor(BaseRunner):
             choices=["safe", "optimized"],
         ),
         compile_backend: str = Input(
-            description="torch.compile backend, used only when stability_mode is optimized. Fixed by the first "
-            "optimized request of a process.",
+            description="torch.compile backend, used only when stability_mode is optimized. Fixed by the "
+            "first optimized request of a process.",
             default="eager",
             choices=["none", "eager", "aot_eager", "inductor"],
         ),

@@ -94,9 +94,7 @@ def make_working_copy(image_bgr: ImageU8) -> WorkingCopy:
     return WorkingCopy(np.asarray(enlarged, dtype=np.uint8), scale)
 
 
-def align_faces(
-    working: WorkingCopy, detections: Sequence[Detection]
-) -> tuple[list[AlignedFace], list[str]]:
+def align_faces(working: WorkingCopy, detections: Sequence[Detection]) -> tuple[list[AlignedFace], list[str]]:
     """Cuts every alignable face out of the working copy.
 
     Args:
@@ -153,8 +151,8 @@ def _face_in_picture(
         box_xyxy=transform_points(working_to_picture, detection.box_xyxy.reshape(2, 2)).reshape(4),
         score=detection.score,
         landmarks_xy=transform_points(working_to_picture, detection.landmarks_xy),
-        picture_to_face=compose(working_to_face, cv2.invertAffineTransform(working_to_picture)),
-        face_to_picture=compose(working_to_picture, cv2.invertAffineTransform(working_to_face)),
+        picture_to_face=compose(working_to_face, invert(working_to_picture)),
+        face_to_picture=compose(working_to_picture, invert(working_to_face)),
     )
 
 
@@ -163,6 +161,11 @@ def compose(outer: npt.NDArray[np.floating], inner: npt.NDArray[np.floating]) ->
     linear = outer[:, :2] @ inner[:, :2]
     shift = outer[:, :2] @ inner[:, 2] + outer[:, 2]
     return np.column_stack([linear, shift]).astype(np.float64)
+
+
+def invert(matrix: FloatArray) -> FloatArray:
+    """The (2, 3) transform that undoes `matrix`."""
+    return np.asarray(cv2.invertAffineTransform(matrix), dtype=np.float64)
 
 
 def transform_points(matrix: FloatArray, points_xy: npt.NDArray[np.floating]) -> FloatArray:

@@ -2,7 +2,6 @@
 
 import argparse
 import logging
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -164,7 +163,7 @@ def _name_outputs(photos: Sequence[Path], folder: Path) -> list[Path]:
 def _write(path: Path, data: bytes) -> None:
     partial = path.with_name(f"{path.name}.part")
     partial.write_bytes(data)
-    os.replace(partial, path)
+    partial.replace(path)
 
 
 def _side_by_side(before_bgr: ImageU8, after_bgr: ImageU8) -> ImageU8:

@@ -8,7 +8,6 @@ from typing import Final
 
 import cv2
 import numpy as np
-import numpy.typing as npt
 
 from codeformer.alignment import FACE_SIZE, FloatArray, transform_points
 from codeformer.images import ImageU8
@@ -38,7 +37,7 @@ def paste_face(
     face_to_region = face_to_picture - np.array([[0.0, 0.0, left], [0.0, 0.0, top]])
 
     square = np.ones((FACE_SIZE, FACE_SIZE), np.float32)
-    hard = cv2.erode(_warp(square, face_to_region, size_wh), np.ones((2, 2), np.uint8))
+    hard = _erode(_warp(square, face_to_region, size_wh), 2)
     soft = soften_square(hard)
     if face_mask is not None:
         soft = np.minimum(soft, _warp(face_mask, face_to_region, size_wh))
@@ -53,7 +52,7 @@ def soften_square(hard: MaskF32) -> MaskF32:
     """Shrinks and blurs a warped square mask (H, W) by a twentieth of its side, to (H, W) float32."""
     edge = int(float(hard.sum(dtype=np.float64)) ** 0.5) // 20
     element = 2 * edge or _SMALLEST_ELEMENT
-    core = cv2.erode(hard, np.ones((element, element), np.uint8))
+    core = _erode(hard, element)
     return np.asarray(cv2.GaussianBlur(core, (2 * edge + 1, 2 * edge + 1), 0), dtype=np.float32)
 
 
@@ -67,7 +66,9 @@ def region_of_interest(face_to_picture: FloatArray, width: int, height: int) -> 
     return max(int(left), 0), max(int(top), 0), min(int(right), width), min(int(bottom), height)
 
 
-def _warp(
-    source: npt.NDArray[np.generic], matrix: FloatArray, size_wh: tuple[int, int]
-) -> npt.NDArray[np.float32]:
+def _erode(mask: MaskF32, size: int) -> MaskF32:
+    return np.asarray(cv2.erode(mask, np.ones((size, size), np.uint8)), dtype=np.float32)
+
+
+def _warp(source: ImageU8 | MaskF32, matrix: FloatArray, size_wh: tuple[int, int]) -> MaskF32:
     return np.asarray(cv2.warpAffine(source, matrix, size_wh), dtype=np.float32)

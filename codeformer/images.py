@@ -96,7 +96,7 @@ def check_size(width: int, height: int, index: int | None = None) -> None:
         raise ImageError(f"expected at most {MAX_PIXELS:,} pixels, got {shape}; send a smaller copy.", index)
     if max(width, height) > MAX_SIDE:
         raise ImageError(
-            f"expected sides of at most {MAX_SIDE} px (the limit of a JPEG), got {shape}; send a smaller copy.",
+            f"expected sides of at most {MAX_SIDE} px, the limit of a JPEG, got {shape}; send a smaller one.",
             index,
         )
     if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
@@ -128,9 +128,13 @@ def _bits_per_sample(picture: Image.Image, data: bytes) -> int:
 
 def _decode_16_bit(data: bytes, orientation: int, index: int | None) -> ImageU8:
     """16-bit PNG and TIFF through OpenCV: Pillow would keep only the high byte, or nothing at all."""
-    samples = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED | cv2.IMREAD_IGNORE_ORIENTATION)
+    samples = cv2.imdecode(
+        np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED | cv2.IMREAD_IGNORE_ORIENTATION
+    )
     if samples is None or samples.dtype != np.uint16:
-        raise ImageError("a damaged or unusual 16-bit picture; convert it to 8 bits and send it again.", index)
+        raise ImageError(
+            "a damaged or unusual 16-bit picture; convert it to 8 bits and send it again.", index
+        )
     scaled = samples.astype(np.float32) / 257.0
     if scaled.ndim == 2:
         bgr = np.repeat(scaled[:, :, None], 3, axis=2)

@@ -44,9 +44,7 @@ class Models:
 
         masker = self.masker
         if isinstance(masker, FaceParser):
-            masker = FaceParser(
-                copied(masker.network), channels_last=True, compile_backend=compile_backend
-            )
+            masker = FaceParser(copied(masker.network), channels_last=True, compile_backend=compile_backend)
         return Models(
             detector=FaceDetector(copied(self.detector.network), channels_last=True),
             restorer=FaceRestorer(
@@ -135,4 +133,4 @@ def _build(role: str, file: WeightFile, factory: Any) -> Any:
 
 
 def _ready(network: Any, device: torch.device) -> Any:
-    return network.to(device).eval().requires_grad_(False)
+    return network.to(device).eval().requires_grad_(requires_grad=False)

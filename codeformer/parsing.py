@@ -30,9 +30,7 @@ _IS_FACE: Final = np.isin(np.arange(CLASSES), FACE_LABELS).astype(np.float32)
 class FaceMasker(Protocol):
     """Anything that tells face from background in restored crops."""
 
-    def masks(
-        self, faces_bgr: ImageU8, *, half_dtype: torch.dtype | None = None
-    ) -> npt.NDArray[np.float32]:
+    def masks(self, faces_bgr: ImageU8, *, half_dtype: torch.dtype | None = None) -> npt.NDArray[np.float32]:
         """(N, 512, 512, 3) uint8 BGR restored faces to (N, 512, 512) float32 masks, 0 to 1."""
         ...
 
@@ -85,7 +83,7 @@ class TemplateMask:
         cv2.ellipse(face, self.CENTRE_XY, self.HALF_AXES_XY, 0, 0, 360, color=1.0, thickness=-1)
         self._mask = _soften(face)
 
-    def masks(self, faces_bgr: ImageU8, *, half_dtype: torch.dtype | None = None) -> MaskF32:
+    def masks(self, faces_bgr: ImageU8, *, half_dtype: torch.dtype | None = None) -> MaskF32:  # noqa: ARG002
         """(N, 512, 512, 3) uint8 BGR faces to (N, 512, 512) float32 masks, all alike."""
         return np.broadcast_to(self._mask, (len(faces_bgr), FACE_SIZE, FACE_SIZE))
 

@@ -20,8 +20,8 @@ from codeformer.errors import ImageError, InferenceError, NonFiniteOutputError, 
 from codeformer.images import ImageU8, check_size, is_gray
 from codeformer.models import Models, ModelStore, load_models
 from codeformer.parsing import MaskF32
-from codeformer.restoration import match_gray
 from codeformer.plan import DEFAULT_FIDELITY, ExecutionPlan, check_fidelity, default_device, resolve_plan
+from codeformer.restoration import match_gray
 from codeformer.weights.download import fetch_set
 from codeformer.weights.manifest import WeightSet, load_weight_set
 

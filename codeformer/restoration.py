@@ -22,14 +22,17 @@ def faces_to_tensor(faces_bgr: ImageU8, device: torch.device, *, channels_last: 
     """(N, S, S, 3) uint8 BGR to (N, 3, S, S) float32 RGB in [-1, 1] on `device`."""
     batch = torch.from_numpy(faces_bgr).to(device).flip(3).permute(0, 3, 1, 2)
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    return batch.to(dtype=torch.float32, memory_format=layout).div_(127.5).sub_(1.0)
+    return batch.to(dtype=torch.float32, memory_format=layout).div_(255.0).sub_(0.5).div_(0.5)
 
 
 def tensor_to_faces(batch_rgb: Tensor) -> ImageU8:
-    """(N, 3, S, S) RGB, nominally in [-1, 1], to (N, S, S, 3) uint8 BGR: clamped, scaled and rounded
-    in float32, whatever the input's dtype."""
+    """(N, 3, S, S) RGB, nominally in [-1, 1], to (N, S, S, 3) uint8 BGR.
+
+    Clamped, scaled and rounded in float32, whatever the input's dtype.
+    """
     levels = batch_rgb.float().clamp(-1.0, 1.0).add(1.0).mul(127.5).round_()
-    return levels.to(torch.uint8).permute(0, 2, 3, 1).flip(3).contiguous().cpu().numpy()
+    faces: ImageU8 = levels.to(torch.uint8).permute(0, 2, 3, 1).flip(3).contiguous().cpu().numpy()
+    return faces
 
 
 class FaceRestorer:
@@ -78,7 +81,7 @@ class FaceRestorer:
         w = torch.tensor(fidelity, device=self._device) if self._compiled and fidelity > 0 else fidelity
         logits, lq_feat, features = self._predict(batch)
         with torch.autocast(self._device.type, dtype=half_dtype, enabled=half_dtype is not None):
-            restored = self._generate(logits, lq_feat, features, w, True)
+            restored = self._generate(logits, lq_feat, features, w, adain=True)
         if not bool(torch.isfinite(restored).all()):
             raise NonFiniteOutputError(f"the restorer's output is not finite ({restored.dtype}).")
         return tensor_to_faces(restored)
@@ -102,4 +105,4 @@ def match_gray(restored_bgr: ImageU8, crop_bgr: ImageU8) -> ImageU8:
     crop = crop_bgr.astype(np.float64)
     crop_std = np.sqrt(crop.var(axis=(0, 1)) + 1e-5)
     matched = normalised[:, :, None] * crop_std + crop.mean(axis=(0, 1))
-    return np.clip(np.rint(matched), 0, 255).astype(np.uint8)
+    return np.asarray(np.clip(np.rint(matched), 0, 255), dtype=np.uint8)

@@ -140,6 +140,7 @@ class CodeFormer(nn.Module):
         lq_feat: Tensor,
         features: Mapping[int, Tensor],
         w: float | Tensor,
+        *,
         adain: bool,
     ) -> Tensor:
         """Codes to faces: look-up and generator.
@@ -165,13 +166,11 @@ class CodeFormer(nn.Module):
                 x = self.fuse_convs_dict[str(size)](features[size], x, w)
         return x
 
-    def forward(
-        self, x: Tensor, w: float | Tensor = 0, adain: bool = False
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor, w: float | Tensor = 0, adain: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Restores aligned faces: `predict`, then `generate`, with their arguments.
 
         Returns:
             `out` as from `generate`, then `logits` and `lq_feat` as from `predict`.
         """
         logits, lq_feat, features = self.predict(x)
-        return self.generate(logits, lq_feat, features, w, adain), logits, lq_feat
+        return self.generate(logits, lq_feat, features, w, adain=adain), logits, lq_feat

@@ -4,7 +4,7 @@ Method: Chen et al., "Progressive Semantic-Aware Style Transformation for Blind 
 (PSFRGAN, 2021).
 """
 
-from typing import Final
+from typing import Any, Final
 
 from facexlib.parsing.parsenet import ParseNet
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ class FaceParsingNetwork(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, 3, S, S) RGB in [-1, 1] to logits (B, 19, S, S)."""
-        net = self.parsenet
+        net: Any = self.parsenet
         features = net.encoder(x)
         logits: Tensor = net.out_mask_conv(net.decoder(features + net.body(features)))
         return logits

@@ -110,7 +110,11 @@ class Encoder(nn.Module):
             if level != last_level:
                 blocks.append(Downsample(channels))
                 size //= 2
-        blocks += [ResidualBlock(channels, channels), AttentionBlock(channels), ResidualBlock(channels, channels)]
+        blocks += [
+            ResidualBlock(channels, channels),
+            AttentionBlock(channels),
+            ResidualBlock(channels, channels),
+        ]
         blocks += [group_norm(channels), conv3x3(channels, code_dim)]
         self.blocks = nn.ModuleList(blocks)
 
@@ -129,7 +133,11 @@ class Generator(nn.Module):
         channels = base_channels * channel_multipliers[-1]
         size = resolution >> last_level
         blocks: list[nn.Module] = [conv3x3(code_dim, channels)]
-        blocks += [ResidualBlock(channels, channels), AttentionBlock(channels), ResidualBlock(channels, channels)]
+        blocks += [
+            ResidualBlock(channels, channels),
+            AttentionBlock(channels),
+            ResidualBlock(channels, channels),
+        ]
         self.tap_blocks: dict[int, int] = {}
         for level in range(last_level, -1, -1):
             self.tap_blocks[size] = len(blocks)

@@ -96,7 +96,7 @@ def fetch_file(
         file.path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{file.path}.lock", timeout=LOCK_TIMEOUT_S):
             if not is_verified(file):
-                _fetch_locked(file, progress, timeout_s, sleep)
+                _fetch_locked(file, progress=progress, timeout_s=timeout_s, sleep=sleep)
     except Timeout as cause:
         raise WeightFileError(
             file.path,
@@ -122,7 +122,7 @@ def is_verified(file: WeightFile) -> bool:
 
 
 def _fetch_locked(
-    file: WeightFile, progress: bool, timeout_s: tuple[float, float], sleep: Callable[[float], None]
+    file: WeightFile, *, progress: bool, timeout_s: tuple[float, float], sleep: Callable[[float], None]
 ) -> None:
     # The hash in the name keeps a partial file from being continued with another file's bytes.
     partial = file.path.with_name(f"{file.path.name}.{file.sha256[:12]}.part")
@@ -142,7 +142,7 @@ def _fetch_locked(
                     if failure.final:
                         break
                 else:
-                    os.replace(partial, file.path)
+                    partial.replace(file.path)
                     return
     raise DownloadError(file.path, file.expectation, attempts)
 

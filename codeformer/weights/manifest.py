@@ -142,7 +142,8 @@ def _parse_file(manifest: Path, role: str, entry: object) -> WeightFile:
     name = entry["file"]
     if Path(name).name != name or Path(name).suffix not in FILE_SUFFIXES:
         raise ManifestError(
-            manifest, f"{role}.file: expected a plain name ending in {' or '.join(FILE_SUFFIXES)}, got {name!r}."
+            manifest,
+            f"{role}.file: expected a plain name ending in {' or '.join(FILE_SUFFIXES)}, got {name!r}.",
         )
     sha256 = entry["sha256"]
     if len(sha256) != 64 or not set(sha256) <= set("0123456789abcdef"):
