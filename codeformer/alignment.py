@@ -22,6 +22,8 @@ FloatArray = npt.NDArray[np.float64]
 FACE_SIZE: Final = 512
 MIN_WORKING_SIDE: Final = 512
 MIN_EYE_DISTANCE: Final = 5.0
+# Below this the transform squeezes the whole picture into a point.
+_MIN_DETERMINANT: Final = 1e-12
 # The colour outside the picture in a crop, BGR.
 BORDER_BGR: Final = (135, 133, 132)
 
@@ -126,8 +128,10 @@ def estimate_similarity(landmarks_xy: npt.NDArray[np.floating]) -> FloatArray | 
     Returns:
         (2, 3) float64, or None when the landmarks determine no such transform.
     """
+    if not np.isfinite(landmarks_xy).all():
+        return None
     matrix, _ = cv2.estimateAffinePartial2D(landmarks_xy, FFHQ_TEMPLATE_XY, method=cv2.LMEDS)
-    if matrix is None or not np.isfinite(matrix).all() or np.linalg.det(matrix[:, :2]) < 1e-12:
+    if matrix is None or not np.isfinite(matrix).all() or np.linalg.det(matrix[:, :2]) < _MIN_DETERMINANT:
         return None
     return np.asarray(matrix, dtype=np.float64)
 

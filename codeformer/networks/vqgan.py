@@ -164,7 +164,9 @@ class Codebook(nn.Module):
     def lookup(self, codes: Tensor, side: int) -> Tensor:
         """Codes (B, side * side) int64 in row-major order to features (B, code_dim, side, side)."""
         features: Tensor = self.embedding(codes)
-        return features.transpose(1, 2).reshape(codes.shape[0], -1, side, side)
+        # Contiguous: on other strides torch 2.11's ahead-of-time tracing predicts a convolution's
+        # output layout wrongly, and compiled faces come out as noise.
+        return features.transpose(1, 2).reshape(codes.shape[0], -1, side, side).contiguous()
 
 
 def match_statistics(content: Tensor, style: Tensor, eps: float = 1e-5) -> Tensor:

@@ -1,0 +1,28 @@
+"""Assertions on pictures and arrays that show how far off they are."""
+
+import numpy as np
+import numpy.typing as npt
+
+
+def assert_pictures_close(
+    actual: npt.NDArray[np.uint8],
+    expected: npt.NDArray[np.uint8],
+    *,
+    mean: float,
+    within: int,
+    share: float = 1.0,
+) -> None:
+    """At most `mean` levels of mean error, and at least `share` of the values within `within` levels."""
+    assert actual.shape == expected.shape, f"shape {actual.shape}, expected {expected.shape}"
+    error = np.abs(actual.astype(np.int16) - expected)
+    histogram = np.bincount(error.ravel(), minlength=1)
+    report = ", ".join(f"{level}: {count}" for level, count in enumerate(histogram[:12]) if count)
+    summary = f"mean error {error.mean():.4f}, max {error.max()}, histogram {{{report}}}"
+    assert error.mean() <= mean, summary
+    assert (error <= within).mean() >= share, summary
+
+
+def relative_error(actual: npt.ArrayLike, expected: npt.ArrayLike) -> float:
+    """Norm of the difference over the norm of what was expected."""
+    reference = np.asarray(expected, dtype=np.float64)
+    return float(np.linalg.norm(np.asarray(actual, dtype=np.float64) - reference) / np.linalg.norm(reference))

@@ -1,0 +1,151 @@
+"""Fixtures: devices, networks in several sizes, and a small weight set on disk."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from codeformer.detection import FaceDetector
+from codeformer.models import Models
+from codeformer.networks.codeformer import CodeFormer
+from codeformer.networks.parsenet import FaceParsingNetwork
+from codeformer.networks.retinaface import build_retinaface
+from codeformer.parsing import FaceParser, TemplateMask
+from codeformer.pipeline import Pipeline
+from codeformer.restoration import FaceRestorer
+from tests import shared
+
+CPU = torch.device("cpu")
+TINY_CONFIG: dict[str, Any] = {
+    "dim_embd": 64,
+    "n_head": 4,
+    "n_layers": 2,
+    "codebook_size": 64,
+    "base_channels": 8,
+    "code_dim": 32,
+}
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Each device there is."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    return torch.device(request.param)
+
+
+def make_tiny_restorer(seed: int = 0) -> CodeFormer:
+    """A small CodeFormer with random weights whose every branch matters."""
+    torch.manual_seed(seed)
+    network = CodeFormer(**TINY_CONFIG)
+    torch.nn.init.normal_(network.quantize.embedding.weight)
+    torch.nn.init.normal_(network.position_emb, std=0.5)
+    return network.eval().requires_grad_(False)
+
+
+def make_blind_detector() -> torch.nn.Module:
+    """A detector that finds nothing, for tests that need no face and no reference data."""
+    torch.manual_seed(0)
+    network = build_retinaface("mobile0.25")
+    for head in network.ClassHead:  # type: ignore[union-attr]
+        torch.nn.init.zeros_(head.conv1x1.weight)
+        head.conv1x1.bias.data = torch.tensor([9.0, -9.0] * 2)
+    return network.requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def detector() -> FaceDetector:
+    """The real, trained detector."""
+    network = build_retinaface("mobile0.25")
+    state = torch.load(shared.detector_weights(), map_location="cpu", weights_only=True)
+    network.load_state_dict(state)
+    return FaceDetector(network.requires_grad_(False))
+
+
+@pytest.fixture(scope="session")
+def filled_codeformer() -> CodeFormer:
+    """The official configuration with the goldens' values."""
+    network = CodeFormer()
+    shared.fill(network)
+    return network.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def filled_parsenet() -> FaceParsingNetwork:
+    """ParseNet with the goldens' values."""
+    network = FaceParsingNetwork()
+    shared.fill(network.parsenet)
+    return network.requires_grad_(False)
+
+
+@pytest.fixture
+def tiny_pipeline(detector: FaceDetector) -> Pipeline:
+    """Real detection, a small random restorer, no parser: seconds instead of minutes."""
+    return Pipeline(Models(detector, FaceRestorer(make_tiny_restorer()), TemplateMask()), CPU)
+
+
+@pytest.fixture
+def blind_pipeline() -> Pipeline:
+    """A pipeline that finds no face and needs no reference data."""
+    models = Models(FaceDetector(make_blind_detector()), FaceRestorer(make_tiny_restorer()), TemplateMask())
+    return Pipeline(models, CPU)
+
+
+@pytest.fixture
+def filled_models(
+    detector: FaceDetector, filled_codeformer: CodeFormer, filled_parsenet: FaceParsingNetwork
+) -> Models:
+    """Real detection and the goldens' networks at official size."""
+    return Models(detector, FaceRestorer(filled_codeformer), FaceParser(filled_parsenet))
+
+
+def describe_file(path: Path, architecture: str, config: dict[str, Any]) -> dict[str, Any]:
+    """A manifest entry for a file."""
+    data = path.read_bytes()
+    return {
+        "architecture": architecture,
+        "file": path.name,
+        "bytes": len(data),
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "sources": [],
+        "licence": "made by a test",
+        "config": config,
+    }
+
+
+def write_weight_set(folder: Path, detector_state: dict[str, torch.Tensor]) -> Path:
+    """A small weight set without a parser."""
+    folder.mkdir(parents=True)
+    save_file(make_tiny_restorer().state_dict(), folder / "restorer.safetensors")
+    torch.save(detector_state, folder / "detector.pth")
+    manifest = {
+        "description": "small random networks for tests",
+        "restorer": describe_file(folder / "restorer.safetensors", "codeformer", TINY_CONFIG),
+        "detector": describe_file(folder / "detector.pth", "retinaface", {"backbone": "mobile0.25"}),
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def blind_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A weight set whose detector finds nothing."""
+    return write_weight_set(tmp_path_factory.mktemp("weights") / "blind", make_blind_detector().state_dict())
+
+
+@pytest.fixture(scope="session")
+def tiny_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A weight set with the real detector."""
+    state = torch.load(shared.detector_weights(), map_location="cpu", weights_only=True)
+    return write_weight_set(tmp_path_factory.mktemp("weights") / "tiny", state)
+
+
+@pytest.fixture
+def noise_picture() -> np.ndarray:
+    """(96, 128, 3) uint8 BGR noise."""
+    return np.random.default_rng(0).integers(0, 256, (96, 128, 3), dtype=np.uint8)

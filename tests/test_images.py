@@ -1,0 +1,221 @@
+"""Reading and writing pictures: every kind of file against values known beforehand."""
+
+import io
+import struct
+import zlib
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from codeformer.errors import ImageError
+from codeformer.images import JPEG_QUALITY, MAX_ASPECT_RATIO, MAX_PIXELS, decode_image, encode_jpeg, is_gray
+from tests import shared
+from tests.compare import assert_pictures_close
+from tests.test_detection import PHOTOS
+
+
+def gradient(height: int = 40, width: int = 60) -> np.ndarray:
+    """(H, W, 3) uint8 RGB, smooth, every corner another colour."""
+    yy, xx = np.mgrid[0:height, 0:width]
+    channels = [xx * 255 / (width - 1), yy * 255 / (height - 1), 255 - xx * 255 / (width - 1)]
+    return np.stack(channels, axis=2).round().astype(np.uint8)
+
+
+def save(picture: Image.Image, kind: str, **options: object) -> bytes:
+    stream = io.BytesIO()
+    picture.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that claims a size and holds no pixels."""
+
+    def chunk(name: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "tolerance"),
+    [
+        ("PNG", {}, 0),
+        ("BMP", {}, 0),
+        ("TIFF", {}, 0),
+        ("TIFF", {"compression": "tiff_lzw"}, 0),
+        ("WEBP", {"lossless": True}, 0),
+        ("JPEG", {"quality": 100, "subsampling": 0}, 4),
+        ("JPEG", {"quality": 100, "subsampling": 0, "progressive": True}, 4),
+    ],
+)
+def test_every_format_comes_back_in_bgr(kind: str, options: dict[str, object], tolerance: int) -> None:
+    rgb = gradient()
+    decoded = decode_image(save(Image.fromarray(rgb), kind, **options))
+    assert decoded.flags.c_contiguous
+    assert_pictures_close(decoded, rgb[:, :, ::-1], mean=tolerance / 2, within=tolerance)
+
+
+@pytest.mark.parametrize("name", PHOTOS)
+def test_photos_decode_as_opencv_decodes_them(name: str) -> None:
+    path = shared.path_of(f"photos/{name}")
+    np.testing.assert_array_equal(decode_image(path.read_bytes()), shared.read_picture(path))
+
+
+def test_the_name_does_not_matter_the_bytes_do() -> None:
+    # decode_image never sees a name; a PNG sent as .jpg is a PNG.
+    assert decode_image(save(Image.fromarray(gradient()), "PNG")).shape == (40, 60, 3)
+
+
+def test_grey_and_palette_and_one_bit() -> None:
+    ramp = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    expected = np.repeat(ramp[:, :, None], 3, axis=2)
+    np.testing.assert_array_equal(decode_image(save(Image.fromarray(ramp), "PNG")), expected)
+    palette = Image.fromarray(ramp).convert("P")
+    np.testing.assert_array_equal(decode_image(save(palette, "PNG")), expected)
+    bits = decode_image(save(Image.fromarray(ramp > 127), "PNG"))
+    np.testing.assert_array_equal(bits, np.where(expected > 127, 255, 0))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF"])
+def test_transparency_is_laid_over_white(kind: str) -> None:
+    rgba = np.zeros((4, 3, 4), np.uint8)
+    rgba[..., 0] = 200
+    rgba[:, 0, 3], rgba[:, 1, 3], rgba[:, 2, 3] = 0, 255, 51
+    options: dict[str, object] = {"lossless": True, "exact": True} if kind == "WEBP" else {}
+    decoded = decode_image(save(Image.fromarray(rgba, "RGBA"), kind, **options))
+    assert decoded[0, 0].tolist() == [255, 255, 255]
+    assert decoded[0, 1].tolist() == [0, 0, 200]
+    np.testing.assert_allclose(decoded[0, 2], [204, 204, 244], atol=1)
+
+
+def test_palette_transparency_and_grey_alpha() -> None:
+    picture = Image.new("P", (2, 1), 0)
+    picture.putpalette([255, 0, 0, 0, 0, 255])
+    picture.putpixel((1, 0), 1)
+    assert decode_image(save(picture, "PNG", transparency=0)).tolist() == [[[255, 255, 255], [255, 0, 0]]]
+    grey_alpha = Image.fromarray(np.array([[[10, 0], [10, 255]]], np.uint8), "LA")
+    assert decode_image(save(grey_alpha, "PNG")).tolist() == [[[255] * 3, [10] * 3]]
+
+
+def test_cmyk() -> None:
+    picture = Image.new("CMYK", (16, 16), (0, 255, 255, 0))
+    decoded = decode_image(save(picture, "JPEG", quality=100))
+    np.testing.assert_allclose(decoded[8, 8], [0, 0, 255], atol=3)
+
+
+@pytest.mark.parametrize("extension", [".png", ".tiff"])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_16_bits_are_scaled_by_the_known_depth(extension: str, channels: int) -> None:
+    # A dark picture, whose brightest value a guess by maximum would take for 8 bits.
+    levels = np.array([0, 128, 129, 257, 200 * 257, 65535], np.uint16)
+    samples = np.repeat(levels[None, :, None], channels, axis=2).repeat(4, axis=0)
+    if channels == 4:
+        samples[..., 3] = 65535
+    ok, data = cv2.imencode(extension, samples)
+    assert ok
+    decoded = decode_image(data.tobytes())
+    np.testing.assert_array_equal(decoded[0], np.repeat([[0], [0], [1], [1], [200], [255]], 3, axis=1))
+
+
+def test_dark_16_bit_picture_stays_dark() -> None:
+    ok, data = cv2.imencode(".png", np.full((5, 5, 3), 200, np.uint16))
+    assert ok
+    assert decode_image(data.tobytes()).max() == 1
+
+
+def test_16_bit_colours_keep_their_order_and_alpha() -> None:
+    bgra = np.zeros((1, 2, 4), np.uint16)
+    bgra[0, :, 0] = 65535
+    bgra[0, 0, 3] = 65535
+    ok, data = cv2.imencode(".png", bgra)
+    assert ok
+    assert decode_image(data.tobytes()).tolist() == [[[255, 0, 0], [255, 255, 255]]]
+
+
+# How a picture is stored so that each orientation shows `gradient` upright.
+STORED = {
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.transpose(1, 0, 2),
+    6: lambda a: a.transpose(1, 0, 2)[::-1],
+    7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
+    8: lambda a: a.transpose(1, 0, 2)[:, ::-1],
+}
+
+
+@pytest.mark.parametrize("orientation", STORED)
+def test_exif_orientation_is_applied(orientation: int) -> None:
+    upright = gradient()
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = save(Image.fromarray(np.ascontiguousarray(STORED[orientation](upright))), "PNG", exif=exif)
+    np.testing.assert_array_equal(decode_image(data), upright[:, :, ::-1])
+
+
+@pytest.mark.parametrize("orientation", STORED)
+def test_exif_orientation_is_applied_to_16_bits_too(orientation: int) -> None:
+    upright = gradient()
+    stored = np.ascontiguousarray(STORED[orientation](upright))
+    ok, encoded = cv2.imencode(".png", stored[:, :, ::-1].astype(np.uint16) * 257)
+    assert ok
+    data, exif = encoded.tobytes(), Image.Exif()
+    exif[0x0112] = orientation
+    body = exif.tobytes().removeprefix(b"Exif\x00\x00")
+    chunk = struct.pack(">I", len(body)) + b"eXIf" + body + struct.pack(">I", zlib.crc32(b"eXIf" + body))
+    np.testing.assert_array_equal(decode_image(data[:33] + chunk + data[33:]), upright[:, :, ::-1])
+
+
+JPEG = save(Image.fromarray(gradient(200, 300)), "JPEG", quality=90)
+PNG = save(Image.fromarray(gradient(200, 300)), "PNG")
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "empty"),
+        (b"hello", "not a picture"),
+        (b"<html><body>404</body></html>", "not a picture"),
+        (b"%PDF-1.7", "not a picture"),
+        (JPEG[:2000], "damaged or cut short"),
+        (JPEG[:20], "not a picture"),
+        (PNG[: len(PNG) // 2], "damaged or cut short"),
+        (PNG[:300] + b"\x00" * 100 + PNG[400:], "damaged or cut short"),
+        (png_header(60_000, 60_000), "pixels"),
+        (png_header(11_000, 10_000), f"{MAX_PIXELS:,} pixels, got 11000 x 10000"),
+        (png_header(66_000, 40), "65500"),
+        (png_header(1, MAX_ASPECT_RATIO + 1), "times the short one"),
+    ],
+)
+def test_unusable_files_say_which_and_why(data: bytes, reason: str) -> None:
+    with pytest.raises(ImageError, match="^Image 3: ") as raised:
+        decode_image(data, 3)
+    assert reason in str(raised.value)
+    assert raised.value.index == 3
+
+
+def test_encodes_a_jpeg_of_the_same_size_and_quality() -> None:
+    bgr = gradient()[:, :, ::-1]
+    data = encode_jpeg(np.ascontiguousarray(bgr))
+    with Image.open(io.BytesIO(data)) as picture:
+        assert picture.format == "JPEG"
+        assert picture.size == (60, 40)
+        reference = io.BytesIO()
+        Image.new("RGB", (8, 8)).save(reference, "JPEG", quality=JPEG_QUALITY)
+        assert picture.quantization == Image.open(reference).quantization  # type: ignore[attr-defined]
+    assert_pictures_close(decode_image(data), bgr, mean=2, within=12)
+
+
+@pytest.mark.parametrize("name", PHOTOS)
+def test_grey_is_told_as_upstream_tells_it(name: str) -> None:
+    assert is_gray(shared.photo(name)) == shared.geometry()[name]["is_gray"]
+
+
+def test_grey_is_about_variance_not_tint() -> None:
+    ramp = np.arange(200, dtype=np.uint8).reshape(10, 20)
+    assert is_gray(np.stack([ramp, ramp + 20, ramp + 40], axis=2))
+    assert not is_gray(gradient())

@@ -1,0 +1,151 @@
+"""The networks against upstream's names, shapes and numbers."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from codeformer.basicsr_compat import import_basicsr, register_codeformer
+from codeformer.networks.codeformer import CodeFormer
+from codeformer.networks.parsenet import FaceParsingNetwork
+from codeformer.networks.retinaface import build_retinaface
+from codeformer.restoration import faces_to_tensor
+from tests import shared
+from tests.compare import relative_error
+from tests.conftest import CPU, TINY_CONFIG, make_tiny_restorer
+
+FACES = ("face_0143", "face_0342")
+
+
+@pytest.mark.parametrize(
+    ("name", "build"),
+    [
+        ("codeformer", CodeFormer),
+        ("parsenet", lambda: FaceParsingNetwork().parsenet),
+        ("retinaface_mobile0.25", lambda: build_retinaface("mobile0.25")),
+        ("retinaface_resnet50", lambda: build_retinaface("resnet50")),
+    ],
+)
+def test_every_tensor_has_the_checkpoints_name_shape_and_dtype(name: str, build: Any) -> None:
+    expected = {key: (tuple(shape), dtype) for key, (shape, dtype) in shared.state_keys()[name].items()}
+    state = build().state_dict()
+    actual = {key: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for key, t in state.items()}
+    assert actual == expected
+
+
+def face_batch(name: str) -> torch.Tensor:
+    return faces_to_tensor(shared.photo(f"{name}.png")[None], CPU, channels_last=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FACES)
+@pytest.mark.parametrize(
+    ("w", "adain", "key"),
+    [
+        (0.0, True, "out_w0.0"),
+        (0.5, True, "out_w0.5"),
+        (1.0, True, "out_w1.0"),
+        (0.5, False, "out_w0.5_noadain"),
+    ],
+)
+def test_codeformer_computes_what_upstream_computes(
+    filled_codeformer: CodeFormer, name: str, w: float, adain: bool, key: str
+) -> None:
+    golden = np.load(shared.path_of(f"goldens/network_{name}.npz"))
+    with torch.inference_mode():
+        out, logits, lq_feat = filled_codeformer(face_batch(name), w=w, adain=adain)
+    assert relative_error(out[0, :, ::4, ::4], golden[key]) <= 1e-4
+    assert relative_error(lq_feat[0], golden["lq_feat"]) <= 1e-4
+    assert relative_error(logits[0, :, :32], golden["logits_head"]) <= 1e-4
+    np.testing.assert_array_equal(logits[0].argmax(1), golden["codes"])
+    if adain:
+        full = out[0].double()
+        statistics = [full.mean(), full.std(), full.min(), full.max()]
+        np.testing.assert_allclose(statistics, golden[f"mean_std_w{w}"], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FACES)
+def test_parsenet_computes_what_upstream_computes(filled_parsenet: FaceParsingNetwork, name: str) -> None:
+    golden = np.load(shared.path_of(f"goldens/network_{name}.npz"))
+    with torch.inference_mode():
+        [logits] = filled_parsenet(face_batch(name))
+    assert relative_error(logits[:, ::8, ::8], golden["parse_logits_s8"]) <= 1e-4
+    assert (logits.argmax(0).numpy() == golden["parse_labels"]).mean() > 0.9999
+
+
+def test_parsenets_image_branch_is_not_computed() -> None:
+    network = FaceParsingNetwork(resolution=64)
+    calls: list[nn.Module] = []
+    image_branch = network.parsenet.out_img_conv
+    assert isinstance(image_branch, nn.Module)
+    image_branch.register_forward_hook(lambda module, *_: calls.append(module))
+    with torch.inference_mode():
+        assert network(torch.zeros(1, 3, 64, 64)).shape == (1, 19, 64, 64)
+    assert calls == []
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        TINY_CONFIG,
+        {**TINY_CONFIG, "latent_size": 64, "channel_multipliers": (1, 2, 4), "connect_list": ("16",)},
+        {**TINY_CONFIG, "connect_list": ()},
+        {**TINY_CONFIG, "base_channels": 6},
+    ],
+)
+def test_small_configurations_are_the_same_class(config: dict[str, Any]) -> None:
+    network = CodeFormer(**config).eval()
+    size = network.resolution
+    with torch.inference_mode():
+        out, logits, lq_feat = network(torch.rand(2, 3, size, size), w=0.5, adain=True)
+    tokens = config.get("latent_size", 256)
+    assert out.shape == (2, 3, size, size)
+    assert logits.shape == (2, tokens, config["codebook_size"])
+    assert lq_feat.shape == (2, config["code_dim"], int(tokens**0.5), int(tokens**0.5))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"latent_size": 200}, "square"),
+        ({"dim_embd": 100, "n_head": 8}, "multiple"),
+        ({"connect_list": ("33",)}, "connect_list"),
+    ],
+)
+def test_impossible_configurations_are_refused(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        CodeFormer(**{**TINY_CONFIG, **config})
+
+
+def test_fidelity_changes_the_face_and_a_tensor_means_the_same_as_a_number(device: torch.device) -> None:
+    network = make_tiny_restorer().to(device)
+    x = torch.rand(1, 3, 512, 512, generator=torch.Generator().manual_seed(0)).to(device)
+    with torch.inference_mode():
+        quality, fidelity = (network(x, w=w, adain=True)[0] for w in (0.0, 1.0))
+        by_number, by_tensor = (network(x, w=w)[0] for w in (0.25, torch.tensor(0.25, device=device)))
+    assert (quality - fidelity).abs().mean() > 0.01
+    torch.testing.assert_close(by_number, by_tensor)
+
+
+def test_a_face_does_not_depend_on_its_batch(device: torch.device) -> None:
+    network = make_tiny_restorer().to(device)
+    x = torch.rand(3, 3, 512, 512, generator=torch.Generator().manual_seed(1)).to(device)
+    with torch.inference_mode():
+        together = network(x, w=0.5, adain=True)[0]
+        alone = network(x[1:2], w=0.5, adain=True)[0]
+    torch.testing.assert_close(together[1:2], alone, rtol=1e-3, atol=1e-3)
+
+
+def test_retinaface_refuses_an_unknown_backbone() -> None:
+    with pytest.raises(ValueError, match="vgg16"):
+        build_retinaface("vgg16")  # type: ignore[arg-type]
+
+
+def test_registration_in_basicsr() -> None:
+    register_codeformer()
+    register_codeformer()
+    registry = import_basicsr("utils.registry").ARCH_REGISTRY
+    assert registry.get("CodeFormer") is CodeFormer

@@ -1,0 +1,365 @@
+"""The whole way of a picture: against upstream's pictures, and its promises one by one."""
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from codeformer import Pipeline, resolve_plan
+from codeformer.detection import Detection, FaceDetector
+from codeformer.errors import BackendConflictError, ImageError, InferenceError, OptionError
+from codeformer.models import Models
+from codeformer.parsing import TemplateMask
+from codeformer.restoration import FaceRestorer
+from tests import shared
+from tests.compare import assert_pictures_close
+from tests.conftest import CPU, make_tiny_restorer
+
+
+class ReplayingDetector:
+    """Answers with what upstream found: float32 noise of another CPU would flip a close code."""
+
+    def __init__(self, name: str) -> None:
+        golden = shared.geometry()[f"{name}.jpg"]
+        self._found = [
+            Detection(np.array(box[:4], np.float32), box[4], np.array(landmarks, np.float32))
+            for box, landmarks in zip(golden["boxes"], golden["landmarks"], strict=True)
+        ]
+
+    def detect(self, images_bgr: Sequence[np.ndarray], *, batched: bool = True) -> list[list[Detection]]:
+        return [self._found for _ in images_bgr]
+
+
+def replaying(models: Models, name: str) -> Pipeline:
+    return Pipeline(dataclasses.replace(models, detector=ReplayingDetector(name)), CPU)  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("profile", "kind"), [("baseline", "parse"), ("max_speed", "square")])
+@pytest.mark.parametrize("name", ["scene_00_large", "scene_03_large"])
+def test_restores_as_upstream_does(filled_models: Models, name: str, profile: str, kind: str) -> None:
+    picture = shared.photo(f"{name}.jpg")
+    [result] = replaying(filled_models, name).restore([picture], 0.5, resolve_plan(profile, device=CPU))
+    expected = shared.golden_picture(f"pipeline_{name}_{kind}")
+    assert_pictures_close(result.image_bgr, expected, mean=0.3, within=2, share=0.999)
+
+
+@pytest.mark.slow
+def test_restores_as_upstream_does_with_the_real_detector(filled_models: Models) -> None:
+    picture = shared.photo("scene_00_large.jpg")
+    plan = resolve_plan("fast", device=CPU)
+    [result] = Pipeline(filled_models, CPU).restore([picture], 0.5, plan)
+    expected = shared.golden_picture("pipeline_scene_00_large_parse")
+    assert_pictures_close(result.image_bgr, expected, mean=0.3, within=2, share=0.999)
+
+
+@pytest.fixture
+def photos() -> list[np.ndarray]:
+    """Four faces, one, none; and a picture smaller than the working copy."""
+    return [
+        shared.photo("scene_00_large.jpg"),
+        shared.photo("scene_03_large.jpg"),
+        np.full((300, 400, 3), 90, np.uint8),
+        shared.photo("scene_04.jpg"),
+    ]
+
+
+def images(results: Sequence[Any]) -> list[np.ndarray]:
+    return [result.image_bgr for result in results]
+
+
+def test_results_tell_what_was_done(tiny_pipeline: Pipeline, photos: list[np.ndarray]) -> None:
+    originals = [photo.copy() for photo in photos]
+    results = tiny_pipeline.restore(photos)
+    assert [len(result.faces) for result in results] == [4, 1, 0, 1]
+    for original, photo, result in zip(originals, photos, results, strict=True):
+        np.testing.assert_array_equal(photo, original, err_msg="the input was altered")
+        assert result.image_bgr.shape == photo.shape
+        assert result.image_bgr.dtype == np.uint8
+        assert result.skipped_faces == ()
+        assert result.float32_retries == 0
+        stages = {"detect", "align", "restore", "parse", "paste"} if result.faces else {"detect", "align"}
+        assert set(result.elapsed_ms) == stages
+        assert all(elapsed > 0 for elapsed in result.elapsed_ms.values())
+        for face in result.faces:
+            left, top, right, bottom = face.box_xyxy
+            assert 0 <= left < right <= photo.shape[1]
+            assert 0 <= top < bottom <= photo.shape[0]
+            assert ((face.landmarks_xy > [left, top]) & (face.landmarks_xy < [right, bottom])).all()
+            centre = face.picture_to_face @ [*face.landmarks_xy.mean(axis=0), 1]
+            np.testing.assert_allclose(centre, [256, 307], atol=25)
+            back = face.face_to_picture @ [*centre, 1]
+            np.testing.assert_allclose(back, face.landmarks_xy.mean(axis=0), atol=1e-6)
+
+
+@pytest.mark.parametrize("profile", ["baseline", "max_speed"])
+def test_outside_the_faces_every_pixel_is_the_inputs(
+    tiny_pipeline: Pipeline, photos: list[np.ndarray], profile: str
+) -> None:
+    results = tiny_pipeline.restore(photos, plan=resolve_plan(profile, device=CPU))
+    for photo, result in zip(photos, results, strict=True):
+        outside = np.ones(photo.shape[:2], bool)
+        for face in result.faces:
+            square = cv2.warpAffine(
+                np.ones((512, 512), np.float32), face.face_to_picture, (photo.shape[1], photo.shape[0])
+            )
+            outside &= square == 0
+            centre = face.landmarks_xy.mean(axis=0).round().astype(int)
+            assert (result.image_bgr[centre[1], centre[0]] != photo[centre[1], centre[0]]).any()
+        assert outside.any()
+        np.testing.assert_array_equal(result.image_bgr[outside], photo[outside])
+
+
+def test_faces_of_small_pictures_land_where_they_were(
+    detector: FaceDetector, photos: list[np.ndarray]
+) -> None:
+    class Identity(FaceRestorer):
+        def restore(self, crops_bgr: np.ndarray, fidelity: float, **_: object) -> np.ndarray:
+            return crops_bgr
+
+    pipeline = Pipeline(Models(detector, Identity(make_tiny_restorer()), TemplateMask()), CPU)
+    for photo, result in zip(photos, pipeline.restore(photos), strict=True):
+        # Half a pixel of displacement would show as an error of many levels along every edge.
+        assert_pictures_close(result.image_bgr, photo, mean=0.6, within=12, share=0.999)
+
+
+def test_fast_equals_baseline_on_a_cpu(tiny_pipeline: Pipeline, photos: list[np.ndarray]) -> None:
+    baseline = images(tiny_pipeline.restore(photos, 0.5, resolve_plan("baseline", device=CPU)))
+    plan = resolve_plan("fast", device=CPU)
+    for fast in (plan, dataclasses.replace(plan, micro_batch=3)):
+        for ours, theirs in zip(images(tiny_pipeline.restore(photos, 0.5, fast)), baseline, strict=True):
+            assert_pictures_close(ours, theirs, mean=0.01, within=1)
+
+
+def test_profiles_take_their_own_path(
+    tiny_pipeline: Pipeline, photos: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches: list[int] = []
+    half_dtypes: list[torch.dtype | None] = []
+    detections: list[bool] = []
+    parsed: list[int] = []
+    restore, masks, detect = FaceRestorer.restore, TemplateMask.masks, FaceDetector.detect
+
+    def spy_restore(self: Any, crops: Any, fidelity: float, **options: Any) -> Any:
+        batches.append(len(crops))
+        half_dtypes.append(options.get("half_dtype"))
+        return restore(self, crops, fidelity, **options)
+
+    def spy_masks(self: Any, faces: Any, **options: Any) -> Any:
+        parsed.append(len(faces))
+        return masks(self, faces, **options)
+
+    def spy_detect(self: Any, pictures: Any, *, batched: bool) -> Any:
+        detections.append(batched)
+        return detect(self, pictures, batched=batched)
+
+    monkeypatch.setattr(FaceRestorer, "restore", spy_restore)
+    monkeypatch.setattr(TemplateMask, "masks", spy_masks)
+    monkeypatch.setattr(FaceDetector, "detect", spy_detect)
+    gpu_like = {"micro_batch": 4, "half_dtype": torch.bfloat16}
+    tiny_pipeline.restore(photos, plan=resolve_plan("baseline", device=CPU))
+    assert (batches, parsed, detections) == ([1] * 6, [1] * 6, [False])
+    assert set(half_dtypes) == {None}
+    for profile, masked in (("fast", [4, 2]), ("max_speed", [])):
+        for calls in (batches, half_dtypes, detections, parsed):
+            calls.clear()
+        plan = dataclasses.replace(resolve_plan(profile, device=CPU), **gpu_like)  # type: ignore[arg-type]
+        tiny_pipeline.restore(photos, plan=plan)
+        assert (batches, parsed, detections) == ([4, 2], masked, [True])
+        assert set(half_dtypes) == {torch.bfloat16}
+
+
+def test_max_speed_pastes_the_square_and_baseline_the_face(tiny_pipeline: Pipeline) -> None:
+    photo = shared.photo("scene_03_large.jpg")
+    changed = {}
+    for profile in ("baseline", "max_speed"):
+        [result] = tiny_pipeline.restore([photo], plan=resolve_plan(profile, device=CPU))
+        changed[profile] = int((result.image_bgr != photo).any(axis=2).sum())
+    assert changed["max_speed"] > 1.2 * changed["baseline"]
+
+
+def test_fidelity_reaches_the_picture(tiny_pipeline: Pipeline) -> None:
+    photo = shared.photo("scene_03_large.jpg")
+    quality, fidelity = (tiny_pipeline.restore([photo], w)[0].image_bgr for w in (0.0, 1.0))
+    assert np.abs(quality.astype(int) - fidelity).max() > 20
+
+
+def test_a_grey_picture_stays_grey(tiny_pipeline: Pipeline) -> None:
+    photo = np.repeat(cv2.cvtColor(shared.photo("portrait_2.jpg"), cv2.COLOR_BGR2GRAY)[:, :, None], 3, axis=2)
+    [result] = tiny_pipeline.restore([photo])
+    assert len(result.faces) == 1
+    assert (result.image_bgr != photo).any()
+    np.testing.assert_array_equal(result.image_bgr[..., 0], result.image_bgr[..., 1])
+    np.testing.assert_array_equal(result.image_bgr[..., 0], result.image_bgr[..., 2])
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 20), (30, 40), (700, 513)])
+def test_without_a_face_the_picture_comes_back_as_it_is(
+    blind_pipeline: Pipeline, shape: tuple[int, int]
+) -> None:
+    photo = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    [result] = blind_pipeline.restore([photo])
+    assert result.faces == ()
+    np.testing.assert_array_equal(result.image_bgr, photo)
+    assert result.image_bgr is not photo
+
+
+def test_no_pictures_give_no_results(blind_pipeline: Pipeline) -> None:
+    assert blind_pipeline.restore([]) == []
+
+
+@pytest.mark.parametrize(
+    ("image", "reason"),
+    [
+        (np.zeros((9, 9, 3), np.float32), "float32"),
+        (np.zeros((9, 9), np.uint8), r"\(9, 9\)"),
+        (np.zeros((9, 9, 4), np.uint8), r"\(9, 9, 4\)"),
+        (np.zeros((0, 9, 3), np.uint8), r"\(0, 9, 3\)"),
+        (np.zeros((1, 400, 3), np.uint8), "times the short one"),
+        ("photo.jpg", "str"),
+    ],
+)
+def test_unusable_arrays_are_refused_before_any_work(
+    blind_pipeline: Pipeline, noise_picture: np.ndarray, image: Any, reason: str
+) -> None:
+    with pytest.raises(ImageError, match=f"^Image 2: .*{reason}"):
+        blind_pipeline.restore([noise_picture, image])
+
+
+def test_a_plan_for_another_device_is_refused(blind_pipeline: Pipeline) -> None:
+    plan = dataclasses.replace(resolve_plan(device=CPU), device=torch.device("meta"))
+    with pytest.raises(OptionError, match="meta"):
+        blind_pipeline.restore([], plan=plan)
+
+
+class FailingRestorer(FaceRestorer):
+    """Fails on the n-th batch."""
+
+    failure: Exception = RuntimeError("the device fell off the bus")
+    fails_at = 3
+
+    def __init__(self) -> None:
+        super().__init__(make_tiny_restorer())
+        self.calls = 0
+
+    def restore(self, *arguments: Any, **options: Any) -> np.ndarray:
+        self.calls += 1
+        if self.calls == self.fails_at:
+            raise self.failure
+        return super().restore(*arguments, **options)
+
+
+@pytest.mark.parametrize(
+    "failure", [RuntimeError("fell off the bus"), torch.OutOfMemoryError("out of memory")]
+)
+def test_a_failure_names_picture_face_and_cause_and_the_next_request_works(
+    detector: FaceDetector, photos: list[np.ndarray], failure: Exception
+) -> None:
+    restorer = FailingRestorer()
+    restorer.failure = failure
+    pipeline = Pipeline(Models(detector, restorer, TemplateMask()), CPU)
+    restorer.fails_at = 5
+    with pytest.raises(InferenceError) as raised:
+        pipeline.restore(photos)
+    assert raised.value.where == "image 2 face 1"
+    assert raised.value.stage == "restore"
+    assert str(failure) in str(raised.value)
+    assert [len(result.faces) for result in pipeline.restore(photos)] == [4, 1, 0, 1]
+
+
+def test_a_non_finite_face_is_a_failure(detector: FaceDetector) -> None:
+    network = make_tiny_restorer()
+    network.generator.blocks[-1].bias.data[0] = float("inf")  # type: ignore[union-attr,index]
+    pipeline = Pipeline(Models(detector, FaceRestorer(network), TemplateMask()), CPU)
+    with pytest.raises(InferenceError, match="image 1 face 1: .*not finite"):
+        pipeline.restore([shared.photo("scene_03_large.jpg")])
+
+
+def test_a_half_precision_overflow_runs_again_in_float32(
+    tiny_pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = tiny_pipeline._store._reference.restorer.network
+    generate = network.generate
+
+    def overflow(*arguments: Any, **options: Any) -> torch.Tensor:
+        out = generate(*arguments, **options)
+        return out * float("inf") if out.dtype == torch.bfloat16 else out
+
+    monkeypatch.setattr(tiny_pipeline._store._reference.restorer, "_generate", overflow)
+    photo = shared.photo("scene_03_large.jpg")
+    baseline = resolve_plan("baseline", device=CPU)
+    [result] = tiny_pipeline.restore([photo], 0.5, dataclasses.replace(baseline, half_dtype=torch.bfloat16))
+    [expected] = tiny_pipeline.restore([photo], 0.5, baseline)
+    assert result.float32_retries == 1
+    np.testing.assert_array_equal(result.image_bgr, expected.image_bgr)
+
+
+def test_requests_do_not_see_each_other(tiny_pipeline: Pipeline, photos: list[np.ndarray]) -> None:
+    def run(profile: str, mode: str, w: float) -> list[np.ndarray]:
+        return images(tiny_pipeline.restore(photos[:2], w, resolve_plan(profile, mode, "none", device=CPU)))
+
+    before = run("baseline", "safe", 0.5)
+    run("max_speed", "optimized", 0.0)
+    run("fast", "safe", 1.0)
+    optimized = run("fast", "optimized", 0.5)
+    for ours, theirs in zip(run("baseline", "safe", 0.5), before, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    for ours, theirs in zip(optimized, before, strict=True):
+        assert_pictures_close(ours, theirs, mean=0.2, within=2, share=0.999)
+
+
+def plan_of(mode: str, backend: str) -> Any:
+    return resolve_plan("fast", mode, backend, device=CPU)
+
+
+def test_a_process_keeps_its_first_backend(tiny_pipeline: Pipeline, noise_picture: np.ndarray) -> None:
+    tiny_pipeline.restore([noise_picture], plan=plan_of("safe", "eager"))
+    tiny_pipeline.restore([noise_picture], plan=plan_of("optimized", "none"))
+    tiny_pipeline.restore([noise_picture], plan=plan_of("safe", "inductor"))
+    with pytest.raises(BackendConflictError, match="'none'.*'eager'") as raised:
+        tiny_pipeline.restore([noise_picture], plan=plan_of("optimized", "eager"))
+    assert (raised.value.active, raised.value.requested) == ("none", "eager")
+    tiny_pipeline.restore([noise_picture], plan=plan_of("optimized", "none"))
+    tiny_pipeline.restore([noise_picture], plan=plan_of("safe", "eager"))
+
+
+@pytest.mark.slow
+def test_optimized_eager_restores_like_safe(tiny_pipeline: Pipeline) -> None:
+    photo = shared.photo("scene_03_large.jpg")
+    [safe] = tiny_pipeline.restore([photo], plan=plan_of("safe", "eager"))
+    [optimized] = tiny_pipeline.restore([photo], plan=plan_of("optimized", "eager"))
+    assert_pictures_close(optimized.image_bgr, safe.image_bgr, mean=0.2, within=2, share=0.999)
+
+
+def test_a_backend_that_cannot_compile_fails_and_does_not_bar_another(
+    tiny_pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        raise torch._dynamo.exc.TorchDynamoException("no compiler")
+
+    photo = shared.photo("scene_03_large.jpg")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "compile", lambda *_, **__: broken)
+        with pytest.raises(InferenceError, match="no compiler"):
+            tiny_pipeline.restore([photo], plan=plan_of("optimized", "inductor"))
+    [result] = tiny_pipeline.restore([photo], plan=plan_of("optimized", "none"))
+    assert len(result.faces) == 1
+
+
+def test_a_face_too_small_is_left_as_it_is_and_said_so(
+    tiny_pipeline: Pipeline, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = Detection(np.array([0, 0, 9, 9], np.float32), 0.9, np.full((5, 2), 4, np.float32))
+    monkeypatch.setattr(FaceDetector, "detect", lambda *_, **__: [[tiny]])
+    photo = shared.photo("scene_03_large.jpg")
+    with caplog.at_level(logging.WARNING):
+        [result] = tiny_pipeline.restore([photo])
+    assert result.faces == ()
+    assert len(result.skipped_faces) == 1
+    assert "image 1" in caplog.text
+    np.testing.assert_array_equal(result.image_bgr, photo)

@@ -1,0 +1,121 @@
+"""Options to plans."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from codeformer import plan as plans
+from codeformer.errors import OptionError
+from codeformer.plan import COMPILE_BACKENDS, RUNTIME_PROFILES, STABILITY_MODES, check_fidelity, resolve_plan
+from tests.conftest import CPU
+
+CUDA = torch.device("cuda")
+
+
+@pytest.fixture(params=[(7, 0), (7, 5), (8, 0), (8, 9), (9, 0), (6, 1)], ids=str)
+def capability(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
+    """A machine with a GPU of some compute capability that claims to know bfloat16."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: request.param)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
+    return request.param
+
+
+def test_compute_capability_decides_the_half_precision(capability: tuple[int, int]) -> None:
+    expected = {6: None, 7: torch.float16, 8: torch.bfloat16, 9: torch.bfloat16}[capability[0]]
+    for mode in STABILITY_MODES:
+        assert resolve_plan("baseline", mode, device=CUDA).half_dtype is None
+        assert resolve_plan("fast", mode, device=CUDA).half_dtype == expected
+        assert resolve_plan("max_speed", mode, device=CUDA).half_dtype == expected
+
+
+def test_a_cpu_computes_in_float32() -> None:
+    assert all(resolve_plan(profile, device=CPU).half_dtype is None for profile in RUNTIME_PROFILES)
+
+
+@pytest.mark.parametrize(
+    ("profile", "micro_batch", "parse_faces"),
+    [("baseline", 1, True), ("fast", 8, True), ("max_speed", 8, False)],
+)
+def test_profiles(profile: str, micro_batch: int, parse_faces: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
+    for mode in STABILITY_MODES:
+        plan = resolve_plan(profile, mode, device=CUDA)
+        assert (plan.micro_batch, plan.parse_faces) == (micro_batch, parse_faces)
+        assert plan.batch_detection == (profile != "baseline")
+
+
+def test_safe_means_no_risky_optimisation() -> None:
+    for profile, backend in itertools.product(RUNTIME_PROFILES, COMPILE_BACKENDS):
+        plan = resolve_plan(profile, "safe", backend, device=CPU)
+        assert not (plan.optimized or plan.channels_last or plan.tf32 or plan.cudnn_benchmark)
+        assert plan.compile_backend is None
+
+
+def test_optimized_compiles_with_the_backend() -> None:
+    for profile, backend in itertools.product(RUNTIME_PROFILES, COMPILE_BACKENDS):
+        plan = resolve_plan(profile, "optimized", backend, device=CPU)
+        assert plan.optimized
+        assert plan.channels_last
+        assert plan.compile_backend == (None if backend == "none" else backend)
+
+
+def test_defaults_are_the_documented_ones() -> None:
+    assert resolve_plan(device=CPU) == resolve_plan("baseline", "safe", "eager", device=CPU)
+    assert plans.DEFAULT_FIDELITY == 0.5
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        (("turbo", "safe", "none"), "runtime_profile"),
+        (("fast", "unsafe", "none"), "stability_mode"),
+        (("fast", "safe", "cudagraphs"), "compile_backend"),
+        (("fast", "safe", None), "compile_backend"),
+        (([], "safe", "none"), "runtime_profile"),
+    ],
+)
+def test_unknown_choices_are_refused(options: tuple[str, str, str], name: str) -> None:
+    with pytest.raises(OptionError, match=f"^{name}: expected one of") as raised:
+        resolve_plan(*options, device=CPU)
+    assert raised.value.option == name
+
+
+@pytest.mark.parametrize("value", [0, 1, 0.0, 0.5, 1.0])
+def test_fidelity_in_range(value: float) -> None:
+    assert check_fidelity(value) == value
+    assert isinstance(check_fidelity(value), float)
+
+
+@pytest.mark.parametrize("value", [-0.01, 1.01, math.nan, math.inf, -math.inf, "0.5", None, True, [0.5]])
+def test_fidelity_out_of_range(value: object) -> None:
+    with pytest.raises(OptionError, match="codeformer_fidelity"):
+        check_fidelity(value)
+
+
+def test_torchs_switches_are_held_and_put_back() -> None:
+    before = (
+        torch.backends.cuda.matmul.allow_tf32,
+        torch.backends.cudnn.allow_tf32,
+        torch.backends.cudnn.benchmark,
+    )
+    try:
+        torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cuda.matmul.allow_tf32 = True
+        with resolve_plan("baseline", "safe", device=CPU).backend_flags():
+            assert not torch.backends.cuda.matmul.allow_tf32
+            assert not torch.backends.cudnn.allow_tf32
+            assert not torch.backends.cudnn.benchmark
+        assert torch.backends.cudnn.allow_tf32
+        assert torch.backends.cuda.matmul.allow_tf32
+        with resolve_plan("fast", "optimized", device=CPU).backend_flags():
+            assert torch.backends.cudnn.allow_tf32
+            assert torch.backends.cudnn.benchmark
+        with pytest.raises(KeyError), resolve_plan("baseline", device=CPU).backend_flags():
+            raise KeyError
+        assert torch.backends.cudnn.allow_tf32
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before[0]
+        torch.backends.cudnn.allow_tf32 = before[1]
+        torch.backends.cudnn.benchmark = before[2]

@@ -1,0 +1,135 @@
+"""The restorer's and the parser's adapters."""
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from codeformer.errors import NonFiniteOutputError
+from codeformer.networks.parsenet import FaceParsingNetwork
+from codeformer.parsing import FaceParser, TemplateMask, soften_labels
+from codeformer.restoration import FaceRestorer, faces_to_tensor, match_gray, tensor_to_faces
+from tests.compare import assert_pictures_close
+from tests.conftest import CPU, make_tiny_restorer
+
+
+def faces(count: int) -> np.ndarray:
+    small = np.random.default_rng(3).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+    return np.stack([cv2.resize(face, (512, 512), interpolation=cv2.INTER_CUBIC) for face in small])
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_every_level_survives_the_way_to_the_network_and_back(channels_last: bool) -> None:
+    levels = np.arange(256, dtype=np.uint8)
+    picture = np.stack([levels, levels[::-1], np.roll(levels, 9)], axis=1).reshape(1, 16, 16, 3)
+    batch = faces_to_tensor(picture, CPU, channels_last=channels_last)
+    assert batch.shape == (1, 3, 16, 16)
+    assert batch.min() == -1
+    assert batch.max() == 1
+    assert batch[0, 0, 0, 0] == picture[0, 0, 0, 2] / 127.5 - 1
+    np.testing.assert_array_equal(tensor_to_faces(batch), picture)
+
+
+def test_output_is_rounded_and_clipped_not_wrapped() -> None:
+    values = torch.tensor([-9.0, -1.0, 0.999, 1.0, 1.2, 300.0]).view(1, 1, 1, 6).expand(1, 3, 1, 6)
+    assert tensor_to_faces(values)[0, 0, :, 0].tolist() == [0, 0, 255, 255, 255, 255]
+    assert tensor_to_faces(values.bfloat16())[0, 0, :, 0].tolist()[-3:] == [255, 255, 255]
+
+
+def test_faces_do_not_depend_on_the_memory_layout() -> None:
+    crops = faces(2)
+    plain = FaceRestorer(make_tiny_restorer()).restore(crops, 0.5)
+    network = make_tiny_restorer().to(memory_format=torch.channels_last)
+    other = FaceRestorer(network, channels_last=True).restore(crops, 0.5)
+    assert_pictures_close(other, plain, mean=0.1, within=1)
+
+
+def test_half_precision_changes_little_and_only_the_generator(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = make_tiny_restorer()
+    dtypes: list[torch.dtype] = []
+    network.generator.blocks[0].register_forward_hook(lambda _m, _i, out: dtypes.append(out.dtype))
+    network.encoder.blocks[0].register_forward_hook(lambda _m, _i, out: dtypes.append(out.dtype))
+    restorer, crops = FaceRestorer(network), faces(1)
+    exact = restorer.restore(crops, 0.5)
+    half = restorer.restore(crops, 0.5, half_dtype=torch.bfloat16)
+    assert dtypes == [torch.float32, torch.float32, torch.float32, torch.bfloat16]
+    assert not np.array_equal(half, exact)
+    assert_pictures_close(half, exact, mean=4.0, within=40, share=0.99)
+
+
+def test_a_non_finite_answer_is_an_error() -> None:
+    network = make_tiny_restorer()
+    network.generator.blocks[-1].bias.data[0] = float("nan")  # type: ignore[union-attr,index]
+    with pytest.raises(NonFiniteOutputError, match="not finite"):
+        FaceRestorer(network).restore(faces(1), 0.5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+def test_compiled_equals_eager_for_every_fidelity_and_batch(backend: str) -> None:
+    torch._dynamo.reset()
+    network = make_tiny_restorer().to(memory_format=torch.channels_last)
+    plain = FaceRestorer(network, channels_last=True)
+    compiled = FaceRestorer(network, channels_last=True, compile_backend=backend)
+    torch._dynamo.utils.counters.clear()
+    for count, fidelity in [(1, 0.5), (1, 0.25), (1, 0.0), (2, 0.9), (3, 0.1), (1, 1.0)]:
+        crops = faces(count)
+        assert_pictures_close(
+            compiled.restore(crops, fidelity), plain.restore(crops, fidelity), mean=0.05, within=1
+        )
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs <= 8, f"{graphs} graphs for 6 requests: something compiles anew for each"
+
+
+def test_grey_faces_take_their_statistics_from_the_crop() -> None:
+    restored, crop = faces(2)
+    crop = (crop // 4 + 90).astype(np.uint8)
+    matched = match_gray(restored, crop).astype(np.float64)
+    np.testing.assert_allclose(matched.mean(axis=(0, 1)), crop.mean(axis=(0, 1)), atol=0.5)
+    np.testing.assert_allclose(matched.std(axis=(0, 1)), crop.std(axis=(0, 1)), atol=0.5)
+    luma = restored[..., 2] * 0.2989 + restored[..., 1] * 0.5870 + restored[..., 0] * 0.1140
+    for channel in range(3):
+        assert np.corrcoef(matched[..., channel].ravel(), luma.ravel())[0, 1] > 0.999
+
+
+def test_a_flat_crop_gives_a_flat_face() -> None:
+    matched = match_gray(faces(1)[0], np.full((512, 512, 3), 77, np.uint8))
+    assert_pictures_close(matched, np.full((512, 512, 3), 77, np.uint8), mean=0.5, within=1)
+
+
+def test_face_labels_become_a_soft_mask() -> None:
+    labels = np.zeros((512, 512), np.uint8)
+    labels[150:350, 150:350] = 1
+    mask = soften_labels(labels)
+    assert mask.dtype == np.float32
+    assert mask[250, 250] == pytest.approx(1.0, abs=1e-3)
+    assert mask[150, 250] == pytest.approx(0.5, abs=0.05)
+    assert mask[50, 50] < 1e-6
+
+
+@pytest.mark.parametrize("label", range(19))
+def test_which_labels_are_face(label: int) -> None:
+    mask = soften_labels(np.full((512, 512), label, np.uint8))
+    is_face = label not in (0, 14, 16, 17, 18)
+    assert mask[256, 256] == pytest.approx(float(is_face), abs=1e-5)
+    assert mask[:10].max() == mask[-10:].max() == mask[:, :10].max() == mask[:, -10:].max() == 0
+    assert (mask[10:-10, 10:-10] > 0.4).all() == is_face
+
+
+def test_the_parser_labels_each_face_of_a_batch_alike() -> None:
+    torch.manual_seed(0)
+    parser = FaceParser(FaceParsingNetwork(resolution=64).requires_grad_(False))
+    batch = np.stack([cv2.resize(face, (64, 64)) for face in faces(2)])
+    together = parser.labels(batch)
+    assert together.shape == (2, 64, 64)
+    assert (together[1] == parser.labels(batch[1:])[0]).mean() > 0.999
+    assert len(np.unique(together)) > 1
+
+
+def test_the_template_mask_covers_the_features_and_not_the_corners() -> None:
+    masks = TemplateMask().masks(faces(2))
+    assert masks.shape == (2, 512, 512)
+    for x, y in ((193, 240), (319, 240), (257, 314), (201, 371), (313, 371)):
+        assert masks[0, y, x] > 0.9
+    assert masks[0, [0, 0, -1, -1], [0, -1, 0, -1]].max() == 0
+    assert np.abs(np.diff(masks[0], axis=0)).max() < 0.06
