@@ -1,0 +1,240 @@
+"""Weight sets: manifests, verification, loading."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from codeformer import Pipeline
+from codeformer.errors import ManifestError, WeightFileError
+from codeformer.models import load_models
+from codeformer.parsing import TemplateMask
+from codeformer.weights.checkpoints import load_into, read_verified
+from codeformer.weights.manifest import WEIGHTS_ROOT, WeightSet, available_sets, load_weight_set
+from tests.conftest import CPU, TINY_CONFIG, describe_file, make_tiny_restorer
+
+# From the release pages, typed in a second time.
+OFFICIAL = {
+    "restorer": (
+        "codeformer.pth",
+        376_637_898,
+        "1009e537e0c2a07d4cabce6355f53cb66767cd4b4297ec7a4a64ca4b8a5684b7",
+    ),
+    "detector": (
+        "detection_Resnet50_Final.pth",
+        109_497_761,
+        "6d1de9c2944f2ccddca5f5e010ea5ae64a39845a86311af6fdf30841b0a5a16d",
+    ),
+    "parser": (
+        "parsing_parsenet.pth",
+        85_331_193,
+        "3d558d8d0e42c20224f13cf5a29c79eba2d59913419f945545d8cf7b72920de2",
+    ),
+}
+
+
+def test_the_official_set_is_described() -> None:
+    assert "official" in available_sets()
+    weight_set = load_weight_set("official")
+    described = {role: (f.path.name, f.size_bytes, f.sha256) for role, f in weight_set.files()}
+    assert described == OFFICIAL
+    for _, file in weight_set.files():
+        assert file.path.parent == WEIGHTS_ROOT / "official"
+        assert file.sources
+        assert all(source.startswith("https://github.com/") for source in file.sources)
+        assert all(source.endswith(f"/{file.path.name}") for source in file.sources)
+        assert file.licence
+    assert weight_set.parser is not None
+    assert len(weight_set.parser.sources) == 2
+
+
+def test_which_set_is_used(monkeypatch: pytest.MonkeyPatch, blind_weights: Path) -> None:
+    monkeypatch.delenv("CODEFORMER_WEIGHTS", raising=False)
+    assert load_weight_set().name == "official"
+    monkeypatch.setenv("CODEFORMER_WEIGHTS", str(blind_weights))
+    assert load_weight_set().name == "blind"
+    assert load_weight_set("official").name == "official"
+    monkeypatch.setenv("CODEFORMER_WEIGHTS", "")
+    assert load_weight_set().name == "official"
+    monkeypatch.chdir(blind_weights)
+    assert load_weight_set(".").name == "blind"
+
+
+def copy_with(source: Path, folder: Path, change: Any) -> Path:
+    shutil.copytree(source, folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    change(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+MALFORMED: dict[str, tuple[Any, str]] = {
+    "no restorer": (lambda m: m.pop("restorer"), "lacks restorer"),
+    "an unknown key": (lambda m: m.update(upscaler={}), "upscaler"),
+    "a field missing": (lambda m: m["detector"].pop("sha256"), "sha256"),
+    "a field of another type": (lambda m: m["detector"].update(bytes="9"), "detector.bytes"),
+    "another architecture": (lambda m: m["detector"].update(architecture="yolo"), "yolo"),
+    "a file elsewhere": (lambda m: m["detector"].update(file="../detector.pth"), "plain name"),
+    "an unknown kind of file": (lambda m: m["detector"].update(file="detector.pickle"), "safetensors"),
+    "a short hash": (lambda m: m["detector"].update(sha256="abc"), "64"),
+    "an address that is none": (lambda m: m["detector"].update(sources=[1]), "addresses"),
+    "a role that is a list": (lambda m: m.update(detector=[]), "JSON object"),
+}
+
+
+@pytest.mark.parametrize("case", MALFORMED)
+def test_malformed_manifests_are_refused(blind_weights: Path, tmp_path: Path, case: str) -> None:
+    change, message = MALFORMED[case]
+    folder = copy_with(blind_weights, tmp_path / "set", change)
+    with pytest.raises(ManifestError, match=message) as raised:
+        load_weight_set(folder)
+    assert str(folder) in str(raised.value)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "\xff"])
+def test_a_manifest_that_is_no_json_object_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "manifest.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ManifestError):
+        load_weight_set(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["no-such-set", "/no/such/folder", "../weights"])
+def test_an_unknown_set_is_refused_and_the_known_ones_named(name: str) -> None:
+    with pytest.raises(ManifestError, match="official"):
+        load_weight_set(name)
+
+
+def test_a_set_without_a_parser_uses_the_template_and_says_so_once(
+    blind_weights: Path, caplog: pytest.LogCaptureFixture, noise_picture: np.ndarray
+) -> None:
+    models = load_models(load_weight_set(blind_weights), CPU)
+    assert isinstance(models.masker, TemplateMask)
+    pipeline = Pipeline(models, CPU)
+    pipeline.restore([noise_picture])
+    pipeline.restore([noise_picture])
+    assert caplog.text.count("no face parser") == 1
+
+
+def test_a_loaded_pipeline_has_the_files_values(blind_weights: Path) -> None:
+    models = load_models(load_weight_set(blind_weights), CPU)
+    expected = make_tiny_restorer().state_dict()
+    state = models.restorer.network.state_dict()
+    assert set(state) == set(expected)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(state[name], tensor, rtol=0, atol=0)
+    assert not models.restorer.network.training
+    assert not any(p.requires_grad for p in models.restorer.network.parameters())
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_the_published_wrappings_are_taken_off(tmp_path: Path, wrapped: bool, prefix: str) -> None:
+    source = make_tiny_restorer(seed=1)
+    state = {prefix + name: tensor.half() for name, tensor in source.state_dict().items()}
+    path = tmp_path / "restorer.pth"
+    torch.save({"params_ema": state} if wrapped else state, path)
+    network = make_tiny_restorer(seed=2)
+    load_into(network, file_of(path))
+    weight = source.quantize.embedding.weight
+    torch.testing.assert_close(network.quantize.embedding.weight, weight, rtol=1e-3, atol=1e-3)
+    assert network.quantize.embedding.weight.dtype == torch.float32
+
+
+def file_of(path: Path) -> Any:
+    folder = path.parent
+    entry = describe_file(path, "codeformer", TINY_CONFIG)
+    detector = {**entry, "architecture": "retinaface"}
+    (folder / "manifest.json").write_text(json.dumps({"restorer": entry, "detector": detector}))
+    return load_weight_set(folder).restorer
+
+
+def damage_missing(path: Path) -> None:
+    path.unlink()
+
+
+def damage_short(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def damage_altered(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("damage", "actual"),
+    [(damage_missing, "no such file"), (damage_short, "bytes"), (damage_altered, "sha256")],
+)
+@pytest.mark.parametrize("role", ["restorer", "detector"])
+def test_a_file_that_is_not_the_described_one_is_never_loaded(
+    blind_weights: Path, tmp_path: Path, role: str, damage: Any, actual: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight_set = load_weight_set(copy_with(blind_weights, tmp_path / "set", lambda m: None))
+    file = dict(weight_set.files())[role]
+    damage(file.path)
+    with pytest.raises(WeightFileError) as raised:
+        load_models(weight_set, CPU)
+    error = raised.value
+    assert error.path == file.path
+    assert actual in error.actual
+    assert file.sha256 in error.expected
+    for part in (str(file.path), error.expected, error.actual, error.remedy):
+        assert part in str(error)
+    with pytest.raises(WeightFileError):
+        Pipeline.load(weight_set, CPU)
+
+
+def test_pickled_code_is_not_run(tmp_path: Path) -> None:
+    class Bomb:
+        def __reduce__(self) -> Any:
+            return (Path.touch, (tmp_path / "ran",))
+
+    path = tmp_path / "restorer.pth"
+    torch.save({"params_ema": Bomb()}, path)
+    with pytest.raises(WeightFileError, match="tensors only"):
+        load_into(make_tiny_restorer(), file_of(path))
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("content", [{"a": torch.zeros(1)}, [torch.zeros(1)], {"params_ema": 3}])
+def test_another_networks_file_is_refused(tmp_path: Path, content: Any) -> None:
+    path = tmp_path / "restorer.pth"
+    torch.save(content, path)
+    with pytest.raises(WeightFileError, match="tensors of CodeFormer"):
+        load_into(make_tiny_restorer(), file_of(path))
+
+
+def test_garbage_under_a_safetensors_name_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "restorer.safetensors"
+    path.write_bytes(b"\x00" * 64)
+    with pytest.raises(WeightFileError):
+        load_into(make_tiny_restorer(), file_of(path))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({**TINY_CONFIG, "width": 3}, "width"),
+        ({**TINY_CONFIG, "latent_size": 200}, "square"),
+        ({**TINY_CONFIG, "latent_size": 64, "connect_list": ("32",)}, "512 px faces, got 256 px"),
+    ],
+)
+def test_a_config_that_is_not_the_networks_is_refused(
+    blind_weights: Path, tmp_path: Path, config: dict[str, Any], message: str
+) -> None:
+    folder = copy_with(blind_weights, tmp_path / "set", lambda m: m["restorer"].update(config=config))
+    with pytest.raises(ManifestError, match=message):
+        load_models(load_weight_set(folder), CPU)
+
+
+def test_an_unreadable_file_is_an_error_of_ours(blind_weights: Path, tmp_path: Path) -> None:
+    weight_set: WeightSet = load_weight_set(copy_with(blind_weights, tmp_path / "set", lambda m: None))
+    weight_set.detector.path.unlink()
+    weight_set.detector.path.mkdir()
+    with pytest.raises(WeightFileError, match="directory"):
+        read_verified(weight_set.detector)
