@@ -3,7 +3,7 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -48,6 +48,20 @@ def make_tiny_restorer(seed: int = 0) -> CodeFormer:
     torch.nn.init.normal_(network.position_emb)
     network.feat_emb.weight.data *= 0.01
     return network.eval().requires_grad_(False)
+
+
+def make_channels_last_restorer() -> CodeFormer:
+    """The same network in the other memory layout."""
+    network: Any = make_tiny_restorer()
+    return cast("CodeFormer", network.to(memory_format=torch.channels_last))
+
+
+def make_broken_restorer(value: float) -> CodeFormer:
+    """A network whose red channel comes out as `value`."""
+    network = make_tiny_restorer()
+    last: Any = network.generator.blocks[-1]
+    last.bias.data[0] = value
+    return network
 
 
 def make_blind_detector() -> torch.nn.Module:
@@ -148,6 +162,7 @@ def tiny_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def noise_picture() -> np.ndarray:
-    """(96, 128, 3) uint8 BGR noise."""
-    return np.random.default_rng(0).integers(0, 256, (96, 128, 3), dtype=np.uint8)
+def picture() -> np.ndarray:
+    """(96, 128, 3) uint8 BGR, smooth enough to survive JPEG."""
+    yy, xx = np.mgrid[0:96, 0:128]
+    return np.stack([xx * 2, yy * 2, 255 - xx], axis=2).astype(np.uint8)

@@ -42,12 +42,12 @@ def _json(relative: str) -> Any:
     return json.loads(path_of(relative).read_text())
 
 
-def geometry() -> dict[str, Any]:
+def geometry() -> Any:
     """What upstream finds on each photo."""
     return _json("goldens/geometry.json")
 
 
-def state_keys() -> dict[str, Any]:
+def state_keys() -> Any:
     """Names, shapes and dtypes of the official checkpoints' tensors."""
     return _json("goldens/state_keys.json")
 
@@ -55,7 +55,8 @@ def state_keys() -> dict[str, Any]:
 def fill(network: torch.nn.Module) -> None:
     """Loads the deterministic values that the goldens were computed with."""
     spec = importlib.util.spec_from_file_location("goldens_fill", path_of("goldens/fill.py"))
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     network.load_state_dict(module.fill(network.state_dict()), strict=True)

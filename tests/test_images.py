@@ -192,7 +192,7 @@ PNG = save(Image.fromarray(gradient(200, 300)), "PNG")
     ],
 )
 def test_unusable_files_say_which_and_why(data: bytes, reason: str) -> None:
-    with pytest.raises(ImageError, match="^Image 3: ") as raised:
+    with pytest.raises(ImageError, match=r"^Image 3: ") as raised:
         decode_image(data, 3)
     assert reason in str(raised.value)
     assert raised.value.index == 3

@@ -18,7 +18,7 @@ from codeformer.parsing import TemplateMask
 from codeformer.restoration import FaceRestorer
 from tests import shared
 from tests.compare import assert_pictures_close
-from tests.conftest import CPU, make_tiny_restorer
+from tests.conftest import CPU, make_broken_restorer, make_tiny_restorer
 
 
 class ReplayingDetector:
@@ -191,7 +191,8 @@ def test_fidelity_reaches_the_picture(tiny_pipeline: Pipeline) -> None:
 
 
 def test_a_grey_picture_stays_grey(tiny_pipeline: Pipeline) -> None:
-    photo = np.repeat(cv2.cvtColor(shared.photo("portrait_2.jpg"), cv2.COLOR_BGR2GRAY)[:, :, None], 3, axis=2)
+    luma = np.asarray(cv2.cvtColor(shared.photo("portrait_2.jpg"), cv2.COLOR_BGR2GRAY), dtype=np.uint8)
+    photo = np.repeat(luma[:, :, None], 3, axis=2)
     [result] = tiny_pipeline.restore([photo])
     assert len(result.faces) == 1
     assert (result.image_bgr != photo).any()
@@ -226,10 +227,10 @@ def test_no_pictures_give_no_results(blind_pipeline: Pipeline) -> None:
     ],
 )
 def test_unusable_arrays_are_refused_before_any_work(
-    blind_pipeline: Pipeline, noise_picture: np.ndarray, image: Any, reason: str
+    blind_pipeline: Pipeline, picture: np.ndarray, image: Any, reason: str
 ) -> None:
     with pytest.raises(ImageError, match=f"^Image 2: .*{reason}"):
-        blind_pipeline.restore([noise_picture, image])
+        blind_pipeline.restore([picture, image])
 
 
 def test_a_plan_for_another_device_is_refused(blind_pipeline: Pipeline) -> None:
@@ -274,10 +275,9 @@ def test_a_failure_names_picture_face_and_cause_and_the_next_request_works(
 
 
 def test_a_non_finite_face_is_a_failure(detector: FaceDetector) -> None:
-    network = make_tiny_restorer()
-    network.generator.blocks[-1].bias.data[0] = float("inf")  # type: ignore[union-attr,index]
-    pipeline = Pipeline(Models(detector, FaceRestorer(network), TemplateMask()), CPU)
-    with pytest.raises(InferenceError, match="image 1 face 1: .*not finite"):
+    restorer = FaceRestorer(make_broken_restorer(float("inf")))
+    pipeline = Pipeline(Models(detector, restorer, TemplateMask()), CPU)
+    with pytest.raises(InferenceError, match=r"image 1 face 1: .*not finite"):
         pipeline.restore([shared.photo("scene_03_large.jpg")])
 
 
@@ -318,15 +318,15 @@ def plan_of(mode: str, backend: str) -> Any:
     return resolve_plan("fast", mode, backend, device=CPU)
 
 
-def test_a_process_keeps_its_first_backend(tiny_pipeline: Pipeline, noise_picture: np.ndarray) -> None:
-    tiny_pipeline.restore([noise_picture], plan=plan_of("safe", "eager"))
-    tiny_pipeline.restore([noise_picture], plan=plan_of("optimized", "none"))
-    tiny_pipeline.restore([noise_picture], plan=plan_of("safe", "inductor"))
-    with pytest.raises(BackendConflictError, match="'none'.*'eager'") as raised:
-        tiny_pipeline.restore([noise_picture], plan=plan_of("optimized", "eager"))
+def test_a_process_keeps_its_first_backend(tiny_pipeline: Pipeline, picture: np.ndarray) -> None:
+    tiny_pipeline.restore([picture], plan=plan_of("safe", "eager"))
+    tiny_pipeline.restore([picture], plan=plan_of("optimized", "none"))
+    tiny_pipeline.restore([picture], plan=plan_of("safe", "inductor"))
+    with pytest.raises(BackendConflictError, match=r"'none'.*'eager'") as raised:
+        tiny_pipeline.restore([picture], plan=plan_of("optimized", "eager"))
     assert (raised.value.active, raised.value.requested) == ("none", "eager")
-    tiny_pipeline.restore([noise_picture], plan=plan_of("optimized", "none"))
-    tiny_pipeline.restore([noise_picture], plan=plan_of("safe", "eager"))
+    tiny_pipeline.restore([picture], plan=plan_of("optimized", "none"))
+    tiny_pipeline.restore([picture], plan=plan_of("safe", "eager"))
 
 
 @pytest.mark.slow

@@ -2,6 +2,8 @@
 
 import itertools
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ CUDA = torch.device("cuda")
 
 
 @pytest.fixture(params=[(7, 0), (7, 5), (8, 0), (8, 9), (9, 0), (6, 1)], ids=str)
-def capability(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
+def capability(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A machine with a GPU of some compute capability that claims to know bfloat16."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: request.param)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
@@ -49,7 +51,8 @@ def test_profiles(profile: str, micro_batch: int, parse_faces: bool, monkeypatch
 def test_safe_means_no_risky_optimisation() -> None:
     for profile, backend in itertools.product(RUNTIME_PROFILES, COMPILE_BACKENDS):
         plan = resolve_plan(profile, "safe", backend, device=CPU)
-        assert not (plan.optimized or plan.channels_last or plan.tf32 or plan.cudnn_benchmark)
+        flags = (plan.optimized, plan.channels_last, plan.tf32, plan.cudnn_benchmark)
+        assert not any(flags)
         assert plan.compile_backend is None
 
 
@@ -94,28 +97,41 @@ def test_fidelity_out_of_range(value: object) -> None:
         check_fidelity(value)
 
 
+def switches() -> tuple[bool, bool, bool]:
+    """TF32 in matrix products, TF32 in convolutions, cuDNN's trials."""
+    cudnn = torch.backends.cudnn
+    return torch.backends.cuda.matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
+
+
+@pytest.fixture
+def _everything_on() -> Iterator[None]:
+    before = switches()
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.benchmark = True
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before[:2]
+    torch.backends.cudnn.benchmark = before[2]
+
+
+@pytest.mark.usefixtures("_everything_on")
 def test_torchs_switches_are_held_and_put_back() -> None:
-    before = (
-        torch.backends.cuda.matmul.allow_tf32,
-        torch.backends.cudnn.allow_tf32,
-        torch.backends.cudnn.benchmark,
-    )
-    try:
-        torch.backends.cudnn.allow_tf32 = True
-        torch.backends.cuda.matmul.allow_tf32 = True
-        with resolve_plan("baseline", "safe", device=CPU).backend_flags():
-            assert not torch.backends.cuda.matmul.allow_tf32
-            assert not torch.backends.cudnn.allow_tf32
-            assert not torch.backends.cudnn.benchmark
-        assert torch.backends.cudnn.allow_tf32
-        assert torch.backends.cuda.matmul.allow_tf32
+    with resolve_plan("fast", "safe", device=CPU).backend_flags():
+        assert switches() == (False, False, False)
+        with resolve_plan("baseline", "optimized", device=CPU).backend_flags():
+            assert switches() == (False, False, True)
         with resolve_plan("fast", "optimized", device=CPU).backend_flags():
-            assert torch.backends.cudnn.allow_tf32
-            assert torch.backends.cudnn.benchmark
-        with pytest.raises(KeyError), resolve_plan("baseline", device=CPU).backend_flags():
-            raise KeyError
-        assert torch.backends.cudnn.allow_tf32
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before[0]
-        torch.backends.cudnn.allow_tf32 = before[1]
-        torch.backends.cudnn.benchmark = before[2]
+            assert switches() == (True, True, True)
+        assert switches() == (False, False, False)
+    assert switches() == (True, True, True)
+
+
+def leave_with_an_error() -> None:
+    with resolve_plan("fast", "safe", device=CPU).backend_flags():
+        raise KeyError
+
+
+@pytest.mark.usefixtures("_everything_on")
+def test_torchs_switches_are_put_back_after_an_error() -> None:
+    with pytest.raises(KeyError):
+        leave_with_an_error()
+    assert switches() == (True, True, True)

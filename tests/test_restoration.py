@@ -10,7 +10,7 @@ from codeformer.networks.parsenet import FaceParsingNetwork
 from codeformer.parsing import FaceParser, TemplateMask, soften_labels
 from codeformer.restoration import FaceRestorer, faces_to_tensor, match_gray, tensor_to_faces
 from tests.compare import assert_pictures_close
-from tests.conftest import CPU, make_tiny_restorer
+from tests.conftest import CPU, make_broken_restorer, make_channels_last_restorer, make_tiny_restorer
 
 
 def faces(count: int) -> np.ndarray:
@@ -39,8 +39,7 @@ def test_output_is_rounded_and_clipped_not_wrapped() -> None:
 def test_faces_do_not_depend_on_the_memory_layout() -> None:
     crops = faces(2)
     plain = FaceRestorer(make_tiny_restorer()).restore(crops, 0.5)
-    network = make_tiny_restorer().to(memory_format=torch.channels_last)
-    other = FaceRestorer(network, channels_last=True).restore(crops, 0.5)
+    other = FaceRestorer(make_channels_last_restorer(), channels_last=True).restore(crops, 0.5)
     assert_pictures_close(other, plain, mean=0.1, within=1)
 
 
@@ -58,17 +57,15 @@ def test_half_precision_changes_little_and_only_the_generator(monkeypatch: pytes
 
 
 def test_a_non_finite_answer_is_an_error() -> None:
-    network = make_tiny_restorer()
-    network.generator.blocks[-1].bias.data[0] = float("nan")  # type: ignore[union-attr,index]
     with pytest.raises(NonFiniteOutputError, match="not finite"):
-        FaceRestorer(network).restore(faces(1), 0.5)
+        FaceRestorer(make_broken_restorer(float("nan"))).restore(faces(1), 0.5)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
 def test_compiled_equals_eager_for_every_fidelity_and_batch(backend: str) -> None:
     torch._dynamo.reset()
-    network = make_tiny_restorer().to(memory_format=torch.channels_last)
+    network = make_channels_last_restorer()
     plain = FaceRestorer(network, channels_last=True)
     compiled = FaceRestorer(network, channels_last=True, compile_backend=backend)
     torch._dynamo.utils.counters.clear()

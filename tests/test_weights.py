@@ -109,13 +109,13 @@ def test_an_unknown_set_is_refused_and_the_known_ones_named(name: str) -> None:
 
 
 def test_a_set_without_a_parser_uses_the_template_and_says_so_once(
-    blind_weights: Path, caplog: pytest.LogCaptureFixture, noise_picture: np.ndarray
+    blind_weights: Path, caplog: pytest.LogCaptureFixture, picture: np.ndarray
 ) -> None:
     models = load_models(load_weight_set(blind_weights), CPU)
     assert isinstance(models.masker, TemplateMask)
     pipeline = Pipeline(models, CPU)
-    pipeline.restore([noise_picture])
-    pipeline.restore([noise_picture])
+    pipeline.restore([picture])
+    pipeline.restore([picture])
     assert caplog.text.count("no face parser") == 1
 
 

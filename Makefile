@@ -1,0 +1,56 @@
+# The tasks of people and CI alike. Needs Python 3.11 with venv; everything else goes into .venv.
+
+PYTHON3 ?= python3.11
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+PHOTO ?= data/1.jpg
+OUTPUT ?= output
+PORT ?= 8080
+FLAGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help predict test lint typecheck format serve schema data clean
+
+help:  ## Show this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(VENV)/bin/python:
+	$(PYTHON3) -m venv $(VENV)
+
+$(VENV)/.runtime: requirements.txt | $(VENV)/bin/python
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+$(VENV)/.tools: requirements-dev.txt $(VENV)/.runtime
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+predict: $(VENV)/.runtime  ## Restore PHOTO (default data/1.jpg) into OUTPUT; FLAGS="--fidelity 0.7 --compare"
+	$(PYTHON) -m codeformer restore $(PHOTO) -o $(OUTPUT) $(FLAGS)
+
+test: $(VENV)/.tools  ## Run the whole test suite
+	$(PYTHON) -m pytest
+
+lint: $(VENV)/.tools  ## Check style and formatting
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+
+typecheck: $(VENV)/.tools  ## Check types, strictly
+	$(PYTHON) -m mypy
+
+format: $(VENV)/.tools  ## Format the code
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+
+serve: $(VENV)/.runtime  ## Run the real Cog server on PORT (default 8080), without Docker
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" PORT=$(PORT) COG_PREDICT_TYPE_STUB=predict.py:Predictor \
+		$(PYTHON) -m cog.server.http --host 127.0.0.1
+
+schema: $(VENV)/.runtime  ## Write the predictor's input schema anew
+	$(PYTHON) -m scripts.write_schema
+
+data: $(VENV)/.tools  ## Make data/1.jpg anew
+	$(PYTHON) data/make_portrait.py
+
+clean:  ## Remove the environment and caches
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,183 @@
+"""The Cog predictor: its interface, and what it does in process."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import cog
+import cv2
+import numpy as np
+import pytest
+import yaml
+
+from codeformer import plan as plans
+from codeformer.errors import ImageError, OptionError
+from codeformer.images import decode_image
+from codeformer.pipeline import Pipeline
+from codeformer.request import MAX_IMAGES, describe, serve
+from predict import Predictor
+from scripts.write_schema import SCHEMA_PATH, build_schema
+from tests.compare import assert_pictures_close
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_the_checked_in_schema_is_the_predictors() -> None:
+    assert json.loads(SCHEMA_PATH.read_text()) == build_schema(), "run: make schema"
+
+
+def test_the_interface_is_the_promised_one() -> None:
+    schemas = json.loads(SCHEMA_PATH.read_text())["components"]["schemas"]
+    properties = schemas["Input"]["properties"]
+    assert list(properties) == [
+        "images",
+        "codeformer_fidelity",
+        "runtime_profile",
+        "stability_mode",
+        "compile_backend",
+    ]
+    assert schemas["Input"]["required"] == ["images"]
+    assert properties["images"]["items"]["format"] == "uri"
+    fidelity = properties["codeformer_fidelity"]
+    assert (fidelity["minimum"], fidelity["maximum"], fidelity["default"]) == (0, 1, 0.5)
+    for name, choices, default in (
+        ("runtime_profile", plans.RUNTIME_PROFILES, "baseline"),
+        ("stability_mode", plans.STABILITY_MODES, "safe"),
+        ("compile_backend", plans.COMPILE_BACKENDS, "eager"),
+    ):
+        assert sorted(schemas[name]["enum"]) == sorted(choices)
+        assert properties[name]["default"] == default
+    assert all(entry["description"] for entry in properties.values())
+    assert schemas["Output"] == {
+        "title": "Output",
+        "type": "array",
+        "items": {"type": "string", "format": "uri"},
+    }
+
+
+def test_cog_yaml_fits_the_project() -> None:
+    config = yaml.safe_load((ROOT / "cog.yaml").read_text())
+    build = config["build"]
+    pins = dict(
+        line.split("==") for line in (ROOT / build["python_requirements"]).read_text().split() if "==" in line
+    )
+    assert config["run"] == "predict.py:Predictor"
+    assert build["gpu"] is True
+    assert build["python_version"] == "3.11"
+    assert build["sdk_version"] == pins["cog"] == cog.__version__
+    assert pins["torch"] == "2.11.0"
+
+
+@pytest.fixture
+def photo_path(tmp_path: Path, picture: np.ndarray) -> Path:
+    path = tmp_path / "name with spaces é.png"
+    assert cv2.imwrite(str(path), picture)
+    return path
+
+
+def test_serving_gives_a_jpeg_per_photo_in_order(
+    blind_pipeline: Pipeline, photo_path: Path, tmp_path: Path, picture: np.ndarray
+) -> None:
+    other = tmp_path / "other.webp"
+    assert cv2.imwrite(str(other), np.full((50, 70, 3), 128, np.uint8))
+    outcome = serve(blind_pipeline, [photo_path, other, photo_path])
+    shapes = [decode_image(jpeg).shape for jpeg in outcome.jpegs]
+    assert shapes == [(96, 128, 3), (50, 70, 3), (96, 128, 3)]
+    np.testing.assert_array_equal(outcome.images_bgr[0], picture)
+    assert outcome.metrics["images.count"] == 3
+    assert outcome.metrics["images.without_faces"] == 3
+    assert outcome.metrics["images.sizes"] == ["128x96", "70x50", "128x96"]
+    assert outcome.metrics["faces.detected"] == outcome.metrics["faces.restored"] == 0
+    times = {name: value for name, value in outcome.metrics.items() if name.startswith("timing.")}
+    stages = ("decode", "detect", "align", "restore", "parse", "paste", "encode", "total")
+    assert set(times) == {f"timing.{stage}" for stage in stages}
+    total = times.pop("timing.total")
+    assert isinstance(total, float)
+    assert 0 < sum(value for value in times.values() if isinstance(value, float)) <= total * 1.01
+    line = describe(outcome.metrics)
+    assert "\n" not in line
+    assert "images.count=3" in line
+
+
+@pytest.mark.parametrize("count", [0, MAX_IMAGES + 1])
+def test_too_few_and_too_many_photos(blind_pipeline: Pipeline, photo_path: Path, count: int) -> None:
+    with pytest.raises(OptionError, match=f"1 to {MAX_IMAGES} pictures, got '{count} pictures'"):
+        serve(blind_pipeline, [photo_path] * count)
+
+
+BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
+    ({"fidelity": 1.5}, "codeformer_fidelity"),
+    ({"fidelity": float("nan")}, "codeformer_fidelity"),
+    ({"runtime_profile": "turbo"}, "runtime_profile"),
+    ({"stability_mode": "risky"}, "stability_mode"),
+    ({"compile_backend": "tensorrt"}, "compile_backend"),
+]
+
+
+@pytest.mark.parametrize(("options", "name"), BAD_OPTIONS)
+def test_bad_options_are_refused_before_a_photo_is_read(
+    blind_pipeline: Pipeline, tmp_path: Path, options: dict[str, Any], name: str
+) -> None:
+    with pytest.raises(OptionError, match=name):
+        serve(blind_pipeline, [tmp_path / "missing.jpg"], **options)
+
+
+def test_one_bad_photo_fails_the_request_and_is_named(
+    blind_pipeline: Pipeline, photo_path: Path, tmp_path: Path
+) -> None:
+    text = tmp_path / "text.jpg"
+    text.write_text("<html>not found</html>")
+    with pytest.raises(ImageError, match=r"^Image 2: not a picture"):
+        serve(blind_pipeline, [photo_path, text, photo_path])
+    with pytest.raises(ImageError, match=r"^Image 1: the file cannot be read \(No such file"):
+        serve(blind_pipeline, [tmp_path / "missing.jpg", photo_path])
+
+
+def test_a_string_is_not_a_photo(blind_pipeline: Pipeline, photo_path: Path) -> None:
+    with pytest.raises(ImageError, match=r"^Image 1: expected an uploaded file"):
+        serve(blind_pipeline, [str(photo_path)])
+
+
+@pytest.fixture
+def predictor(blind_weights: Path, monkeypatch: pytest.MonkeyPatch) -> Predictor:
+    monkeypatch.setenv("CODEFORMER_WEIGHTS", str(blind_weights))
+    predictor = Predictor()
+    predictor.setup()
+    return predictor
+
+
+def run(predictor: Predictor, images: list[Path]) -> list[Path]:
+    """`run` with Cog's defaults, which Cog fills in from the schema."""
+    properties = json.loads(SCHEMA_PATH.read_text())["components"]["schemas"]["Input"]["properties"]
+    defaults = {name: entry["default"] for name, entry in properties.items() if "default" in entry}
+    return predictor.run(images=[cog.Path(path) for path in images], **defaults)
+
+
+def test_the_predictor_returns_jpg_files_and_removes_the_last_ones(
+    predictor: Predictor, photo_path: Path, picture: np.ndarray
+) -> None:
+    first = run(predictor, [photo_path, photo_path])
+    assert [path.name for path in first] == ["1.jpg", "2.jpg"]
+    assert_pictures_close(decode_image(first[0].read_bytes()), picture, mean=2, within=10)
+    [second] = run(predictor, [photo_path])
+    assert second.exists()
+    assert not any(path.exists() for path in first)
+    assert not first[0].parent.exists()
+
+
+def test_a_failed_request_leaves_the_predictor_usable(
+    predictor: Predictor, photo_path: Path, tmp_path: Path
+) -> None:
+    bad = tmp_path / "bad.jpg"
+    bad.write_bytes(b"\xff\xd8\xff")
+    with pytest.raises(ImageError):
+        run(predictor, [photo_path, bad])
+    assert len(run(predictor, [photo_path])) == 1
+
+
+def test_setup_without_weights_fails_and_says_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CODEFORMER_WEIGHTS", str(tmp_path))
+    with pytest.raises(Exception, match="CODEFORMER_WEIGHTS"):
+        Predictor().setup()

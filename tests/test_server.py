@@ -1,0 +1,243 @@
+"""The real Cog server over HTTP, with small networks."""
+
+import base64
+import contextlib
+import functools
+import http.server
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import requests
+
+from codeformer.images import decode_image
+from tests import shared
+from tests.compare import assert_pictures_close
+
+ROOT = Path(__file__).resolve().parents[1]
+START_DEADLINE_S = 90
+REQUEST_TIMEOUT_S = 120
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class CogServer:
+    """A running Cog server."""
+
+    def __init__(self, port: int) -> None:
+        self.url = f"http://127.0.0.1:{port}"
+
+    def predict(self, **inputs: Any) -> tuple[int, dict[str, Any]]:
+        deadline = time.monotonic() + REQUEST_TIMEOUT_S
+        while True:
+            reply = requests.post(
+                f"{self.url}/predictions", json={"input": inputs}, timeout=REQUEST_TIMEOUT_S
+            )
+            # Cog answers a failed request a moment before it frees the worker.
+            if reply.status_code != 409 or time.monotonic() > deadline:
+                return reply.status_code, reply.json()
+            time.sleep(0.05)
+
+    def succeed(self, **inputs: Any) -> dict[str, Any]:
+        status, answer = self.predict(**inputs)
+        assert (status, answer["status"]) == (200, "succeeded"), answer
+        return answer
+
+    def fail(self, **inputs: Any) -> str:
+        """The error's text: schema violations answer 422, failed predictions 200."""
+        status, answer = self.predict(**inputs)
+        if status == 422:
+            return str(answer["detail"])
+        assert (status, answer["status"]) == (200, "failed"), answer
+        assert not answer.get("output")
+        return str(answer["error"])
+
+
+@contextlib.contextmanager
+def running(weights: Path, log_path: Path) -> Iterator[CogServer]:
+    """Starts a server on a free port and ends it, by its process group, whatever happens."""
+    port = free_port()
+    environment = os.environ | {
+        # Cog starts its worker as `python` from PATH.
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PORT": str(port),
+        "COG_PREDICT_TYPE_STUB": "predict.py:Predictor",
+        "CODEFORMER_WEIGHTS": str(weights),
+    }
+    with log_path.open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "cog.server.http", "--host", "127.0.0.1"],
+            cwd=ROOT,
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        wait_until_ready(f"http://127.0.0.1:{port}/health-check", process, log_path)
+        yield CogServer(port)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait(20)
+
+
+def wait_until_ready(url: str, process: subprocess.Popen[bytes], log_path: Path) -> None:
+    deadline = time.monotonic() + START_DEADLINE_S
+    status = "no answer"
+    while time.monotonic() < deadline and process.poll() is None:
+        with contextlib.suppress(requests.ConnectionError):
+            status = requests.get(url, timeout=5).json()["status"]
+        if status == "READY":
+            return
+        if status == "SETUP_FAILED":
+            break
+        time.sleep(0.2)
+    pytest.fail(f"the server is not ready ({status}):\n{log_path.read_text(errors='replace')[-4000:]}")
+
+
+@pytest.fixture(scope="module")
+def server(blind_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[CogServer]:
+    with running(blind_weights, tmp_path_factory.mktemp("server") / "log") as cog_server:
+        yield cog_server
+
+
+@pytest.fixture(scope="module")
+def face_server(tiny_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[CogServer]:
+    with running(tiny_weights, tmp_path_factory.mktemp("server") / "log") as cog_server:
+        yield cog_server
+
+
+def data_uri(data: bytes, kind: str = "image/jpeg") -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def picture_of(output: str) -> np.ndarray:
+    assert output.startswith("data:image/jpeg;base64,")
+    return decode_image(base64.b64decode(output.split(",", 1)[1]))
+
+
+@pytest.fixture(scope="module")
+def smooth() -> np.ndarray:
+    yy, xx = np.mgrid[0:90, 0:160]
+    return np.stack([xx, yy * 2, 255 - xx], axis=2).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def png(smooth: np.ndarray) -> bytes:
+    ok, data = cv2.imencode(".png", smooth)
+    assert ok
+    return data.tobytes()
+
+
+def test_a_data_uri(server: CogServer, png: bytes, smooth: np.ndarray) -> None:
+    answer = server.succeed(images=[data_uri(png, "image/png")])
+    [output] = answer["output"]
+    assert_pictures_close(picture_of(output), smooth, mean=2, within=10)
+    metrics = answer["metrics"]
+    assert metrics["faces"] == {"detected": 0, "restored": 0, "skipped": 0, "float32_retries": 0}
+    assert metrics["images"] == {"count": 1, "without_faces": 1, "sizes": ["160x90"]}
+    assert metrics["timing"]["detect"] > 0
+    assert metrics["timing"]["total"] / 1e3 <= metrics["predict_time"]
+    assert "no face" in answer["logs"]
+    assert "timing.detect=" in answer["logs"]
+
+
+def test_a_file_behind_an_address(server: CogServer, png: bytes, tmp_path: Path) -> None:
+    (tmp_path / "photo.png").write_bytes(png)
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as files:
+        threading.Thread(target=files.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{files.server_port}"
+        answer = server.succeed(images=[f"{address}/photo.png", data_uri(png)])
+        assert [picture_of(output).shape for output in answer["output"]] == [(90, 160, 3)] * 2
+        assert "404" in server.fail(images=[f"{address}/missing.png"])
+        files.shutdown()
+
+
+BAD_REQUESTS: dict[str, tuple[dict[str, Any], str]] = {
+    "no photos": ({"images": []}, "1 to 4 pictures"),
+    "five photos": ({"images": 5}, "1 to 4 pictures"),
+    "no images field": ({}, "images"),
+    "images not a list": ({"images": "one"}, "images"),
+    "text": ({"images": [data_uri(b"hello", "text/plain")]}, "Image 1: not a picture"),
+    "a cut photo": ({"images": "cut"}, "Image 2: the file is damaged"),
+    "a path of the server": ({"images": [str(ROOT / "README.md")]}, "uploaded file"),
+    "a file address": ({"images": [f"file://{ROOT}/README.md"]}, "uploaded file"),
+    "fidelity too high": ({"images": 1, "codeformer_fidelity": 2}, "maximum"),
+    "fidelity a word": ({"images": 1, "codeformer_fidelity": "high"}, "codeformer_fidelity"),
+    "an unknown profile": ({"images": 1, "runtime_profile": "turbo"}, "max_speed"),
+    "an unknown mode": ({"images": 1, "stability_mode": "risky"}, "optimized"),
+    "an unknown backend": ({"images": 1, "compile_backend": "tensorrt"}, "inductor"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_REQUESTS)
+def test_bad_requests_fail_clearly_and_the_next_one_works(server: CogServer, png: bytes, case: str) -> None:
+    inputs, message = BAD_REQUESTS[case]
+    uri = data_uri(png)
+    shorthands = {5: [uri] * 5, 1: [uri], "one": uri, "cut": [uri, data_uri(png[:-300])]}
+    if isinstance(inputs.get("images"), int | str):
+        inputs = inputs | {"images": shorthands[inputs["images"]]}
+    assert message in server.fail(**inputs)
+    server.succeed(images=[uri])
+
+
+@pytest.mark.slow
+def test_a_process_keeps_its_first_backend(face_server: CogServer) -> None:
+    photo = data_uri(shared.path_of("photos/scene_04.jpg").read_bytes())
+
+    def options(mode: str, backend: str) -> dict[str, Any]:
+        return {
+            "images": [photo],
+            "stability_mode": mode,
+            "compile_backend": backend,
+            "runtime_profile": "fast",
+        }
+
+    first = face_server.succeed(**options("optimized", "none"))
+    face_server.succeed(**options("safe", "eager"))
+    again = face_server.succeed(**options("optimized", "none"))
+    assert again["output"] == first["output"]
+    error = face_server.fail(**options("optimized", "eager"))
+    assert "'none'" in error
+    assert "'eager'" in error
+    face_server.succeed(**options("optimized", "none"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("profile", ["baseline", "fast", "max_speed"])
+def test_faces_of_a_real_photo_are_restored(face_server: CogServer, profile: str) -> None:
+    photo = shared.path_of("photos/scene_00_large.jpg").read_bytes()
+    answer = face_server.succeed(images=[data_uri(photo)], runtime_profile=profile)
+    assert answer["metrics"]["faces"]["restored"] == 4
+    original, restored = decode_image(photo), picture_of(answer["output"][0])
+    assert restored.shape == original.shape
+    changed = np.abs(restored.astype(int) - original).max(axis=2) > 30
+    assert 0.01 < changed.mean() < 0.2
+    # The picture's lower edge holds no face.
+    assert_pictures_close(restored[-100:], original[-100:], mean=2, within=40)
+
+
+def test_setup_without_weights_says_so(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with pytest.raises(pytest.fail.Exception, match="CODEFORMER_WEIGHTS"), running(tmp_path, log):
+        pass
