@@ -23,7 +23,7 @@ JPEG_QUALITY: Final = 45
 
 def main() -> None:
     """Writes the picture."""
-    portrait = cv2.cvtColor(astronaut()[PORTRAIT], cv2.COLOR_RGB2BGR)
+    portrait = cv2.cvtColor(astronaut()[PORTRAIT], cv2.COLOR_RGB2BGR)  # type: ignore[no-untyped-call]
     enlarged = cv2.resize(portrait, SIZE_WH, interpolation=cv2.INTER_CUBIC)
     blurred = cv2.GaussianBlur(enlarged, (0, 0), BLUR_SIGMA).astype(np.float64)
     noisy = blurred + np.random.default_rng(SEED).normal(0.0, NOISE_SIGMA, blurred.shape)

@@ -72,7 +72,7 @@ def test_compiled_equals_eager_for_every_fidelity_and_batch(backend: str) -> Non
     for count, fidelity in [(1, 0.5), (1, 0.25), (1, 0.0), (2, 0.9), (3, 0.1), (1, 1.0)]:
         crops = faces(count)
         assert_pictures_close(
-            compiled.restore(crops, fidelity), plain.restore(crops, fidelity), mean=0.05, within=1
+            compiled.restore(crops, fidelity), plain.restore(crops, fidelity), mean=0.1, within=2, share=0.999
         )
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert graphs <= 8, f"{graphs} graphs for 6 requests: something compiles anew for each"
