@@ -1,6 +1,6 @@
 # The tasks of people and CI alike. Needs Python 3.11 with venv; everything else goes into .venv.
 
-PYTHON3 ?= python3.11
+PYTHON3 ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 PHOTO ?= data/1.jpg

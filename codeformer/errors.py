@@ -4,6 +4,7 @@ Each message says what was expected, what came and what to do about it; the fact
 behind the message are attributes, so that callers need not parse text.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -99,7 +100,10 @@ class DownloadError(WeightsError):
         self.path = path
         self.expected = expected
         self.attempts = tuple(attempts)
-        tried = "".join(f"\n  - {attempt}" for attempt in attempts)
+        tried = "".join(
+            f"\n  - {attempt}" + (f" ({count} times)" if count > 1 else "")
+            for attempt, count in Counter(attempts).items()
+        )
         super().__init__(
             f"Weight file {path}: expected {expected}, but no source delivered it:{tried}\n"
             "Check the network and run `python -m codeformer weights fetch` again (it resumes), or put "

@@ -17,8 +17,6 @@ from torch import Tensor, nn
 from codeformer.errors import WeightFileError
 from codeformer.weights.manifest import WeightFile
 
-_FETCH = "Run `python -m codeformer weights fetch` to get it again."
-
 
 def read_verified(file: WeightFile) -> bytes:
     """The content of a weight file, if it is the file the manifest describes.
@@ -29,16 +27,16 @@ def read_verified(file: WeightFile) -> bytes:
     try:
         data = file.path.read_bytes()
     except FileNotFoundError as cause:
-        raise WeightFileError(file.path, file.expectation, "no such file", _FETCH) from cause
+        raise WeightFileError(file.path, file.expectation, "no such file", file.remedy) from cause
     except OSError as cause:
         raise WeightFileError(
             file.path, file.expectation, f"{cause.strerror}", "Make it readable for this process."
         ) from cause
     if len(data) != file.size_bytes:
-        raise WeightFileError(file.path, file.expectation, f"{len(data):,} bytes", _FETCH)
+        raise WeightFileError(file.path, file.expectation, f"{len(data):,} bytes", file.remedy)
     digest = hashlib.sha256(data).hexdigest()
     if digest != file.sha256:
-        raise WeightFileError(file.path, file.expectation, f"sha256 {digest}", _FETCH)
+        raise WeightFileError(file.path, file.expectation, f"sha256 {digest}", file.remedy)
     return data
 
 

@@ -83,15 +83,10 @@ def fetch_file(
             file.path,
             file.expectation,
             f"a file of {file.path.stat().st_size:,} bytes with sha256 {_sha256_of(file.path)}",
-            "Remove it, or run `python -m codeformer weights fetch` to replace it.",
+            f"{file.remedy} Nothing was overwritten.",
         )
     if not file.sources:
-        raise WeightFileError(
-            file.path,
-            file.expectation,
-            "no such file",
-            "It is shipped with the project, not downloaded: restore it from the repository.",
-        )
+        raise WeightFileError(file.path, file.expectation, "no such file", file.remedy)
     try:
         file.path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{file.path}.lock", timeout=LOCK_TIMEOUT_S):

@@ -53,6 +53,13 @@ class WeightFile:
         """What the file should be, in words."""
         return f"{self.size_bytes:,} bytes with sha256 {self.sha256}"
 
+    @property
+    def remedy(self) -> str:
+        """What to do when it is not that file, in words."""
+        if not self.sources:
+            return "It is shipped with the project, not downloaded: restore it from the repository."
+        return f"Run `python -m codeformer weights fetch` to get it from {self.sources[0]}."
+
 
 @dataclass(frozen=True)
 class WeightSet:
