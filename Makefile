@@ -1,6 +1,6 @@
 # The tasks of people and CI alike. Needs Python 3.11 with venv; everything else goes into .venv.
 
-PYTHON3 ?= $(shell command -v python3.11 || command -v python3)
+PYTHON3 ?= $(shell command -v python3.11 || echo python3)
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 PHOTO ?= data/1.jpg
@@ -14,10 +14,13 @@ FLAGS ?=
 help:  ## Show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-$(VENV)/bin/python:
-	$(PYTHON3) -m venv $(VENV)
+$(VENV)/.made:
+	@"$(PYTHON3)" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' \
+		|| { echo "Python 3.11 is needed; name it: make PYTHON3=/path/to/python3.11"; exit 1; }
+	"$(PYTHON3)" -m venv --clear $(VENV)
+	@touch $@
 
-$(VENV)/.runtime: requirements.txt | $(VENV)/bin/python
+$(VENV)/.runtime: requirements.txt | $(VENV)/.made
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
@@ -26,7 +29,7 @@ $(VENV)/.tools: requirements-dev.txt $(VENV)/.runtime
 	@touch $@
 
 predict: $(VENV)/.runtime  ## Restore PHOTO (default data/1.jpg) into OUTPUT; FLAGS="--fidelity 0.7 --compare"
-	$(PYTHON) -m codeformer restore $(PHOTO) -o $(OUTPUT) $(FLAGS)
+	$(PYTHON) -m codeformer restore "$(PHOTO)" -o "$(OUTPUT)" $(FLAGS)
 
 test: $(VENV)/.tools  ## Run the whole test suite
 	$(PYTHON) -m pytest
@@ -43,11 +46,12 @@ format: $(VENV)/.tools  ## Format the code
 	$(PYTHON) -m ruff format .
 
 serve: $(VENV)/.runtime  ## Run the real Cog server on PORT (default 8080), without Docker
+	@$(PYTHON) -m scripts.write_schema .cog/openapi_schema.json
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" PORT=$(PORT) COG_PREDICT_TYPE_STUB=predict.py:Predictor \
 		$(PYTHON) -m cog.server.http --host 127.0.0.1
 
-schema: $(VENV)/.runtime  ## Write the predictor's input schema anew
-	$(PYTHON) -m scripts.write_schema
+schema: $(VENV)/.runtime  ## Pin the predictor's input schema anew
+	$(PYTHON) -m scripts.write_schema tests/input_schema.json
 
 data: $(VENV)/.tools  ## Make data/1.jpg anew
 	$(PYTHON) data/make_portrait.py

@@ -1,10 +1,9 @@
 """CodeFormer face restoration: decoded pictures in, pictures with restored faces out.
 
-from codeformer import Pipeline, resolve_plan
-
-pipeline = Pipeline.load()
-[result] = pipeline.restore([image_bgr], fidelity=0.5)
-result.image_bgr, result.faces, result.elapsed_ms
+Example:
+    >>> pipeline = Pipeline.load()
+    >>> [result] = pipeline.restore([image_bgr], fidelity=0.5)
+    >>> result.image_bgr, result.faces, result.elapsed_ms
 """
 
 from codeformer.alignment import Face

@@ -4,6 +4,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Iterator, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Final
 
@@ -13,7 +14,13 @@ from tqdm import tqdm
 from codeformer.errors import CodeFormerError, InputError, WeightsError
 from codeformer.images import ImageU8, encode_jpeg
 from codeformer.pipeline import Pipeline
-from codeformer.plan import COMPILE_BACKENDS, DEFAULT_FIDELITY, RUNTIME_PROFILES, STABILITY_MODES
+from codeformer.plan import (
+    COMPILE_BACKENDS,
+    DEFAULT_FIDELITY,
+    RUNTIME_PROFILES,
+    STABILITY_MODES,
+    check_fidelity,
+)
 from codeformer.request import describe, serve
 from codeformer.weights.checkpoints import read_verified
 from codeformer.weights.download import fetch_set, is_verified
@@ -87,8 +94,9 @@ def _set_help() -> str:
 
 
 def _restore(options: argparse.Namespace) -> int:
+    check_fidelity(options.codeformer_fidelity)
     photos = list(_find_photos(options.photos))
-    targets = _name_outputs(photos, options.output)
+    targets = _name_outputs(photos, options.output, compare=options.compare)
     try:
         options.output.mkdir(parents=True, exist_ok=True)
     except OSError as cause:
@@ -124,7 +132,7 @@ def _restore_one(pipeline: Pipeline, photo: Path, target: Path, options: argpars
     _write(target, outcome.jpegs[0])
     if options.compare:
         pair = _side_by_side(outcome.images_bgr[0], outcome.results[0].image_bgr)
-        _write(target.with_name(f"{target.stem}_compare.jpg"), encode_jpeg(pair))
+        _write(_comparison_of(target), encode_jpeg(pair))
     return len(outcome.results[0].faces)
 
 
@@ -143,21 +151,29 @@ def _find_photos(paths: Sequence[Path]) -> Iterator[Path]:
             yield path
 
 
-def _name_outputs(photos: Sequence[Path], folder: Path) -> list[Path]:
-    """One JPG name per photo, none twice and none that is an input."""
+def _name_outputs(photos: Sequence[Path], folder: Path, *, compare: bool) -> list[Path]:
+    """One JPG name per photo, so that no file is written twice and no input is overwritten."""
     inputs = {photo.resolve() for photo in photos}
     taken: set[Path] = set()
     targets = []
     for photo in photos:
-        target, number = folder / f"{photo.stem}.jpg", 1
-        while target in taken:
-            number += 1
-            target = folder / f"{photo.stem}_{number}.jpg"
-        if target.resolve() in inputs:
-            raise InputError(f"--output {folder}: {target} would overwrite an input; choose another folder.")
-        taken.add(target)
+        for number in count(1):
+            target = folder / (f"{photo.stem}.jpg" if number == 1 else f"{photo.stem}_{number}.jpg")
+            files = {target, _comparison_of(target)} if compare else {target}
+            if not files & taken:
+                break
+        for file in files:
+            if file.resolve() in inputs:
+                raise InputError(
+                    f"--output {folder}: {file} would overwrite an input; choose another folder."
+                )
+        taken |= files
         targets.append(target)
     return targets
+
+
+def _comparison_of(target: Path) -> Path:
+    return target.with_name(f"{target.stem}_compare.jpg")
 
 
 def _write(path: Path, data: bytes) -> None:
@@ -172,9 +188,10 @@ def _side_by_side(before_bgr: ImageU8, after_bgr: ImageU8) -> ImageU8:
 
 
 def _list_weights(options: argparse.Namespace) -> int:
-    for name in [options.set] if options.set else available_sets():
-        weight_set = load_weight_set(name)
-        print(f"{weight_set.name}: {weight_set.description}")
+    chosen = load_weight_set(options.set)
+    others = [load_weight_set(name) for name in available_sets()]
+    for weight_set in [chosen] + [other for other in others if other != chosen and not options.set]:
+        print(f"{weight_set.name}{' (in use)' * (weight_set == chosen)}: {weight_set.description}")
         for role, file in weight_set.files():
             if not file.path.exists():
                 state = "missing"

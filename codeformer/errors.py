@@ -106,8 +106,8 @@ class DownloadError(WeightsError):
         )
         super().__init__(
             f"Weight file {path}: expected {expected}, but no source delivered it:{tried}\n"
-            "Check the network and run `python -m codeformer weights fetch` again (it resumes), or put "
-            "the file there by other means; it is verified before use."
+            "Check the network and try again (a partial download is resumed), or put the file there by other "
+            "means; it is verified before use."
         )
 
 

@@ -5,16 +5,20 @@ order, upright. The limits are checked from the header, before a pixel is decode
 """
 
 import io
+import logging
 import struct
 import warnings
+import zlib
 from typing import Final
 
 import cv2
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from codeformer.errors import ImageError
+
+logger = logging.getLogger(__name__)
 
 ImageU8 = npt.NDArray[np.uint8]
 
@@ -28,11 +32,20 @@ JPEG_QUALITY: Final = 95
 
 _EXIF_ORIENTATION: Final = 0x0112
 _TIFF_BITS_PER_SAMPLE: Final = 258
+_TIFF_EXTRA_SAMPLES: Final = 338
+_PREMULTIPLIED_ALPHA: Final = 1
+_STRAIGHT_ALPHA: Final = 2
 _PNG_BIT_DEPTH_OFFSET: Final = 24
 # Per EXIF orientation: mirror left-right first, then quarter turns counter-clockwise (EXIF 2.3, 4.6.4).
 _MIRROR_AND_TURNS: Final = {
     2: (True, 0), 3: (False, 2), 4: (True, 2), 5: (True, 1), 6: (False, 3), 7: (True, 3), 8: (False, 1),
 }  # fmt: skip
+
+# What Pillow's and OpenCV's decoders raise on damaged data.
+_DECODER_ERRORS: Final = (
+    OSError, SyntaxError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, EOFError,
+    struct.error, zlib.error, cv2.error,
+)  # fmt: skip
 
 
 def decode_image(data: bytes, index: int | None = None) -> ImageU8:
@@ -59,9 +72,11 @@ def decode_image(data: bytes, index: int | None = None) -> ImageU8:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
                 check_size(picture.width, picture.height, index)
-                if _bits_per_sample(picture, data) == 16:
-                    return _decode_16_bit(data, picture.getexif().get(_EXIF_ORIENTATION, 1), index)
-                return _to_bgr(ImageOps.exif_transpose(picture))
+                samples = _decode_16_bit(picture, data) if _has_16_bits(picture, data) else None
+                bgr = _decode_8_bit(picture, index) if samples is None else samples
+                return _turn_upright(bgr, picture)
+    except ImageError:
+        raise
     except UnidentifiedImageError as cause:
         raise ImageError(
             f"not a picture this service reads; send one of {', '.join(FORMATS)} "
@@ -70,10 +85,7 @@ def decode_image(data: bytes, index: int | None = None) -> ImageU8:
         ) from cause
     except Image.DecompressionBombError as cause:
         raise ImageError(f"more than {MAX_PIXELS:,} pixels; send a smaller copy.", index) from cause
-    except (OSError, SyntaxError, ValueError, struct.error, EOFError) as cause:
-        # What Pillow's decoders raise on damaged data.
-        if isinstance(cause, ImageError):
-            raise
+    except _DECODER_ERRORS as cause:
         raise ImageError(f"the file is damaged or cut short ({cause}); send it again.", index) from cause
 
 
@@ -117,42 +129,72 @@ def is_gray(image_bgr: ImageU8, threshold: float = 10.0) -> bool:
     return sum(variances) / 3 <= threshold
 
 
-def _bits_per_sample(picture: Image.Image, data: bytes) -> int:
+def _has_16_bits(picture: Image.Image, data: bytes) -> bool:
     if picture.format == "PNG":
-        return data[_PNG_BIT_DEPTH_OFFSET]
+        return data[_PNG_BIT_DEPTH_OFFSET] == 16
     if picture.format == "TIFF":
-        bits = picture.tag_v2.get(_TIFF_BITS_PER_SAMPLE, (1,))  # type: ignore[attr-defined]
-        return max(bits) if isinstance(bits, tuple) else int(bits)
-    return 8
+        bits = _tiff_tag(picture, _TIFF_BITS_PER_SAMPLE)
+        # OpenCV would take four inks for colours and transparency.
+        return 16 in bits and picture.mode != "CMYK"
+    return False
 
 
-def _decode_16_bit(data: bytes, orientation: int, index: int | None) -> ImageU8:
-    """16-bit PNG and TIFF through OpenCV: Pillow would keep only the high byte, or nothing at all."""
+def _tiff_tag(picture: Image.Image, tag: int) -> tuple[int, ...]:
+    value = picture.tag_v2.get(tag, ())  # type: ignore[attr-defined]
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _decode_16_bit(picture: Image.Image, data: bytes) -> ImageU8 | None:
+    """16-bit PNG and TIFF through OpenCV: Pillow would keep only the high byte, or nothing at all.
+
+    None where OpenCV cannot, and Pillow's high byte must do.
+    """
     samples = cv2.imdecode(
         np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED | cv2.IMREAD_IGNORE_ORIENTATION
     )
     if samples is None or samples.dtype != np.uint16:
-        raise ImageError(
-            "a damaged or unusual 16-bit picture; convert it to 8 bits and send it again.", index
-        )
+        return None
+    if samples.ndim == 2:
+        samples = samples[:, :, None]
     scaled = samples.astype(np.float32) / 257.0
-    if scaled.ndim == 2:
-        bgr = np.repeat(scaled[:, :, None], 3, axis=2)
-    elif scaled.shape[2] == 4:
+    bgr = scaled[:, :, :3] if scaled.shape[2] >= 3 else scaled[:, :, :1].repeat(3, axis=2)
+    if scaled.shape[2] == 4:
+        meaning = _tiff_tag(picture, _TIFF_EXTRA_SAMPLES) if picture.format == "TIFF" else (_STRAIGHT_ALPHA,)
         alpha = scaled[:, :, 3:] / 255.0
-        bgr = scaled[:, :, :3] * alpha + 255.0 * (1.0 - alpha)
-    else:
-        bgr = scaled
-    mirror, turns = _MIRROR_AND_TURNS.get(orientation, (False, 0))
-    upright = np.rot90(bgr[:, ::-1] if mirror else bgr, turns)
-    return np.ascontiguousarray(np.rint(upright).astype(np.uint8))
+        if _STRAIGHT_ALPHA in meaning:
+            bgr = bgr * alpha + 255.0 * (1.0 - alpha)
+        elif _PREMULTIPLIED_ALPHA in meaning:
+            bgr = bgr + 255.0 * (1.0 - alpha)
+    elif isinstance(transparent := picture.info.get("transparency"), int):
+        bgr = np.where(samples[:, :, :1] == transparent, np.float32(255.0), bgr)
+    return np.asarray(np.rint(np.minimum(bgr, 255.0)), dtype=np.uint8)
 
 
-def _to_bgr(picture: Image.Image) -> ImageU8:
+def _decode_8_bit(picture: Image.Image, index: int | None) -> ImageU8:
     if picture.mode.startswith(("I", "F")):
-        raise OSError(f"unsupported sample type {picture.mode}")
+        raise ImageError(
+            f"unsupported samples (Pillow's mode {picture.mode}); convert it to 8 or 16 bits.", index
+        )
+    rgb = picture
     if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
-        picture = Image.alpha_composite(white, picture)
-    return np.ascontiguousarray(np.asarray(picture.convert("RGB"))[:, :, ::-1])
+        rgba = picture.convert("RGBA")
+        rgb = Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255, 255)), rgba)
+    return np.asarray(rgb.convert("RGB"))[:, :, ::-1]
+
+
+def _turn_upright(bgr: ImageU8, picture: Image.Image) -> ImageU8:
+    """Applies the EXIF orientation, once: both libraries turn a TIFF themselves."""
+    mirror, turns = False, 0
+    if picture.format != "TIFF":
+        mirror, turns = _MIRROR_AND_TURNS.get(_exif_orientation(picture), (False, 0))
+    return np.ascontiguousarray(np.rot90(bgr[:, ::-1] if mirror else bgr, turns))
+
+
+def _exif_orientation(picture: Image.Image) -> int:
+    try:
+        value = picture.getexif().get(_EXIF_ORIENTATION)
+    except _DECODER_ERRORS as cause:
+        # Damaged notes are no reason to refuse an intact picture.
+        logger.warning("EXIF data cannot be read (%s); the picture is taken as it is", cause)
+        return 1
+    return value if isinstance(value, int) else 1

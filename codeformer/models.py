@@ -77,8 +77,8 @@ class ModelStore:
     def models_for(self, plan: ExecutionPlan) -> Iterator[Models]:
         """The models of a request.
 
-        The first optimized request makes the optimized models. They are kept only if it succeeds, so
-        that a backend that cannot compile does not bar the others.
+        The first optimized request makes the optimized models. They are kept only if it succeeds and, where
+        there is something to compile, has restored a face: a backend that cannot compile bars no other.
 
         Raises:
             BackendConflictError: the process was initialised with another backend.
@@ -92,7 +92,8 @@ class ModelStore:
             logger.info("initialising optimized models, compile_backend=%s", plan.compile_backend or "none")
             models = self._reference.optimized(plan.compile_backend)
             yield models
-            self._optimized, self._optimized_backend = models, plan.compile_backend
+            if plan.compile_backend is None or models.restorer.has_restored:
+                self._optimized, self._optimized_backend = models, plan.compile_backend
 
 
 def load_models(weight_set: WeightSet, device: torch.device) -> Models:
@@ -129,7 +130,7 @@ def _build(role: str, file: WeightFile, factory: Any) -> Any:
     try:
         return factory(**file.config)
     except (TypeError, ValueError) as cause:
-        raise ManifestError(file.path, f"{role}.config {dict(file.config)}: {cause}") from cause
+        raise ManifestError(file.path.parent, f"{role}.config {dict(file.config)}: {cause}") from cause
 
 
 def _ready(network: Any, device: torch.device) -> Any:

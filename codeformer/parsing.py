@@ -4,7 +4,7 @@
 `TemplateMask` stands in where a weight set has no parser.
 """
 
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 import cv2
 import numpy as np
@@ -12,9 +12,10 @@ import numpy.typing as npt
 import torch
 
 from codeformer.alignment import FACE_SIZE
+from codeformer.errors import NonFiniteOutputError
 from codeformer.images import ImageU8
 from codeformer.networks.parsenet import CLASSES, FaceParsingNetwork
-from codeformer.restoration import faces_to_tensor
+from codeformer.restoration import faces_to_tensor, maybe_compiled
 
 MaskF32 = npt.NDArray[np.float32]
 
@@ -54,21 +55,30 @@ class FaceParser:
         self.network = network
         self._device = next(network.parameters()).device
         self._channels_last = channels_last
-        self._forward: Any = network
-        if compile_backend is not None:
-            self._forward = torch.compile(network, backend=compile_backend, fullgraph=True)
+        self._forward = maybe_compiled(network.forward, compile_backend)
 
     @torch.inference_mode()
     def labels(self, faces_bgr: ImageU8, *, half_dtype: torch.dtype | None = None) -> ImageU8:
-        """(N, 512, 512, 3) uint8 BGR faces to (N, 512, 512) uint8 labels, 0 to 18."""
+        """(N, 512, 512, 3) uint8 BGR faces to (N, 512, 512) uint8 labels, 0 to 18.
+
+        Raises:
+            NonFiniteOutputError: the network's answer holds NaN or infinity.
+        """
         batch = faces_to_tensor(faces_bgr, self._device, channels_last=self._channels_last)
         with torch.autocast(self._device.type, dtype=half_dtype, enabled=half_dtype is not None):
             logits = self._forward(batch)
+        # The largest of NaNs is the first label, background: the face would silently stay as it was.
+        if not bool(torch.isfinite(logits).all()):
+            raise NonFiniteOutputError(f"the parser's output is not finite ({logits.dtype}).")
         labels: ImageU8 = logits.argmax(dim=1).to(torch.uint8).cpu().numpy()
         return labels
 
     def masks(self, faces_bgr: ImageU8, *, half_dtype: torch.dtype | None = None) -> MaskF32:
-        """(N, 512, 512, 3) uint8 BGR restored faces to (N, 512, 512) float32 masks, 0 to 1."""
+        """(N, 512, 512, 3) uint8 BGR restored faces to (N, 512, 512) float32 masks, 0 to 1.
+
+        Raises:
+            NonFiniteOutputError: the network's answer holds NaN or infinity.
+        """
         return np.stack([soften_labels(labels) for labels in self.labels(faces_bgr, half_dtype=half_dtype)])
 
 

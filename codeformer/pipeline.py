@@ -4,14 +4,17 @@ Data flows one way: picture, working copy, detections, aligned crops, restored c
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Final
 
 import cv2
 import numpy as np
+import numpy.typing as npt
 import torch
+from torch._dynamo.exc import FailOnRecompileLimitHit
 
 from codeformer.alignment import AlignedFace, Face, align_faces, make_working_copy
 from codeformer.clock import Stage, StageClock
@@ -20,12 +23,23 @@ from codeformer.errors import ImageError, InferenceError, NonFiniteOutputError, 
 from codeformer.images import ImageU8, check_size, is_gray
 from codeformer.models import Models, ModelStore, load_models
 from codeformer.parsing import MaskF32
-from codeformer.plan import DEFAULT_FIDELITY, ExecutionPlan, check_fidelity, default_device, resolve_plan
+from codeformer.plan import (
+    DEFAULT_FIDELITY,
+    ExecutionPlan,
+    as_device,
+    available_device,
+    check_fidelity,
+    resolve_plan,
+    torch_switches,
+)
 from codeformer.restoration import match_gray
 from codeformer.weights.download import fetch_set
 from codeformer.weights.manifest import WeightSet, load_weight_set
 
 logger = logging.getLogger(__name__)
+
+# What torch, its compiler, OpenCV and our adapters raise; anything else is a bug and keeps its own name.
+_STAGE_ERRORS: Final = (RuntimeError, MemoryError, cv2.error, FailOnRecompileLimitHit, NonFiniteOutputError)
 
 
 @dataclass(frozen=True)
@@ -39,8 +53,8 @@ class RestoredImage:
         elapsed_ms: milliseconds by stage (detect, align, restore, parse, paste). A stage that worked
             on a batch counts in equal shares for its items, so that the sum over a request's pictures
             is the time that passed.
-        float32_retries: batches with faces of this picture whose half-precision output was not finite
-            and that ran again in float32.
+        float32_retries: batches with faces of this picture whose half-precision output, of the restorer or
+            the parser, was not finite and that ran again in float32.
     """
 
     image_bgr: ImageU8
@@ -69,7 +83,7 @@ class Pipeline:
     """
 
     def __init__(self, models: Models, device: torch.device) -> None:
-        self.device = device
+        self.device = as_device(device)
         self._store = ModelStore(models)
 
     @classmethod
@@ -90,12 +104,13 @@ class Pipeline:
             progress: show a progress bar while fetching.
 
         Raises:
+            OptionError: there is no such device.
             WeightsError: the set or one of its files cannot be used or fetched.
         """
+        chosen = available_device(device)
         weight_set = weights if isinstance(weights, WeightSet) else load_weight_set(weights)
         if download:
             fetch_set(weight_set, progress=progress)
-        chosen = default_device() if device is None else torch.device(device)
         return cls(load_models(weight_set, chosen), chosen)
 
     def check(self, plan: ExecutionPlan) -> None:
@@ -135,7 +150,7 @@ class Pipeline:
         self.check(plan)
         for index, image in enumerate(images, start=1):
             _check_array(image, index)
-        with plan.backend_flags(), self._store.models_for(plan) as models:
+        with self._store.models_for(plan) as models:
             return _Request(images, fidelity, plan, models).run()
 
 
@@ -154,13 +169,16 @@ class _Request:
         self._float32_retries = [0] * len(images)
 
     def run(self) -> list[RestoredImage]:
-        jobs = self._find_faces()
+        # Pictures differ in size, and each new size would cost the detector cuDNN's trials.
+        with torch_switches(cudnn_benchmark=False):
+            jobs = self._find_faces()
         canvases = [image.copy() for image in self._images]
-        for start in range(0, len(jobs), self._plan.micro_batch):
-            batch = jobs[start : start + self._plan.micro_batch]
-            faces = self._restore(batch)
-            masks = self._parse(batch, faces)
-            self._paste(batch, faces, masks, canvases)
+        with torch_switches(cudnn_benchmark=self._plan.cudnn_benchmark):
+            for start in range(0, len(jobs), self._plan.micro_batch):
+                batch = jobs[start : start + self._plan.micro_batch]
+                faces = self._restore(batch)
+                masks = self._parse(batch, faces)
+                self._paste(batch, faces, masks, canvases)
         return [
             RestoredImage(
                 image_bgr=canvas,
@@ -190,22 +208,12 @@ class _Request:
         return jobs
 
     def _restore(self, batch: Sequence[_FaceJob]) -> ImageU8:
-        where = _name_faces(batch)
-        with self._stage("restore", [job.picture for job in batch], where):
+        with self._stage("restore", [job.picture for job in batch], _name_faces(batch)):
             crops = np.stack([job.aligned.crop_bgr for job in batch])
-            restorer, half_dtype = self._models.restorer, self._plan.half_dtype
-            try:
-                faces = restorer.restore(crops, self._fidelity, half_dtype=half_dtype)
-            except NonFiniteOutputError as cause:
-                if half_dtype is None:
-                    raise InferenceError("restore", where, str(cause)) from cause
-                logger.warning("%s: %s Running it again in float32.", where, cause)
-                for picture in {job.picture for job in batch}:
-                    self._float32_retries[picture] += 1
-                try:
-                    faces = restorer.restore(crops, self._fidelity)
-                except NonFiniteOutputError as again:
-                    raise InferenceError("restore", where, str(again)) from again
+            faces = self._with_float32_retry(
+                batch,
+                lambda dtype: self._models.restorer.restore(crops, self._fidelity, half_dtype=dtype),
+            )
             for index, job in enumerate(batch):
                 if job.is_gray:
                     faces[index] = match_gray(faces[index], crops[index])
@@ -215,7 +223,24 @@ class _Request:
         if not self._plan.parse_faces:
             return [None] * len(batch)
         with self._stage("parse", [job.picture for job in batch], _name_faces(batch)):
-            return list(self._models.masker.masks(faces, half_dtype=self._plan.half_dtype))
+            masks = self._with_float32_retry(
+                batch, lambda dtype: self._models.masker.masks(faces, half_dtype=dtype)
+            )
+        return list(masks)
+
+    def _with_float32_retry(
+        self, batch: Sequence[_FaceJob], run: Callable[[torch.dtype | None], npt.NDArray[Any]]
+    ) -> npt.NDArray[Any]:
+        """Runs a network in the plan's precision, and in float32 if that was half and overflowed."""
+        try:
+            return run(self._plan.half_dtype)
+        except NonFiniteOutputError as cause:
+            if self._plan.half_dtype is None:
+                raise
+            logger.warning("%s: %s Running it again in float32.", _name_faces(batch), cause)
+        for picture in {job.picture for job in batch}:
+            self._float32_retries[picture] += 1
+        return run(None)
 
     def _paste(
         self,
@@ -234,10 +259,7 @@ class _Request:
         try:
             with self._clock.measure(stage, pictures):
                 yield
-        except InferenceError:
-            raise
-        except (RuntimeError, MemoryError, cv2.error) as cause:
-            # torch and OpenCV raise these; anything else is a bug and keeps its own name.
+        except _STAGE_ERRORS as cause:
             raise InferenceError(stage, where, f"{type(cause).__name__}: {cause}") from cause
 
 

@@ -3,11 +3,11 @@
 Below this module nobody compares option strings: the stages read the plan's plain facts.
 """
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Final, Literal, get_args
+from numbers import Real
+from typing import Any, Final, Literal, get_args
 
 import torch
 
@@ -39,11 +39,9 @@ class ExecutionPlan:
         half_dtype: the decoder's and the parser's dtype under autocast; None keeps float32. Code
             prediction and detection are float32 in every plan, since a flipped code is another face.
         parse_faces: whether the face parser limits the paste to the face.
-        channels_last: whether the networks use the channels-last memory layout.
-        compile_backend: the `torch.compile` backend, None for no compilation.
-        optimized: whether the request uses the process's optimized networks.
-        tf32: whether float32 matrix products and convolutions may use TF32.
-        cudnn_benchmark: whether cuDNN may choose algorithms by trial.
+        optimized: whether the request uses the process's optimized networks, in channels-last layout.
+        compile_backend: the `torch.compile` backend of the optimized networks, None for no compilation.
+        cudnn_benchmark: whether cuDNN may choose algorithms by trial, where inputs keep their size.
     """
 
     device: torch.device
@@ -51,24 +49,26 @@ class ExecutionPlan:
     batch_detection: bool
     half_dtype: torch.dtype | None
     parse_faces: bool
-    channels_last: bool
-    compile_backend: str | None
     optimized: bool
-    tf32: bool
+    compile_backend: str | None
     cudnn_benchmark: bool
 
-    @contextmanager
-    def backend_flags(self) -> Iterator[None]:
-        """Holds torch's process-wide switches at this plan's values, and puts them back after."""
-        matmul_tf32 = torch.backends.cuda.matmul.allow_tf32
-        torch.backends.cuda.matmul.allow_tf32 = self.tf32
-        try:
-            with torch.backends.cudnn.flags(
-                enabled=True, benchmark=self.cudnn_benchmark, deterministic=False, allow_tf32=self.tf32
-            ):
-                yield
-        finally:
-            torch.backends.cuda.matmul.allow_tf32 = matmul_tf32
+
+@contextmanager
+def torch_switches(*, cudnn_benchmark: bool) -> Iterator[None]:
+    """Holds torch's process-wide switches for a while, and puts them back.
+
+    TF32 is off in every plan: with a 10-bit mantissa codes flip, and where the precision can be spared
+    half precision is faster.
+    """
+    cudnn: Any = torch.backends.cudnn
+    matmul = torch.backends.cuda.matmul
+    before = (cudnn.benchmark, cudnn.conv.fp32_precision, matmul.fp32_precision)
+    cudnn.benchmark, cudnn.conv.fp32_precision, matmul.fp32_precision = cudnn_benchmark, "ieee", "ieee"
+    try:
+        yield
+    finally:
+        cudnn.benchmark, cudnn.conv.fp32_precision, matmul.fp32_precision = before
 
 
 def resolve_plan(
@@ -76,13 +76,14 @@ def resolve_plan(
     stability_mode: str = "safe",
     compile_backend: str = "eager",
     *,
-    device: torch.device,
+    device: torch.device | str,
 ) -> ExecutionPlan:
     """Turns a request's options and the device into a plan. The README's table shows the outcome.
 
     Raises:
         OptionError: an option is not one of its choices.
     """
+    device = as_device(device)
     _check_choice("runtime_profile", runtime_profile, RUNTIME_PROFILES)
     _check_choice("stability_mode", stability_mode, STABILITY_MODES)
     _check_choice("compile_backend", compile_backend, COMPILE_BACKENDS)
@@ -94,10 +95,8 @@ def resolve_plan(
         batch_detection=batched,
         half_dtype=half_dtype_of(device) if batched else None,
         parse_faces=runtime_profile != "max_speed",
-        channels_last=optimized,
-        compile_backend=compile_backend if optimized and compile_backend != "none" else None,
         optimized=optimized,
-        tf32=optimized and batched,
+        compile_backend=compile_backend if optimized and compile_backend != "none" else None,
         cudnn_benchmark=optimized,
     )
 
@@ -120,12 +119,13 @@ def check_fidelity(value: object) -> float:
     """Returns the fidelity as a float.
 
     Raises:
-        OptionError: not a finite number between 0 and 1.
+        OptionError: not a number from 0 to 1.
     """
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(float(value)) or not 0 <= float(value) <= 1:  # type: ignore[arg-type]
-        raise OptionError("codeformer_fidelity", value, "a number from 0 (quality) to 1 (fidelity)")
-    return float(value)  # type: ignore[arg-type]
+    number: Any = value
+    # Comparing first: NaN fails it, and a huge integer could not become a float.
+    if not isinstance(value, bool) and isinstance(number, Real) and 0 <= number <= 1:  # type: ignore[operator]
+        return float(number)
+    raise OptionError("codeformer_fidelity", value, "a number from 0 (quality) to 1 (fidelity)")
 
 
 def _check_choice(option: str, value: object, choices: tuple[str, ...]) -> None:
@@ -133,6 +133,34 @@ def _check_choice(option: str, value: object, choices: tuple[str, ...]) -> None:
         raise OptionError(option, value, f"one of {', '.join(choices)}")
 
 
-def default_device() -> torch.device:
-    """The first CUDA device if there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def as_device(device: torch.device | str) -> torch.device:
+    """A device in its one spelling: "cpu", or "cuda:N".
+
+    Raises:
+        OptionError: not the name of such a device.
+    """
+    try:
+        parsed = torch.device(device)
+    except RuntimeError as cause:
+        raise OptionError("device", str(device), "cpu, cuda or cuda:N") from cause
+    if parsed.type == "cpu":
+        return torch.device("cpu")
+    if parsed.type == "cuda":
+        return torch.device("cuda", parsed.index or 0)
+    raise OptionError("device", str(device), "cpu, cuda or cuda:N")
+
+
+def available_device(device: torch.device | str | None = None) -> torch.device:
+    """The named device, or by default the first CUDA device if there is one, else the CPU.
+
+    Raises:
+        OptionError: there is no such device on this machine.
+    """
+    if device is None:
+        return as_device("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = as_device(device)
+    if chosen.type == "cuda" and not (
+        torch.cuda.is_available() and (chosen.index or 0) < torch.cuda.device_count()
+    ):
+        raise OptionError("device", str(device), "a device of this machine, which has no such GPU")
+    return chosen

@@ -5,17 +5,22 @@ pictures. Method: Zhou et al., "Towards Robust Blind Face Restoration with Codeb
 Transformer" (2022).
 """
 
-from typing import Any
+import functools
+from typing import Any, Final
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch._dynamo import config as compiler_config
 
 from codeformer.errors import NonFiniteOutputError
 from codeformer.images import ImageU8
 from codeformer.networks.codeformer import CodeFormer
 
-LUMA_RGB = (0.2989, 0.5870, 0.1140)
+LUMA_RGB: Final = (0.2989, 0.5870, 0.1140)
+# A process sees one or several faces, w = 0 or not, half precision or not: well under this many graphs.
+# torch's own limit of 8 would fail requests.
+RECOMPILE_LIMIT: Final = 64
 
 
 def faces_to_tensor(faces_bgr: ImageU8, device: torch.device, *, channels_last: bool) -> Tensor:
@@ -35,6 +40,20 @@ def tensor_to_faces(batch_rgb: Tensor) -> ImageU8:
     return faces
 
 
+def maybe_compiled(function: Any, backend: str | None) -> Any:
+    """The function compiled with a `torch.compile` backend, as one graph; itself for None."""
+    if backend is None:
+        return function
+    compiled: Any = torch.compile(function, backend=backend, fullgraph=True)
+
+    @functools.wraps(function)
+    def call(*arguments: Any, **options: Any) -> Any:
+        with compiler_config.patch(recompile_limit=RECOMPILE_LIMIT):
+            return compiled(*arguments, **options)
+
+    return call
+
+
 class FaceRestorer:
     """Restores aligned faces.
 
@@ -42,20 +61,21 @@ class FaceRestorer:
         network: on its device, in evaluation mode, in the memory layout `channels_last` tells.
         channels_last: feed the network channels-last batches.
         compile_backend: compile both halves of the network with this `torch.compile` backend.
+
+    Attributes:
+        has_restored: whether a batch has come through, and a compiled network has so proven to work.
     """
 
     def __init__(
         self, network: CodeFormer, *, channels_last: bool = False, compile_backend: str | None = None
     ) -> None:
         self.network = network
+        self.has_restored = False
         self._device = next(network.parameters()).device
         self._channels_last = channels_last
-        self._compiled = compile_backend is not None
-        self._predict: Any = network.predict
-        self._generate: Any = network.generate
-        if compile_backend is not None:
-            self._predict = torch.compile(network.predict, backend=compile_backend, fullgraph=True)
-            self._generate = torch.compile(network.generate, backend=compile_backend, fullgraph=True)
+        self._is_compiled = compile_backend is not None
+        self._predict = maybe_compiled(network.predict, compile_backend)
+        self._generate = maybe_compiled(network.generate, compile_backend)
 
     @torch.inference_mode()
     def restore(
@@ -78,12 +98,13 @@ class FaceRestorer:
         """
         batch = faces_to_tensor(crops_bgr, self._device, channels_last=self._channels_last)
         # A tensor keeps the compiled graph the same for every fidelity above 0.
-        w = torch.tensor(fidelity, device=self._device) if self._compiled and fidelity > 0 else fidelity
+        w = torch.tensor(fidelity, device=self._device) if self._is_compiled and fidelity > 0 else fidelity
         logits, lq_feat, features = self._predict(batch)
         with torch.autocast(self._device.type, dtype=half_dtype, enabled=half_dtype is not None):
             restored = self._generate(logits, lq_feat, features, w, adain=True)
         if not bool(torch.isfinite(restored).all()):
             raise NonFiniteOutputError(f"the restorer's output is not finite ({restored.dtype}).")
+        self.has_restored = True
         return tensor_to_faces(restored)
 
 

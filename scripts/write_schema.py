@@ -1,7 +1,8 @@
-"""Writes the predictor's input schema to `.cog/openapi_schema.json`.
+"""Writes the predictor's input schema to the files named on the command line.
 
-Cog's server checks requests against that file. `cog build` makes its own inside the image; this one
-serves `make serve` and pins the interface: a test compares it with predict.py.
+`tests/input_schema.json` pins the interface: a test compares it with predict.py. Cog's server checks
+requests against `.cog/openapi_schema.json`, which `cog build` makes itself inside an image; without
+Docker `make serve` and the tests make it with this script.
 """
 
 import json
@@ -10,7 +11,8 @@ from pathlib import Path
 from typing import Any, Final
 
 ROOT: Final = Path(__file__).resolve().parents[1]
-SCHEMA_PATH: Final = ROOT / ".cog" / "openapi_schema.json"
+PINNED_SCHEMA: Final = ROOT / "tests" / "input_schema.json"
+SERVER_SCHEMA: Final = ROOT / ".cog" / "openapi_schema.json"
 _BOUNDS: Final = {"minimum": "ge", "maximum": "le"}
 
 
@@ -55,7 +57,13 @@ def build_schema() -> dict[str, Any]:
     }
 
 
+def write_schema(path: Path) -> None:
+    """Writes the schema to a file, making its folder if need be."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(build_schema(), indent=2) + "\n", encoding="utf-8")
+
+
 if __name__ == "__main__":
-    SCHEMA_PATH.parent.mkdir(exist_ok=True)
-    SCHEMA_PATH.write_text(json.dumps(build_schema(), indent=2) + "\n", encoding="utf-8")
-    print(f"wrote {SCHEMA_PATH.relative_to(ROOT)}")
+    for name in sys.argv[1:]:
+        write_schema(Path(name))
+        print(f"wrote {name}")

@@ -161,6 +161,28 @@ def tiny_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_weight_set(tmp_path_factory.mktemp("weights") / "tiny", state)
 
 
+@pytest.fixture(scope="session")
+def filled_weights(
+    tmp_path_factory: pytest.TempPathFactory,
+    filled_codeformer: CodeFormer,
+    filled_parsenet: FaceParsingNetwork,
+    tiny_weights: Path,
+) -> Path:
+    """A weight set of official size: the goldens' values, the real detector."""
+    folder = tmp_path_factory.mktemp("weights") / "filled"
+    folder.mkdir()
+    save_file(filled_codeformer.state_dict(), folder / "restorer.safetensors")
+    save_file(filled_parsenet.parsenet.state_dict(), folder / "parser.safetensors")
+    (folder / "detector.pth").symlink_to(tiny_weights / "detector.pth")
+    manifest = {
+        "restorer": describe_file(folder / "restorer.safetensors", "codeformer", {}),
+        "detector": describe_file(folder / "detector.pth", "retinaface", {"backbone": "mobile0.25"}),
+        "parser": describe_file(folder / "parser.safetensors", "parsenet", {}),
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
 @pytest.fixture
 def picture() -> np.ndarray:
     """(96, 128, 3) uint8 BGR, smooth enough to survive JPEG."""

@@ -74,10 +74,27 @@ def test_an_input_is_never_overwritten(folder: Path, capsys: pytest.CaptureFixtu
     assert photo.read_bytes() == before
 
 
+def test_comparisons_and_results_never_share_a_name(
+    folder: Path, tmp_path: Path, picture: np.ndarray
+) -> None:
+    assert cv2.imwrite(str(folder / "a_compare.png"), picture[:40])
+    output = tmp_path / "out"
+    assert main(["restore", str(folder), "-o", str(output), "--compare"]) == 0
+    sizes = sorted(shared.read_picture(path).shape[:2] for path in output.iterdir())
+    assert sizes == [(40, 128), (40, 264), (50, 128), (50, 264), (96, 128), (96, 264)]
+    shutil.copy(folder / "a.JPG", folder / "b.jpg")
+    shutil.copy(folder / "a.JPG", output / "b_compare.jpg")
+    photos = [str(folder / "b.jpg"), str(output / "b_compare.jpg")]
+    assert main(["restore", *photos, "-o", str(output), "--compare"]) == 1
+    assert shared.read_picture(output / "b_compare.jpg").shape[:2] == (50, 128)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--fidelity", "7"], "codeformer_fidelity"),
+        (["--device", "bogus"], "device: expected cpu, cuda or cuda:N"),
+        (["--device", "cuda:99"], "no such GPU"),
         (["--weights", "no-such-set"], "no-such-set"),
     ],
 )
@@ -136,7 +153,8 @@ def test_weights_are_listed_verified_and_fetched(
 def test_all_sets_are_listed_with_their_licences(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["weights", "list"]) == 0
     listed = capsys.readouterr().out
-    assert "official" in listed
+    assert "blind (in use)" in listed
+    assert "official:" in listed
     assert "non-commercial" in listed
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from codeformer.errors import DownloadError, WeightFileError
+from codeformer.weights import download
 from codeformer.weights.download import ATTEMPTS_PER_SOURCE, fetch_file
 from codeformer.weights.manifest import WeightFile
 
@@ -26,7 +27,7 @@ class Log:
     """What the server was asked: path and Range header, in order."""
 
     requests: list[tuple[str, str | None]] = field(default_factory=list)
-    concurrent: int = 0
+    ready_folder: Path | None = None
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -70,6 +71,15 @@ class Handler(BaseHTTPRequestHandler):
     def serve_long(self, asked: str | None) -> None:
         self.reply(CONTENT + b"more")
 
+    def serve_endless(self, asked: str | None) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(CONTENT + b"more")
+        self.close_connection = True
+
+    def serve_portal(self, asked: str | None) -> None:
+        self.reply(b"<html>login</html>"[:17])
+
     def serve_stall(self, asked: str | None) -> None:
         self.reply(CONTENT[:600_000], length=len(CONTENT))
         self.wfile.flush()
@@ -92,8 +102,11 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(CONTENT[5:])
 
-    def serve_slow(self, asked: str | None) -> None:
-        self.log.concurrent += 1
+    def serve_when_both_are_ready(self, asked: str | None) -> None:
+        assert self.log.ready_folder is not None
+        deadline = time.monotonic() + 60
+        while len(list(self.log.ready_folder.iterdir())) < 2 and time.monotonic() < deadline:
+            time.sleep(0.05)
         time.sleep(0.5)
         self.reply(CONTENT, asked=asked)
 
@@ -197,7 +210,7 @@ def test_a_wrong_partial_file_is_thrown_away(weight_file: Callable[..., WeightFi
     assert_complete(file)
 
 
-@pytest.mark.parametrize("bad", ["missing", "corrupt", "long", "cut", "stall", "busy"])
+@pytest.mark.parametrize("bad", ["missing", "corrupt", "long", "endless", "portal", "cut", "stall", "busy"])
 def test_the_next_mirror_is_tried(
     weight_file: Callable[..., WeightFile], server: tuple[str, Log], bad: str
 ) -> None:
@@ -229,7 +242,9 @@ def test_a_refused_range_starts_over(weight_file: Callable[..., WeightFile]) -> 
         ("missing", "answered 404", 1),
         ("busy", "answered 503", ATTEMPTS_PER_SOURCE),
         ("corrupt", "sha256", 1),
-        ("long", "more than 1,500,000 bytes", 1),
+        ("long", "offers 1,500,004 bytes instead of 1,500,000", 1),
+        ("endless", "more than 1,500,000 bytes", 1),
+        ("portal", "offers 17 bytes instead of 1,500,000", 1),
         ("stall", "Timeout|timed out", ATTEMPTS_PER_SOURCE),
     ],
 )
@@ -243,7 +258,7 @@ def test_when_no_source_delivers_the_error_says_everything(
     assert len(server[1].requests) == tries
     assert len(error.attempts) == tries
     assert str(error).count(file.sources[0]) < max(tries, 2)
-    for part in (str(file.path), file.sha256, "1,500,000 bytes", file.sources[0], "weights fetch"):
+    for part in (str(file.path), file.sha256, "1,500,000 bytes", file.sources[0], "try again"):
         assert part in str(error)
     assert not file.path.exists()
 
@@ -285,20 +300,50 @@ def test_a_folder_that_cannot_be_made_is_a_clear_error(
         fetch(weight_file("good"))
 
 
-def _fetch_in_process(file: WeightFile) -> None:
+def _fetch_in_process(file: WeightFile, ready: Path) -> None:
+    ready.touch()
     fetch_file(file, progress=False)
 
 
 def test_two_processes_at_once_fetch_once(
-    weight_file: Callable[..., WeightFile], server: tuple[str, Log]
+    weight_file: Callable[..., WeightFile], server: tuple[str, Log], tmp_path: Path
 ) -> None:
-    file = weight_file("slow")
+    file = weight_file("when-both-are-ready")
+    server[1].ready_folder = tmp_path / "ready"
+    server[1].ready_folder.mkdir()
     context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=_fetch_in_process, args=(file,)) for _ in range(2)]
+    processes = [
+        context.Process(target=_fetch_in_process, args=(file, server[1].ready_folder / str(number)))
+        for number in range(2)
+    ]
     for process in processes:
         process.start()
     for process in processes:
-        process.join(60)
+        process.join(90)
         assert process.exitcode == 0
     assert_complete(file)
-    assert server[1].concurrent == 1
+    assert len(server[1].requests) == 1
+
+
+def test_a_file_that_another_process_just_finished_is_not_called_wrong(
+    weight_file: Callable[..., WeightFile], server: tuple[str, Log], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = weight_file("good")
+    file.path.parent.mkdir()
+    answers = iter([False])
+
+    def verified_a_moment_later(asked: WeightFile) -> bool:
+        early = next(answers, True)
+        asked.path.write_bytes(CONTENT)
+        return early
+
+    monkeypatch.setattr(download, "is_verified", verified_a_moment_later)
+    fetch(file)
+    assert server[1].requests == []
+
+
+def test_a_folder_in_the_files_place_is_a_clear_error(weight_file: Callable[..., WeightFile]) -> None:
+    file = weight_file("good")
+    file.path.mkdir(parents=True)
+    with pytest.raises(WeightFileError, match="something that is not a file"):
+        fetch(file)

@@ -3,10 +3,12 @@
 import io
 import struct
 import zlib
+from typing import Any
 
 import cv2
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 
 from codeformer.errors import ImageError
@@ -168,6 +170,106 @@ def test_exif_orientation_is_applied_to_16_bits_too(orientation: int) -> None:
     body = exif.tobytes().removeprefix(b"Exif\x00\x00")
     chunk = struct.pack(">I", len(body)) + b"eXIf" + body + struct.pack(">I", zlib.crc32(b"eXIf" + body))
     np.testing.assert_array_equal(decode_image(data[:33] + chunk + data[33:]), upright[:, :, ::-1])
+
+
+@pytest.mark.parametrize("depth", [np.uint8, np.uint16])
+@pytest.mark.parametrize("orientation", STORED)
+def test_the_orientation_of_a_tiff_is_applied_once(orientation: int, depth: type) -> None:
+    upright = gradient()
+    unit = 257 if depth is np.uint16 else 1
+    stored: Any = np.ascontiguousarray(STORED[orientation](upright)).astype(depth) * unit
+    stream = io.BytesIO()
+    tifffile.imwrite(stream, stored, photometric="rgb", extratags=[(274, "H", 1, orientation, True)])
+    np.testing.assert_array_equal(decode_image(stream.getvalue()), upright[:, :, ::-1])
+
+
+@pytest.mark.parametrize("depth", [np.uint8, np.uint16])
+@pytest.mark.parametrize(
+    ("meaning", "expected"),
+    [
+        ("unassalpha", [155, 155, 255]),
+        ("assocalpha", [155, 155, 255]),
+        ("unspecified", [0, 0, 255]),
+    ],
+)
+def test_only_transparency_is_transparent_in_a_tiff(depth: type, meaning: str, expected: list[int]) -> None:
+    unit = 257 if depth is np.uint16 else 1
+    red = 100 if meaning == "assocalpha" else 255
+    samples: Any = np.tile(np.array([red, 0, 0, 100], depth) * unit, (2, 2, 1)).astype(depth)
+    stream = io.BytesIO()
+    tifffile.imwrite(stream, samples, photometric="rgb", extrasamples=[meaning])
+    np.testing.assert_allclose(decode_image(stream.getvalue())[0, 0], expected, atol=1)
+
+
+def test_a_16_bit_grey_png_with_a_transparent_level() -> None:
+    ok, encoded = cv2.imencode(".png", np.array([[1000, 51400]], np.uint16))
+    assert ok
+    data, body = encoded.tobytes(), struct.pack(">H", 1000)
+    chunk = struct.pack(">I", 2) + b"tRNS" + body + struct.pack(">I", zlib.crc32(b"tRNS" + body))
+    assert decode_image(data[:33] + chunk + data[33:]).tolist() == [[[255] * 3, [200] * 3]]
+
+
+def test_16_bit_cmyk_tiff() -> None:
+    stream = io.BytesIO()
+    inks = np.tile(np.array([0, 65535, 65535, 0], np.uint16), (4, 4, 1))
+    tifffile.imwrite(stream, inks, photometric="separated")
+    assert decode_image(stream.getvalue())[0, 0].tolist() == [0, 0, 255]
+
+
+@pytest.mark.parametrize("depth", [np.float32, np.int32])
+def test_unsupported_samples_are_named_as_such(depth: type) -> None:
+    stream = io.BytesIO()
+    tifffile.imwrite(stream, np.ones((4, 4), depth))
+    with pytest.raises(ImageError, match="unsupported samples"):
+        decode_image(stream.getvalue())
+
+
+def test_damaged_exif_does_not_cost_the_photo() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    exif[0x010E] = "a description"
+    exif[0x011A] = 72.0
+    original = save(Image.fromarray(gradient()), "JPEG", exif=exif)
+    start, size = original.index(b"Exif"), len(exif.tobytes())
+    rng = np.random.default_rng(0)
+    for _ in range(400):
+        data = bytearray(original)
+        for place in rng.integers(start, start + size, 2):
+            data[place] = rng.integers(256)
+        decoded = decode_image(bytes(data))
+        assert decoded.shape in {(40, 60, 3), (60, 40, 3)}
+
+
+SEEDS = {
+    "jpeg": save(Image.fromarray(gradient()), "JPEG"),
+    "cmyk": save(Image.new("CMYK", (30, 20)), "JPEG"),
+    "png": save(Image.fromarray(gradient()), "PNG"),
+    "palette": save(Image.fromarray(gradient()).convert("P"), "PNG", transparency=3),
+    "16 bit": cv2.imencode(".png", gradient().astype(np.uint16) * 257)[1].tobytes(),
+    "webp": save(Image.fromarray(gradient()), "WEBP"),
+    "bmp": save(Image.fromarray(gradient()), "BMP"),
+    "tiff": save(Image.fromarray(gradient()), "TIFF", compression="tiff_lzw"),
+    "16 bit tiff": cv2.imencode(".tiff", gradient().astype(np.uint16) * 257)[1].tobytes(),
+}
+
+
+@pytest.mark.parametrize("kind", SEEDS)
+def test_damaged_files_give_a_picture_or_our_error(kind: str) -> None:
+    rng = np.random.default_rng(1)
+    outcomes = {"picture": 0, "error": 0}
+    for _ in range(300):
+        data = bytearray(SEEDS[kind])
+        for place in rng.integers(0, min(len(data), 400), rng.integers(1, 5)):
+            data[place] = rng.integers(256)
+        try:
+            decoded = decode_image(bytes(data[: rng.integers(1, len(data))] if rng.random() < 0.3 else data))
+        except ImageError:
+            outcomes["error"] += 1
+        else:
+            outcomes["picture"] += 1
+            assert decoded.dtype == np.uint8
+            assert decoded.ndim == 3
+    assert outcomes["error"] > 0
 
 
 JPEG = save(Image.fromarray(gradient(200, 300)), "JPEG", quality=90)

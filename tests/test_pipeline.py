@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -12,7 +13,13 @@ import torch
 
 from codeformer import Pipeline, resolve_plan
 from codeformer.detection import Detection, FaceDetector
-from codeformer.errors import BackendConflictError, ImageError, InferenceError, OptionError
+from codeformer.errors import (
+    BackendConflictError,
+    ImageError,
+    InferenceError,
+    NonFiniteOutputError,
+    OptionError,
+)
 from codeformer.models import Models
 from codeformer.parsing import TemplateMask
 from codeformer.restoration import FaceRestorer
@@ -234,8 +241,8 @@ def test_unusable_arrays_are_refused_before_any_work(
 
 
 def test_a_plan_for_another_device_is_refused(blind_pipeline: Pipeline) -> None:
-    plan = dataclasses.replace(resolve_plan(device=CPU), device=torch.device("meta"))
-    with pytest.raises(OptionError, match="meta"):
+    plan = dataclasses.replace(resolve_plan(device=CPU), device=torch.device("cuda:0"))
+    with pytest.raises(OptionError, match="cuda:0"):
         blind_pipeline.restore([], plan=plan)
 
 
@@ -279,6 +286,37 @@ def test_a_non_finite_face_is_a_failure(detector: FaceDetector) -> None:
     pipeline = Pipeline(Models(detector, restorer, TemplateMask()), CPU)
     with pytest.raises(InferenceError, match=r"image 1 face 1: .*not finite"):
         pipeline.restore([shared.photo("scene_03_large.jpg")])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["safe", "optimized"])
+@pytest.mark.parametrize("profile", ["baseline", "fast", "max_speed"])
+def test_every_plan_runs_on_every_device(
+    tiny_weights: Path, photos: list[np.ndarray], device: torch.device, profile: str, mode: str
+) -> None:
+    plan = resolve_plan(profile, mode, "none", device=device)
+    restored = Pipeline.load(tiny_weights, device).restore(photos, 0.5, plan)
+    reference = resolve_plan("max_speed" if profile == "max_speed" else "baseline", device=CPU)
+    expected = Pipeline.load(tiny_weights, "cpu").restore(photos, 0.5, reference)
+    exact = plan.half_dtype is None
+    for ours, theirs in zip(restored, expected, strict=True):
+        assert len(ours.faces) == len(theirs.faces)
+        assert ours.float32_retries == 0
+        assert_pictures_close(ours.image_bgr, theirs.image_bgr, mean=0.2 if exact else 2, within=3, share=0.9)
+
+
+def test_a_parser_that_overflows_runs_again_in_float32(detector: FaceDetector) -> None:
+    class Overflowing(TemplateMask):
+        def masks(self, faces_bgr: Any, *, half_dtype: torch.dtype | None = None) -> Any:
+            if half_dtype is not None:
+                raise NonFiniteOutputError("the parser's output is not finite")
+            return super().masks(faces_bgr)
+
+    pipeline = Pipeline(Models(detector, FaceRestorer(make_tiny_restorer()), Overflowing()), CPU)
+    plan = dataclasses.replace(resolve_plan("baseline", device=CPU), half_dtype=torch.bfloat16)
+    [result] = pipeline.restore([shared.photo("scene_03_large.jpg")], plan=plan)
+    assert result.float32_retries == 1
+    assert len(result.faces) == 1
 
 
 def test_a_half_precision_overflow_runs_again_in_float32(
@@ -344,8 +382,10 @@ def test_a_backend_that_cannot_compile_fails_and_does_not_bar_another(
         raise torch._dynamo.exc.TorchDynamoException("no compiler")
 
     photo = shared.photo("scene_03_large.jpg")
+    no_face = np.zeros((300, 300, 3), np.uint8)
     with monkeypatch.context() as patch:
         patch.setattr(torch, "compile", lambda *_, **__: broken)
+        tiny_pipeline.restore([no_face], plan=plan_of("optimized", "inductor"))
         with pytest.raises(InferenceError, match="no compiler"):
             tiny_pipeline.restore([photo], plan=plan_of("optimized", "inductor"))
     [result] = tiny_pipeline.restore([photo], plan=plan_of("optimized", "none"))

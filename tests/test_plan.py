@@ -5,12 +5,22 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from codeformer import plan as plans
 from codeformer.errors import OptionError
-from codeformer.plan import COMPILE_BACKENDS, RUNTIME_PROFILES, STABILITY_MODES, check_fidelity, resolve_plan
+from codeformer.plan import (
+    COMPILE_BACKENDS,
+    RUNTIME_PROFILES,
+    STABILITY_MODES,
+    as_device,
+    available_device,
+    check_fidelity,
+    resolve_plan,
+    torch_switches,
+)
 from tests.conftest import CPU
 
 CUDA = torch.device("cuda")
@@ -51,16 +61,14 @@ def test_profiles(profile: str, micro_batch: int, parse_faces: bool, monkeypatch
 def test_safe_means_no_risky_optimisation() -> None:
     for profile, backend in itertools.product(RUNTIME_PROFILES, COMPILE_BACKENDS):
         plan = resolve_plan(profile, "safe", backend, device=CPU)
-        flags = (plan.optimized, plan.channels_last, plan.tf32, plan.cudnn_benchmark)
-        assert not any(flags)
-        assert plan.compile_backend is None
+        assert (plan.optimized, plan.compile_backend, plan.cudnn_benchmark) == (False, None, False)
 
 
 def test_optimized_compiles_with_the_backend() -> None:
     for profile, backend in itertools.product(RUNTIME_PROFILES, COMPILE_BACKENDS):
         plan = resolve_plan(profile, "optimized", backend, device=CPU)
         assert plan.optimized
-        assert plan.channels_last
+        assert plan.cudnn_benchmark
         assert plan.compile_backend == (None if backend == "none" else backend)
 
 
@@ -85,48 +93,48 @@ def test_unknown_choices_are_refused(options: tuple[str, str, str], name: str) -
     assert raised.value.option == name
 
 
-@pytest.mark.parametrize("value", [0, 1, 0.0, 0.5, 1.0])
+@pytest.mark.parametrize("value", [0, 1, 0.0, 0.5, 1.0, np.float32(0.25), np.int64(1)])
 def test_fidelity_in_range(value: float) -> None:
     assert check_fidelity(value) == value
     assert isinstance(check_fidelity(value), float)
 
 
-@pytest.mark.parametrize("value", [-0.01, 1.01, math.nan, math.inf, -math.inf, "0.5", None, True, [0.5]])
+@pytest.mark.parametrize(
+    "value", [-0.01, 1.01, math.nan, math.inf, -math.inf, "0.5", None, True, [0.5], 10**400]
+)
 def test_fidelity_out_of_range(value: object) -> None:
     with pytest.raises(OptionError, match="codeformer_fidelity"):
         check_fidelity(value)
 
 
-def switches() -> tuple[bool, bool, bool]:
-    """TF32 in matrix products, TF32 in convolutions, cuDNN's trials."""
-    cudnn = torch.backends.cudnn
-    return torch.backends.cuda.matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
+def switches() -> tuple[str, str, bool]:
+    """Precision of convolutions and matrix products, and cuDNN's trials."""
+    cudnn: Any = torch.backends.cudnn
+    return cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision, cudnn.benchmark
 
 
 @pytest.fixture
 def _everything_on() -> Iterator[None]:
+    cudnn: Any = torch.backends.cudnn
     before = switches()
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    torch.backends.cudnn.benchmark = True
+    cudnn.conv.fp32_precision = torch.backends.cuda.matmul.fp32_precision = "tf32"
+    cudnn.benchmark = True
     yield
-    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before[:2]
-    torch.backends.cudnn.benchmark = before[2]
+    cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision, cudnn.benchmark = before
 
 
 @pytest.mark.usefixtures("_everything_on")
 def test_torchs_switches_are_held_and_put_back() -> None:
-    with resolve_plan("fast", "safe", device=CPU).backend_flags():
-        assert switches() == (False, False, False)
-        with resolve_plan("baseline", "optimized", device=CPU).backend_flags():
-            assert switches() == (False, False, True)
-        with resolve_plan("fast", "optimized", device=CPU).backend_flags():
-            assert switches() == (True, True, True)
-        assert switches() == (False, False, False)
-    assert switches() == (True, True, True)
+    with torch_switches(cudnn_benchmark=False):
+        assert switches() == ("ieee", "ieee", False)
+        with torch_switches(cudnn_benchmark=True):
+            assert switches() == ("ieee", "ieee", True)
+        assert switches() == ("ieee", "ieee", False)
+    assert switches() == ("tf32", "tf32", True)
 
 
 def leave_with_an_error() -> None:
-    with resolve_plan("fast", "safe", device=CPU).backend_flags():
+    with torch_switches(cudnn_benchmark=False):
         raise KeyError
 
 
@@ -134,4 +142,37 @@ def leave_with_an_error() -> None:
 def test_torchs_switches_are_put_back_after_an_error() -> None:
     with pytest.raises(KeyError):
         leave_with_an_error()
-    assert switches() == (True, True, True)
+    assert switches() == ("tf32", "tf32", True)
+
+
+@pytest.mark.parametrize(
+    ("device", "expected"),
+    [
+        ("cpu", "cpu"),
+        ("cpu:0", "cpu"),
+        ("cuda", "cuda:0"),
+        ("cuda:1", "cuda:1"),
+        (torch.device("cuda"), "cuda:0"),
+    ],
+)
+def test_a_device_has_one_spelling(device: Any, expected: str) -> None:
+    assert str(as_device(device)) == expected
+    assert resolve_plan(device="cpu:0") == resolve_plan(device=CPU)
+
+
+@pytest.mark.parametrize("device", ["gpu", "meta", "", "cuda:x"])
+def test_other_devices_are_refused(device: str) -> None:
+    with pytest.raises(OptionError, match="device: expected cpu, cuda or cuda:N"):
+        available_device(device)
+
+
+def test_a_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert available_device() == CPU
+    with pytest.raises(OptionError, match="no such GPU"):
+        available_device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert str(available_device()) == "cuda:0"
+    with pytest.raises(OptionError, match="no such GPU"):
+        available_device("cuda:1")

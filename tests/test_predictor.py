@@ -16,18 +16,18 @@ from codeformer.images import decode_image
 from codeformer.pipeline import Pipeline
 from codeformer.request import MAX_IMAGES, describe, serve
 from predict import Predictor
-from scripts.write_schema import SCHEMA_PATH, build_schema
+from scripts.write_schema import PINNED_SCHEMA, build_schema
 from tests.compare import assert_pictures_close
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_the_checked_in_schema_is_the_predictors() -> None:
-    assert json.loads(SCHEMA_PATH.read_text()) == build_schema(), "run: make schema"
+    assert json.loads(PINNED_SCHEMA.read_text()) == build_schema(), "run: make schema"
 
 
 def test_the_interface_is_the_promised_one() -> None:
-    schemas = json.loads(SCHEMA_PATH.read_text())["components"]["schemas"]
+    schemas = json.loads(PINNED_SCHEMA.read_text())["components"]["schemas"]
     properties = schemas["Input"]["properties"]
     assert list(properties) == [
         "images",
@@ -148,7 +148,7 @@ def predictor(blind_weights: Path, monkeypatch: pytest.MonkeyPatch) -> Predictor
 
 def run(predictor: Predictor, images: list[Path]) -> list[Path]:
     """`run` with Cog's defaults, which Cog fills in from the schema."""
-    properties = json.loads(SCHEMA_PATH.read_text())["components"]["schemas"]["Input"]["properties"]
+    properties = json.loads(PINNED_SCHEMA.read_text())["components"]["schemas"]["Input"]["properties"]
     defaults = {name: entry["default"] for name, entry in properties.items() if "default" in entry}
     return predictor.run(images=[cog.Path(path) for path in images], **defaults)
 

@@ -1,5 +1,7 @@
 """The restorer's and the parser's adapters."""
 
+from typing import Any
+
 import cv2
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import torch
 from codeformer.errors import NonFiniteOutputError
 from codeformer.networks.parsenet import FaceParsingNetwork
 from codeformer.parsing import FaceParser, TemplateMask, soften_labels
+from codeformer.plan import half_dtype_of, torch_switches
 from codeformer.restoration import FaceRestorer, faces_to_tensor, match_gray, tensor_to_faces
 from tests.compare import assert_pictures_close
 from tests.conftest import CPU, make_broken_restorer, make_channels_last_restorer, make_tiny_restorer
@@ -43,15 +46,16 @@ def test_faces_do_not_depend_on_the_memory_layout() -> None:
     assert_pictures_close(other, plain, mean=0.1, within=1)
 
 
-def test_half_precision_changes_little_and_only_the_generator(monkeypatch: pytest.MonkeyPatch) -> None:
-    network = make_tiny_restorer()
+def test_half_precision_changes_little_and_only_the_generator(device: torch.device) -> None:
+    network = make_tiny_restorer().to(device)
+    half_dtype = half_dtype_of(device) or torch.bfloat16
     dtypes: list[torch.dtype] = []
     network.generator.blocks[0].register_forward_hook(lambda _m, _i, out: dtypes.append(out.dtype))
     network.encoder.blocks[0].register_forward_hook(lambda _m, _i, out: dtypes.append(out.dtype))
     restorer, crops = FaceRestorer(network), faces(1)
     exact = restorer.restore(crops, 0.5)
-    half = restorer.restore(crops, 0.5, half_dtype=torch.bfloat16)
-    assert dtypes == [torch.float32, torch.float32, torch.float32, torch.bfloat16]
+    half = restorer.restore(crops, 0.5, half_dtype=half_dtype)
+    assert dtypes == [torch.float32, torch.float32, torch.float32, half_dtype]
     assert not np.array_equal(half, exact)
     assert_pictures_close(half, exact, mean=4.0, within=40, share=0.99)
 
@@ -111,6 +115,27 @@ def test_which_labels_are_face(label: int) -> None:
     assert mask[256, 256] == pytest.approx(float(is_face), abs=1e-5)
     assert mask[:10].max() == mask[-10:].max() == mask[:, :10].max() == mask[:, -10:].max() == 0
     assert (mask[10:-10, 10:-10] > 0.4).all() == is_face
+
+
+@pytest.mark.slow
+def test_many_kinds_of_requests_do_not_exhaust_the_compiler(device: torch.device) -> None:
+    torch._dynamo.reset()
+    compiled = FaceRestorer(make_tiny_restorer().to(device), compile_backend="eager")
+    for half_dtype in (None, torch.bfloat16):
+        for cudnn_benchmark in (False, True):
+            for count in (1, 3, 2):
+                for fidelity in (0.5, 0.0):
+                    with torch_switches(cudnn_benchmark=cudnn_benchmark):
+                        restored = compiled.restore(faces(count), fidelity, half_dtype=half_dtype)
+                    assert restored.shape == (count, 512, 512, 3)
+
+
+def test_a_parser_that_overflows_is_an_error() -> None:
+    network = FaceParsingNetwork(resolution=64)
+    last: Any = network.parsenet.out_mask_conv
+    last.conv2d.bias.data[:] = float("nan")
+    with pytest.raises(NonFiniteOutputError, match="parser"):
+        FaceParser(network.requires_grad_(False)).labels(faces(1)[:, :64, :64])
 
 
 def test_the_parser_labels_each_face_of_a_batch_alike() -> None:

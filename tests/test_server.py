@@ -20,7 +20,8 @@ import numpy as np
 import pytest
 import requests
 
-from codeformer.images import decode_image
+from codeformer.images import decode_image, encode_jpeg
+from scripts.write_schema import SERVER_SCHEMA, write_schema
 from tests import shared
 from tests.compare import assert_pictures_close
 
@@ -70,6 +71,7 @@ class CogServer:
 @contextlib.contextmanager
 def running(weights: Path, log_path: Path) -> Iterator[CogServer]:
     """Starts a server on a free port and ends it, by its process group, whatever happens."""
+    write_schema(SERVER_SCHEMA)
     port = free_port()
     environment = os.environ | {
         # Cog starts its worker as `python` from PATH.
@@ -235,6 +237,21 @@ def test_faces_of_a_real_photo_are_restored(face_server: CogServer, profile: str
     assert 0.01 < changed.mean() < 0.2
     # The picture's lower edge holds no face.
     assert_pictures_close(restored[-100:], original[-100:], mean=2, within=40)
+
+
+@pytest.mark.slow
+def test_official_size_networks_restore_a_photo_as_upstream_does(
+    filled_weights: Path, tmp_path: Path
+) -> None:
+    photo = shared.path_of("photos/scene_00_large.jpg").read_bytes()
+    with running(filled_weights, tmp_path / "log") as cog_server:
+        answer = cog_server.succeed(images=[data_uri(photo)])
+    assert answer["metrics"]["faces"]["restored"] == 4
+    assert answer["metrics"]["timing"]["parse"] > 0
+    golden = shared.golden_picture("pipeline_scene_00_large_parse").astype(np.uint8)
+    # Both went through the same JPEG encoder, which turns a level's difference into a few.
+    expected = decode_image(encode_jpeg(golden))
+    assert_pictures_close(picture_of(answer["output"][0]), expected, mean=0.5, within=6, share=0.999)
 
 
 def test_setup_without_weights_says_so(tmp_path: Path) -> None:

@@ -221,6 +221,8 @@ def test_garbage_under_a_safetensors_name_is_refused(tmp_path: Path) -> None:
     [
         ({**TINY_CONFIG, "width": 3}, "width"),
         ({**TINY_CONFIG, "latent_size": 200}, "square"),
+        ({**TINY_CONFIG, "n_head": 0}, "at least 1"),
+        ({**TINY_CONFIG, "codebook_size": -1}, "at least 1"),
         ({**TINY_CONFIG, "latent_size": 64, "connect_list": ("32",)}, "512 px faces, got 256 px"),
     ],
 )

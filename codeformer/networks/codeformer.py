@@ -85,6 +85,9 @@ class CodeFormer(nn.Module):
         code_dim: int = 256,
     ) -> None:
         super().__init__()
+        numbers = (dim_embd, n_head, n_layers, codebook_size, latent_size, base_channels, code_dim)
+        if min(*numbers, *channel_multipliers) < 1:
+            raise ValueError("every size and number must be at least 1.")
         self.latent_side = round(latent_size**0.5)
         if self.latent_side**2 != latent_size:
             raise ValueError(f"latent_size must be a square number, got {latent_size}.")

@@ -7,7 +7,7 @@ between the check and the use.
 import hashlib
 import io
 import pickle
-from typing import Any
+from typing import Any, Final
 
 import torch
 from safetensors import SafetensorError
@@ -16,6 +16,9 @@ from torch import Tensor, nn
 
 from codeformer.errors import WeightFileError
 from codeformer.weights.manifest import WeightFile
+
+# torch lists every tensor that differs.
+_MAX_CAUSE_LENGTH: Final = 400
 
 
 def read_verified(file: WeightFile) -> bytes:
@@ -65,7 +68,7 @@ def load_into(network: nn.Module, file: WeightFile) -> None:
         raise WeightFileError(
             file.path,
             f"the tensors of {type(network).__name__}({dict(file.config)})",
-            str(cause),
+            f"{str(cause)[:_MAX_CAUSE_LENGTH]} ...",
             "Make the manifest's config and file agree.",
         ) from cause
 

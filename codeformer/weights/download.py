@@ -78,20 +78,22 @@ def fetch_file(
     """
     if is_verified(file):
         return
-    if file.path.exists() and not replace:
-        raise WeightFileError(
-            file.path,
-            file.expectation,
-            f"a file of {file.path.stat().st_size:,} bytes with sha256 {_sha256_of(file.path)}",
-            f"{file.remedy} Nothing was overwritten.",
-        )
     if not file.sources:
-        raise WeightFileError(file.path, file.expectation, "no such file", file.remedy)
+        raise WeightFileError(file.path, file.expectation, _describe(file.path), file.remedy)
     try:
         file.path.parent.mkdir(parents=True, exist_ok=True)
+        # What is there is judged under the lock: another process may just have finished.
         with FileLock(f"{file.path}.lock", timeout=LOCK_TIMEOUT_S):
-            if not is_verified(file):
-                _fetch_locked(file, progress=progress, timeout_s=timeout_s, sleep=sleep)
+            if is_verified(file):
+                return
+            if file.path.exists() and not replace:
+                raise WeightFileError(
+                    file.path,
+                    file.expectation,
+                    _describe(file.path),
+                    f"{file.remedy} Nothing was overwritten.",
+                )
+            _fetch_locked(file, progress=progress, timeout_s=timeout_s, sleep=sleep)
     except Timeout as cause:
         raise WeightFileError(
             file.path,
@@ -114,6 +116,15 @@ def is_verified(file: WeightFile) -> bool:
         return file.path.stat().st_size == file.size_bytes and _sha256_of(file.path) == file.sha256
     except OSError:
         return False
+
+
+def _describe(path: Path) -> str:
+    """What is in a weight file's place, in words."""
+    if not path.exists():
+        return "no such file"
+    if not path.is_file():
+        return "something that is not a file"
+    return f"a file of {path.stat().st_size:,} bytes with sha256 {_sha256_of(path)}"
 
 
 def _fetch_locked(
@@ -181,6 +192,12 @@ def _transfer(
         if resumed and not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
             raise _SourceFailedError("answered with another range than asked for", final=True)
         received = have if resumed else 0
+        announced = response.headers.get("Content-Length", "")
+        if announced.isdigit() and received + int(announced) != size_bytes:
+            # A portal's page, say; kept, it would be continued with the real file's rest.
+            raise _SourceFailedError(
+                f"offers {received + int(announced):,} bytes instead of {size_bytes:,}", final=True
+            )
         bar.reset(total=size_bytes)
         bar.update(received)
         with partial.open("ab" if resumed else "wb") as stream:

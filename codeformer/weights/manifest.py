@@ -58,7 +58,9 @@ class WeightFile:
         """What to do when it is not that file, in words."""
         if not self.sources:
             return "It is shipped with the project, not downloaded: restore it from the repository."
-        return f"Run `python -m codeformer weights fetch` to get it from {self.sources[0]}."
+        folder = self.path.parent
+        name = folder.name if folder.parent == WEIGHTS_ROOT else folder
+        return f"Run `python -m codeformer weights fetch {name}` to get it from {self.sources[0]}."
 
 
 @dataclass(frozen=True)
