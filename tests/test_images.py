@@ -224,6 +224,7 @@ def test_unsupported_samples_are_named_as_such(depth: type) -> None:
         decode_image(stream.getvalue())
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 def test_damaged_exif_does_not_cost_the_photo() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -253,6 +254,7 @@ SEEDS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 @pytest.mark.parametrize("kind", SEEDS)
 def test_damaged_files_give_a_picture_or_our_error(kind: str) -> None:
     rng = np.random.default_rng(1)
