@@ -27,27 +27,23 @@ class Predictor(BaseRunner):
             description="1 to 4 photos: JPEG, PNG, WebP, BMP or TIFF, up to 100 megapixels each."
         ),
         codeformer_fidelity: float = Input(
-            description="Balance between quality (0) and fidelity (1). Lower values look better but may "
-            "alter facial features.",
+            description="Balance between quality (0) and fidelity (1). Lower values look better but may alter facial features.",
             default=0.5,
             ge=0.0,
             le=1.0,
         ),
         runtime_profile: str = Input(
-            description="baseline: float32, face after face, as upstream. fast: batched, mixed precision "
-            "on a GPU. max_speed: fast without face parsing during paste-back.",
+            description="baseline: float32, face after face, as upstream. fast: batched, with mixed precision on a GPU. max_speed: fast without face parsing during paste-back.",
             default="baseline",
             choices=["baseline", "fast", "max_speed"],
         ),
         stability_mode: str = Input(
-            description="safe: no high-risk runtime optimizations (recommended on Replicate). optimized: "
-            "torch.compile and channels-last for the highest throughput.",
+            description="safe: no high-risk runtime optimizations (recommended on Replicate). optimized: torch.compile and channels-last for the highest throughput.",
             default="safe",
             choices=["safe", "optimized"],
         ),
         compile_backend: str = Input(
-            description="torch.compile backend, used only when stability_mode is optimized. Fixed by the "
-            "first optimized request of a process.",
+            description="torch.compile backend, used only when stability_mode is optimized. Fixed by the first optimized request of a process.",
             default="eager",
             choices=["none", "eager", "aot_eager", "inductor"],
         ),

@@ -1,5 +1,6 @@
 """The Cog predictor: its interface, and what it does in process."""
 
+import ast
 import json
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,23 @@ def test_the_interface_is_the_promised_one() -> None:
         "type": "array",
         "items": {"type": "string", "format": "uri"},
     }
+
+
+def test_cogs_static_parser_can_read_the_inputs() -> None:
+    # It takes the text between the first and the last quote, and no names: one plain literal each.
+    source = (ROOT / "predict.py").read_text()
+    calls = [
+        node
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Input"
+    ]
+    assert len(calls) == 5
+    for call in calls:
+        for keyword in call.keywords:
+            ast.literal_eval(keyword.value)
+            if keyword.arg == "description":
+                literal = ast.get_source_segment(source, keyword.value)
+                assert literal == f'"{ast.literal_eval(keyword.value)}"'
 
 
 def test_cog_yaml_fits_the_project() -> None:
