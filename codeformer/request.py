@@ -15,6 +15,7 @@ from codeformer.plan import DEFAULT_FIDELITY, check_fidelity, resolve_plan
 logger = logging.getLogger(__name__)
 
 MAX_IMAGES: Final = 4
+SAMPLES: Final = Path(__file__).resolve().parents[1] / "data"
 
 # Numbers, and for images.sizes a list of "WIDTHxHEIGHT" strings.
 Metrics = dict[str, float | int | list[str]]
@@ -50,8 +51,8 @@ def serve(
 
     Args:
         pipeline: the loaded networks.
-        paths: the files. A string is refused: over HTTP, Cog turns uploads and URLs into paths, while a
-            string would be a client's guess at a file of the server.
+        paths: the files. Over HTTP, Cog turns uploads and addresses into paths and leaves other strings as
+            they are. A string may name a sample picture ("data/1.jpg"); it never opens another file.
         fidelity: 0 (quality) to 1 (fidelity).
         runtime_profile: see `resolve_plan`, as for the next two.
         stability_mode: safe or optimized.
@@ -95,14 +96,24 @@ def describe(metrics: Metrics) -> str:
     )
 
 
-def _read(path: object, index: int) -> ImageU8:
-    if not isinstance(path, Path):
-        raise ImageError("expected an uploaded file (a data URI) or an http(s) address.", index)
+def _read(source: object, index: int) -> ImageU8:
+    path = source if isinstance(source, Path) else _sample_picture(source, index)
     try:
         data = path.read_bytes()
     except OSError as cause:
         raise ImageError(f"the file cannot be read ({cause.strerror}); send it again.", index) from cause
     return decode_image(data, index)
+
+
+def _sample_picture(name: object, index: int) -> Path:
+    """The picture under data/ that a string names; any other string is refused."""
+    if isinstance(name, str) and "\0" not in name:
+        path = (SAMPLES.parent / name).resolve()
+        if path.is_relative_to(SAMPLES) and path.is_file():
+            return path
+    raise ImageError(
+        "expected an uploaded file (a data URI), an http(s) address or a picture under data/.", index
+    )
 
 
 def _summarise(results: Sequence[RestoredImage]) -> Metrics:

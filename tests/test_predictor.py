@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from codeformer import plan as plans
+from codeformer import request
 from codeformer.errors import ImageError, OptionError
 from codeformer.images import decode_image
 from codeformer.pipeline import Pipeline
@@ -151,9 +152,40 @@ def test_one_bad_photo_fails_the_request_and_is_named(
         serve(blind_pipeline, [tmp_path / "missing.jpg", photo_path])
 
 
-def test_a_string_is_not_a_photo(blind_pipeline: Pipeline, photo_path: Path) -> None:
+def test_a_string_may_name_a_sample_picture(blind_pipeline: Pipeline) -> None:
+    [size] = serve(blind_pipeline, ["data/1.jpg"]).metrics["images.sizes"]  # type: ignore[misc]
+    assert size == "640x832"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "README.md",
+        "data/../README.md",
+        "data",
+        "data/no-such.jpg",
+        str(ROOT / "README.md"),
+        "",
+        "data/1.jpg\0",
+        "~",
+        7,
+        None,
+    ],
+)
+def test_no_string_opens_another_file(blind_pipeline: Pipeline, name: object) -> None:
     with pytest.raises(ImageError, match=r"^Image 1: expected an uploaded file"):
-        serve(blind_pipeline, [str(photo_path)])
+        serve(blind_pipeline, [name])
+
+
+def test_a_link_among_the_samples_leads_nowhere(
+    blind_pipeline: Pipeline, photo_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples = tmp_path / "data"
+    samples.mkdir()
+    (samples / "link.png").symlink_to(photo_path)
+    monkeypatch.setattr(request, "SAMPLES", samples)
+    with pytest.raises(ImageError, match="expected an uploaded file"):
+        serve(blind_pipeline, ["data/link.png"])
 
 
 @pytest.fixture

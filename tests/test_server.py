@@ -163,6 +163,11 @@ def test_a_data_uri(server: CogServer, png: bytes, smooth: np.ndarray) -> None:
     assert "timing.detect=" in answer["logs"]
 
 
+def test_a_sample_picture_by_name(server: CogServer) -> None:
+    [output] = server.succeed(images=["data/1.jpg"])["output"]
+    assert picture_of(output).shape == (832, 640, 3)
+
+
 def test_a_file_behind_an_address(server: CogServer, png: bytes, tmp_path: Path) -> None:
     (tmp_path / "photo.png").write_bytes(png)
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
