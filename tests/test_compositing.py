@@ -89,6 +89,16 @@ def test_the_region_of_interest_gives_the_full_frames_pixels(
         assert (canvas != picture).any()
 
 
+def test_the_face_fades_with_the_hard_mask_as_upstreams_does() -> None:
+    # White on white: where the soft mask reaches beyond the hard one, black is mixed in.
+    white, face = np.full((300, 420, 3), 255, np.uint8), np.full((512, 512, 3), 255, np.uint8)
+    canvas = white.copy()
+    paste_face(canvas, face, PLACES["cut by the left border"], None)
+    expected, _ = paste_full_frame(white, face, PLACES["cut by the left border"], None)
+    assert (expected < 255).any()
+    np.testing.assert_array_equal(canvas, expected)
+
+
 def test_a_face_outside_the_picture_changes_nothing(picture: np.ndarray, face: np.ndarray) -> None:
     canvas = picture.copy()
     paste_face(canvas, face, similarity(0.1, 0, -500, -500), None)

@@ -95,6 +95,14 @@ def test_detector_copy_sizes_are_truncated(
     assert actual_scale == scale
 
 
+def test_shrinking_averages_areas_and_growing_interpolates() -> None:
+    noise = np.random.default_rng(4).integers(0, 256, (1920, 1920, 3), dtype=np.uint8)
+    blocks = noise.reshape(640, 3, 640, 3, 3).mean(axis=(1, 3))
+    assert np.abs(resize_for_detection(noise)[0] - blocks).max() <= 0.5
+    steps = np.repeat(np.array([0, 100], np.uint8), 160)[None, :, None].repeat(320, axis=0).repeat(3, axis=2)
+    assert set(np.unique(resize_for_detection(steps)[0])) == {0, 25, 75, 100}
+
+
 @pytest.mark.parametrize("level", [0, 128, 255])
 def test_a_flat_picture_has_no_face(detector: FaceDetector, level: int) -> None:
     assert detector.detect([np.full((300, 400, 3), level, np.uint8)]) == [[]]
