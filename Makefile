@@ -20,7 +20,7 @@ $(VENV)/.made:
 	"$(PYTHON3)" -m venv --clear $(VENV)
 	@touch $@
 
-$(VENV)/.runtime: requirements.txt | $(VENV)/.made
+$(VENV)/.runtime: requirements.txt $(VENV)/.made
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
