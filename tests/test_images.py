@@ -254,6 +254,19 @@ SEEDS = {
 }
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("damage", ["cut", "altered"])
+def test_a_damaged_16_bit_file_is_called_damaged(channels: int, damage: str) -> None:
+    noise = np.random.default_rng(0).integers(0, 65536, (200, 300, channels), dtype=np.uint16)
+    data = bytearray(cv2.imencode(".png", noise)[1].tobytes())
+    if damage == "cut":
+        del data[len(data) // 2 :]
+    else:
+        data[len(data) // 2] ^= 255
+    with pytest.raises(ImageError, match="damaged or cut short"):
+        decode_image(bytes(data))
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 @pytest.mark.parametrize("kind", SEEDS)
 def test_damaged_files_give_a_picture_or_our_error(kind: str) -> None:
