@@ -152,8 +152,9 @@ def _find_photos(paths: Sequence[Path]) -> Iterator[Path]:
 
 
 def _name_outputs(photos: Sequence[Path], folder: Path, *, compare: bool) -> list[Path]:
-    """One JPG name per photo, so that no file is written twice and no input is overwritten."""
+    """One JPG name per photo, so that no file is written twice and no original is overwritten."""
     inputs = {photo.resolve() for photo in photos}
+    is_album = folder.resolve() in {photo.parent for photo in inputs}
     taken: set[Path] = set()
     targets = []
     for photo in photos:
@@ -163,10 +164,9 @@ def _name_outputs(photos: Sequence[Path], folder: Path, *, compare: bool) -> lis
             if not files & taken:
                 break
         for file in files:
-            if file.resolve() in inputs:
-                raise InputError(
-                    f"--output {folder}: {file} would overwrite an input; choose another folder."
-                )
+            # A file in the photos' own folder may be an original, whether it was named or not.
+            if file.resolve() in inputs or (is_album and file.exists()):
+                raise InputError(f"--output {folder}: {file} would be overwritten; choose another folder.")
         taken |= files
         targets.append(target)
     return targets

@@ -65,13 +65,16 @@ def test_a_bad_photo_among_good_ones_is_reported_and_the_others_are_done(
     assert "1 of 2 photos failed" in error
 
 
-def test_an_input_is_never_overwritten(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_original_is_never_overwritten(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     photo = folder / "c.jpg"
     shutil.copy(folder / "a.JPG", photo)
     before = photo.read_bytes()
-    assert main(["restore", str(photo), "-o", str(folder)]) == 1
-    assert "overwrite" in capsys.readouterr().err
-    assert photo.read_bytes() == before
+    assert cv2.imwrite(str(folder / "c.png"), np.zeros((50, 50, 3), np.uint8))
+    # c.png would become c.jpg, which is an original though it was not named.
+    for named in ("c.jpg", "c.png"):
+        assert main(["restore", str(folder / named), "-o", str(folder)]) == 1
+        assert "overwritten" in capsys.readouterr().err
+        assert photo.read_bytes() == before
 
 
 def test_comparisons_and_results_never_share_a_name(
