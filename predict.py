@@ -70,4 +70,4 @@ class Predictor(BaseRunner):
         paths = [Path(self._outputs.name) / f"{number}.jpg" for number in range(1, len(jpegs) + 1)]
         for path, jpeg in zip(paths, jpegs, strict=True):
             path.write_bytes(jpeg)
-        return [Path(path) for path in paths]
+        return paths

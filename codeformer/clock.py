@@ -4,11 +4,12 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import Final, Literal, get_args
 
 import torch
 
-Stage = Literal["align", "detect", "parse", "paste", "restore"]
+Stage = Literal["detect", "align", "restore", "parse", "paste"]
+STAGES: Final[tuple[Stage, ...]] = get_args(Stage)
 
 
 class StageClock:

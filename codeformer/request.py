@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from codeformer.clock import STAGES
 from codeformer.errors import ImageError, OptionError
 from codeformer.images import ImageU8, decode_image, encode_jpeg
 from codeformer.pipeline import Pipeline, RestoredImage
@@ -117,12 +118,11 @@ def _sample_picture(name: object, index: int) -> Path:
 
 
 def _summarise(results: Sequence[RestoredImage]) -> Metrics:
-    stages = ("detect", "align", "restore", "parse", "paste")
     restored = sum(len(result.faces) for result in results)
     skipped = sum(len(result.skipped_faces) for result in results)
     metrics: Metrics = {
         f"timing.{stage}": sum((result.elapsed_ms.get(stage, 0.0) for result in results), 0.0)
-        for stage in stages
+        for stage in STAGES
     }
     metrics["faces.detected"] = restored + skipped
     metrics["faces.restored"] = restored
