@@ -149,6 +149,20 @@ def test_a_parser_that_overflows_is_an_error() -> None:
         FaceParser(network.requires_grad_(False)).labels(faces(1)[:, :64, :64])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+def test_a_compiled_parser_gives_the_same_labels(backend: str) -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    network: Any = FaceParsingNetwork(resolution=64).requires_grad_(False)
+    network = network.to(memory_format=torch.channels_last)
+    plain = FaceParser(network, channels_last=True)
+    compiled = FaceParser(network, channels_last=True, compile_backend=backend)
+    for count in (1, 2, 3):
+        batch = np.stack([cv2.resize(face, (64, 64)) for face in faces(count)])
+        assert (compiled.labels(batch) == plain.labels(batch)).mean() > 0.999
+
+
 def test_the_parser_labels_each_face_of_a_batch_alike() -> None:
     torch.manual_seed(0)
     parser = FaceParser(FaceParsingNetwork(resolution=64).requires_grad_(False))
