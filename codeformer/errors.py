@@ -126,3 +126,7 @@ class InferenceError(CodeFormerError, RuntimeError):
 
 class NonFiniteOutputError(CodeFormerError, ArithmeticError):
     """A network answered with NaN or infinity; in half precision a float32 pass may still succeed."""
+
+
+class TrainingError(CodeFormerError, RuntimeError):
+    """A training cannot start or go on."""

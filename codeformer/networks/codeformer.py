@@ -127,15 +127,20 @@ class CodeFormer(nn.Module):
             Code logits (B, side * side, codebook_size), the latent feature `lq_feat`
             (B, code_dim, side, side), and the encoder's feature for each connected size.
         """
+        lq_feat, features = self.encode(x)
+        tokens = self.feat_emb(lq_feat.flatten(2).transpose(1, 2))
+        for layer in self.ft_layers:
+            tokens = layer(tokens, self.position_emb)
+        return self.idx_pred_layer(tokens), lq_feat, features
+
+    def encode(self, x: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
+        """The encoder alone: `lq_feat` and the features, as from `predict`."""
         features: dict[int, Tensor] = {}
         for index, block in enumerate(self.encoder.blocks):
             x = block(x)
             if index in self._encoder_taps:
                 features[self._encoder_taps[index]] = x
-        tokens = self.feat_emb(x.flatten(2).transpose(1, 2))
-        for layer in self.ft_layers:
-            tokens = layer(tokens, self.position_emb)
-        return self.idx_pred_layer(tokens), x, features
+        return x, features
 
     def generate(
         self,
@@ -158,9 +163,13 @@ class CodeFormer(nn.Module):
         Returns:
             (B, 3, resolution, resolution) RGB, nominally in [-1, 1], not clamped.
         """
-        x = self.quantize.lookup(logits.argmax(dim=2), self.latent_side)
+        latent = self.quantize.lookup(logits.argmax(dim=2), self.latent_side)
         if adain:
-            x = match_statistics(x, lq_feat)
+            latent = match_statistics(latent, lq_feat)
+        return self.decode(latent, features, w)
+
+    def decode(self, x: Tensor, features: Mapping[int, Tensor], w: float | Tensor) -> Tensor:
+        """The generator alone: a latent (B, code_dim, side, side) to faces, as from `generate`."""
         guided = isinstance(w, Tensor) or w > 0
         for index, block in enumerate(self.generator.blocks):
             x = block(x)

@@ -168,6 +168,13 @@ class Codebook(nn.Module):
         # output layout wrongly, and compiled faces come out as noise.
         return features.transpose(1, 2).reshape(codes.shape[0], -1, side, side).contiguous()
 
+    def nearest(self, features: Tensor) -> Tensor:
+        """Features (B, code_dim, side, side) to the closest codes (B, side * side) int64."""
+        vectors = features.flatten(2).transpose(1, 2)
+        codes = self.embedding.weight
+        # The squared distance without the part that all codes share.
+        return (codes.square().sum(dim=1) - 2 * vectors @ codes.T).argmin(dim=2)
+
 
 def match_statistics(content: Tensor, style: Tensor, eps: float = 1e-5) -> Tensor:
     """Adaptive instance normalisation (Huang and Belongie, 2017).

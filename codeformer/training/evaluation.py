@@ -1,0 +1,105 @@
+"""Scores of a weight set on pictures it was not trained on, through the adapters that serve requests."""
+
+import platform
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import cv2
+import numpy as np
+import torch
+
+from codeformer.basicsr_compat import import_basicsr
+from codeformer.degradation import HEAVY, MODERATE, DegradationRange
+from codeformer.detection import FaceDetector
+from codeformer.images import ImageU8, decode_image
+from codeformer.restoration import FaceRestorer
+from codeformer.training.faces import read_face
+from codeformer.training.matching import Agreement
+
+QUALITIES: Final = ("psnr_db", "ssim", "colour_shift")
+FIDELITIES: Final = (0.0, 0.5, 1.0)
+MIN_FACE_SIDE: Final = 40.0
+EVALUATION_SEED: Final = 20_000
+
+Restore = Callable[[ImageU8], ImageU8]
+
+
+def measure_restorer(restorer: FaceRestorer, files: Sequence[Path]) -> dict[str, dict[str, dict[str, float]]]:
+    """Quality of restored faces for each kind of input, beside that of the input and of a plain filter.
+
+    Every face is spoilt with its own seed, the same in every run.
+
+    Args:
+        restorer: the adapter.
+        files: aligned 512 px faces.
+
+    Returns:
+        Input kind ("clean", "moderate", "heavy") to method ("input", "filter", "w=0.0", ...) to means over
+        the faces: psnr_db and ssim against the truth, and colour_shift, the largest absolute difference of
+        a channel's mean from the truth's in 8-bit levels.
+    """
+    methods: dict[str, Restore] = {"input": lambda face: face, "filter": denoise_and_sharpen}
+    for w in FIDELITIES:
+        methods[f"w={w}"] = lambda face, w=w: restorer.restore(face[None], w)[0]  # type: ignore[misc]
+    kinds: dict[str, DegradationRange | None] = {"clean": None, "moderate": MODERATE, "heavy": HEAVY}
+    report = {}
+    for kind, degradation in kinds.items():
+        results: dict[str, list[tuple[float, float, float]]] = {method: [] for method in methods}
+        for index, file in enumerate(files):
+            truth = read_face(file)
+            rng = np.random.default_rng((EVALUATION_SEED, index))
+            spoilt = truth if degradation is None else degradation.sample(rng).apply(truth, rng)
+            for method, restore in methods.items():
+                results[method].append(_compare(restore(spoilt), truth))
+        report[kind] = {
+            method: dict(zip(QUALITIES, np.mean(rows, axis=0).tolist(), strict=True))
+            for method, rows in results.items()
+        }
+    return report
+
+
+def measure_detector(detector: FaceDetector, teacher: FaceDetector, files: Sequence[Path]) -> dict[str, Any]:
+    """Agreement of two detectors on whole pictures, for faces of at least 40 px."""
+    agreement = Agreement()
+    without_faces, found_in_them = 0, 0
+    for file in files:
+        picture = decode_image(file.read_bytes())
+        [found], [expected] = detector.detect([picture]), teacher.detect([picture])
+        agreement.add(found, expected, MIN_FACE_SIDE)
+        if not expected:
+            without_faces += 1
+            found_in_them += len(found)
+    return {
+        "pictures": len(files),
+        "faces": agreement.expected,
+        "recall": agreement.recall,
+        "precision": agreement.precision,
+        "landmark_error": agreement.landmark_error,
+        "pictures_without_faces": without_faces,
+        "found_in_pictures_without_faces": found_in_them,
+    }
+
+
+def describe_machine(device: torch.device) -> dict[str, str]:
+    """What the scores were measured with."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu"
+    return {"device": name, "torch": torch.__version__, "opencv": cv2.__version__, "numpy": np.__version__}
+
+
+def denoise_and_sharpen(face_bgr: ImageU8) -> ImageU8:
+    """What a picture editor does: non-local means, then an unsharp mask."""
+    smooth = cv2.fastNlMeansDenoisingColored(face_bgr, None, 7, 7, 7, 21)
+    blurred = cv2.GaussianBlur(smooth, (0, 0), 2.0)
+    return np.asarray(cv2.addWeighted(smooth, 1.5, blurred, -0.5, 0), dtype=np.uint8)
+
+
+def _compare(result: ImageU8, truth: ImageU8) -> tuple[float, float, float]:
+    metrics = import_basicsr("metrics")
+    shift = np.abs(result.mean(axis=(0, 1)) - truth.mean(axis=(0, 1))).max()
+    return (
+        # A clean input equals the truth; a level's error in one pixel of it is as good as none.
+        min(float(metrics.calculate_psnr(result, truth, crop_border=0)), 100.0),
+        float(metrics.calculate_ssim(result, truth, crop_border=0)),
+        float(shift),
+    )

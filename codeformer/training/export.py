@@ -1,0 +1,70 @@
+"""Checkpoints to a weight set that can be shipped."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from codeformer.errors import TrainingError
+from codeformer.weights.manifest import ARCHITECTURES, MANIFEST_NAME
+
+
+def export_network(checkpoint: Mapping[str, Any], role: str, folder: Path, licence: str) -> dict[str, Any]:
+    """Writes a network's averaged weights as `<role>.safetensors`.
+
+    Kernels and matrices become float16. Vectors (biases, norms, running statistics) stay float32: they
+    weigh nothing, and a detector's variances, of inputs up to 255, do not fit into float16.
+
+    Args:
+        checkpoint: as `codeformer.training.loop.train` leaves it.
+        role: restorer or detector.
+        folder: the weight set's, which must be there.
+        licence: the terms of the weights.
+
+    Returns:
+        The file's entry in the manifest.
+
+    Raises:
+        TrainingError: a number is not finite in its new type.
+    """
+    tensors = {name: _shippable(tensor) for name, tensor in checkpoint["average"].items()}
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise TrainingError(f"{role}: {name} is not finite as {tensor.dtype}; it cannot be shipped.")
+    file = folder / f"{role}.safetensors"
+    save_file(tensors, file)
+    data = file.read_bytes()
+    return {
+        "architecture": ARCHITECTURES[role],
+        "file": file.name,
+        "bytes": len(data),
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "sources": [],
+        "licence": licence,
+        "config": checkpoint["header"],
+    }
+
+
+def write_manifest(folder: Path, description: str, entries: Mapping[str, Mapping[str, Any]]) -> None:
+    """Writes the `manifest.json` of a weight set; entries of other roles are kept.
+
+    Args:
+        folder: the weight set's.
+        description: one sentence.
+        entries: role to entry, from `export_network`.
+    """
+    path = folder / MANIFEST_NAME
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    content = {**known, "description": description, **entries}
+    ordered = {key: content[key] for key in ("description", *ARCHITECTURES) if key in content}
+    path.write_text(json.dumps(ordered, indent=2) + "\n", encoding="utf-8")
+
+
+def _shippable(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach().contiguous()
+    return tensor.half() if tensor.is_floating_point() and tensor.ndim > 1 else tensor

@@ -1,0 +1,183 @@
+"""Aligned faces as training pairs: clean target and degraded input."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from codeformer.alignment import BORDER_BGR, FACE_SIZE
+from codeformer.degradation import HEAVY, MILD, MODERATE, DegradationRange
+from codeformer.errors import InputError
+from codeformer.images import ImageU8
+
+PICTURE_SUFFIXES: Final = (".jpg", ".jpeg", ".png", ".webp")
+# One face in this many is kept from training, to tell when to stop.
+VALIDATION_SHARE: Final = 30
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """How often each kind of degradation is drawn; the weights add up to 1."""
+
+    ranges: Sequence[tuple[float, DegradationRange]]
+
+    def sample(self, rng: np.random.Generator) -> DegradationRange:
+        chosen = rng.choice(len(self.ranges), p=[weight for weight, _ in self.ranges])
+        return self.ranges[int(chosen)][1]
+
+
+TRAINING_MIXTURE: Final = Mixture(((0.5, MODERATE), (0.3, HEAVY), (0.2, MILD)))
+
+
+class FacePairs(Dataset[tuple[Tensor, Tensor]]):
+    """Pairs (degraded, clean), each (3, size, size) float32 RGB in [-1, 1].
+
+    Item `i` depends on `seed` and `i` alone, so that a resumed training sees what an uninterrupted one
+    would have seen.
+
+    Args:
+        files: aligned 512 px faces.
+        length: number of pairs.
+        seed: of sampling, augmentation and degradation.
+        crop: side of a random crop, in px; the whole face by default.
+        mixture: degradations to draw from; None for clean inputs.
+        augment: flip, colour and border changes.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[Path],
+        length: int,
+        seed: int,
+        *,
+        crop: int = FACE_SIZE,
+        mixture: Mixture | None = TRAINING_MIXTURE,
+        augment: bool = True,
+    ) -> None:
+        self._files = list(files)
+        self._length = length
+        self._seed = seed
+        self._crop = crop
+        self._mixture = mixture
+        self._augment = augment
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        rng = np.random.default_rng((self._seed, index))
+        # Without augmentation the faces come in order: a fixed set to measure on.
+        chosen = int(rng.integers(len(self._files))) if self._augment else index % len(self._files)
+        clean = read_face(self._files[chosen])
+        if self._augment:
+            clean = _augmented(clean, rng)
+        degraded = clean
+        if self._mixture is not None:
+            degraded = self._mixture.sample(rng).sample(rng).apply(clean, rng)
+            if self._augment and rng.random() < 0.1:
+                clean, degraded = _beyond_border(clean, degraded, rng)
+        if self._crop < FACE_SIZE:
+            top, left = (int(start) for start in rng.integers(0, FACE_SIZE - self._crop, 2, endpoint=True))
+            window = np.s_[top : top + self._crop, left : left + self._crop]
+            clean, degraded = clean[window], degraded[window]
+        return to_tensor(degraded), to_tensor(clean)
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    """The picture files of a folder, sorted.
+
+    Raises:
+        InputError: there are none.
+    """
+    files = sorted(file for file in folder.glob("*") if file.suffix.lower() in PICTURE_SUFFIXES)
+    if not files:
+        raise InputError(f"{folder}: expected a folder of pictures ({', '.join(PICTURE_SUFFIXES)}).")
+    return files
+
+
+def split_pictures(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The pictures of a folder, in a training and a validation part.
+
+    The part of a file follows from its name, so that it stays the same when others come and go.
+
+    Raises:
+        InputError: there are too few.
+    """
+    files = pictures_in(folder)
+    training = [file for file in files if not _is_for_validation(file)]
+    validation = [file for file in files if _is_for_validation(file)]
+    if not training or not validation:
+        raise InputError(f"{folder}: expected a few dozen pictures at least, found {len(files)}.")
+    return training, validation
+
+
+def _is_for_validation(file: Path) -> bool:
+    return int.from_bytes(hashlib.sha256(file.name.encode()).digest()[:4]) % VALIDATION_SHARE == 0
+
+
+def read_face(file: Path) -> ImageU8:
+    """An aligned face, (512, 512, 3) uint8 BGR.
+
+    Raises:
+        InputError: not a picture, or of another size.
+    """
+    image = cv2.imread(str(file), cv2.IMREAD_COLOR)
+    if image is None or image.shape != (FACE_SIZE, FACE_SIZE, 3):
+        found = "no readable picture" if image is None else f"{image.shape[1]} x {image.shape[0]} px"
+        raise InputError(f"{file}: expected an aligned {FACE_SIZE} px face, got {found}.")
+    return np.asarray(image, dtype=np.uint8)
+
+
+def to_tensor(face_bgr: ImageU8) -> Tensor:
+    """(S, S, 3) uint8 BGR to (3, S, S) float32 RGB in [-1, 1]."""
+    rgb = np.ascontiguousarray(face_bgr[:, :, ::-1].transpose(2, 0, 1))
+    return torch.from_numpy(rgb).float().div_(127.5).sub_(1.0)
+
+
+def _augmented(face: ImageU8, rng: np.random.Generator) -> ImageU8:
+    if rng.random() < 0.5:
+        face = face[:, ::-1]
+    if rng.random() < 0.3:
+        face = _misaligned(face, rng)
+    if rng.random() < 0.5:
+        gain = rng.uniform(0.8, 1.2, 3) * rng.uniform(0.75, 1.15)
+        face = np.clip(face * gain + rng.uniform(-15, 15), 0, 255).astype(np.uint8)
+    if rng.random() < 0.12:
+        grey = cv2.cvtColor(np.ascontiguousarray(face), cv2.COLOR_BGR2GRAY)
+        face = np.asarray(cv2.cvtColor(grey, cv2.COLOR_GRAY2BGR), dtype=np.uint8)
+    return np.ascontiguousarray(face)
+
+
+def _misaligned(face: ImageU8, rng: np.random.Generator) -> ImageU8:
+    """Moved a little, as by landmarks found on a bad picture."""
+    centre = FACE_SIZE / 2
+    matrix = cv2.getRotationMatrix2D((centre, centre), rng.uniform(-6, 6), rng.uniform(0.94, 1.06)).astype(
+        float
+    )
+    matrix[:, 2] += rng.uniform(-12, 12, 2)
+    moved = cv2.warpAffine(
+        np.ascontiguousarray(face),
+        matrix,
+        (FACE_SIZE, FACE_SIZE),
+        flags=cv2.INTER_CUBIC,
+        borderMode=cv2.BORDER_REFLECT,
+    )
+    return np.asarray(moved, dtype=np.uint8)
+
+
+def _beyond_border(clean: ImageU8, degraded: ImageU8, rng: np.random.Generator) -> tuple[ImageU8, ImageU8]:
+    """A face cut by the picture's border: one side in the colour crops have there."""
+    depth, side = int(rng.integers(20, FACE_SIZE // 3)), int(rng.integers(4))
+    pair = []
+    for face in (clean, degraded):
+        turned = np.rot90(face, side).copy()
+        turned[:depth] = BORDER_BGR
+        pair.append(np.ascontiguousarray(np.rot90(turned, -side)))
+    return pair[0], pair[1]

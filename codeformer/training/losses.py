@@ -1,0 +1,87 @@
+"""Losses that need no downloaded network. Pictures are (B, 3, S, S) float32 RGB in [-1, 1]."""
+
+import itertools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from codeformer.restoration import LUMA_RGB
+
+
+def picture_loss(output: Tensor, target: Tensor) -> Tensor:
+    """Absolute error at three scales, of the gradients, and of structure (1 - SSIM of the luma)."""
+    loss = F.l1_loss(output, target) + 0.5 * gradient_loss(output, target)
+    # The coarse scales keep colour and lighting.
+    small, small_target = F.avg_pool2d(output, 8), F.avg_pool2d(target, 8)
+    loss = loss + 0.5 * F.l1_loss(small, small_target)
+    loss = loss + 0.5 * F.l1_loss(F.avg_pool2d(small, 8), F.avg_pool2d(small_target, 8))
+    return loss + 0.15 * (1 - ssim(luma(output), luma(target)))
+
+
+def gradient_loss(output: Tensor, target: Tensor) -> Tensor:
+    """Absolute error of horizontal and vertical differences."""
+    error = output - target
+    return (error[..., 1:] - error[..., :-1]).abs().mean() + (
+        error[..., 1:, :] - error[..., :-1, :]
+    ).abs().mean()
+
+
+def luma(picture: Tensor) -> Tensor:
+    """(B, 3, S, S) to (B, 1, S, S)."""
+    return (picture * picture.new_tensor(LUMA_RGB).view(1, 3, 1, 1)).sum(dim=1, keepdim=True)
+
+
+def ssim(a: Tensor, b: Tensor, window: int = 7) -> Tensor:
+    """Mean structural similarity (Wang et al., 2004) with a uniform window, for a range of 2."""
+    c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2
+
+    def mean(x: Tensor) -> Tensor:
+        return F.avg_pool2d(x, window, stride=2)
+
+    mean_a, mean_b = mean(a), mean(b)
+    var_a, var_b = mean(a * a) - mean_a**2, mean(b * b) - mean_b**2
+    covariance = mean(a * b) - mean_a * mean_b
+    similarity = ((2 * mean_a * mean_b + c1) * (2 * covariance + c2)) / (
+        (mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2)
+    )
+    return similarity.mean()
+
+
+class PatchDiscriminator(nn.Module):
+    """Tells real from restored, patch by patch (Isola et al., 2017): (B, 3, S, S) to (B, 1, S / 8, S / 8)."""
+
+    def __init__(self, channels: int = 32) -> None:
+        super().__init__()
+        widths = (3, channels, 2 * channels, 4 * channels)
+        layers: list[nn.Module] = []
+        for inner, outer in itertools.pairwise(widths):
+            layers += [
+                nn.utils.parametrizations.spectral_norm(nn.Conv2d(inner, outer, 4, stride=2, padding=1)),
+                nn.LeakyReLU(0.2),
+            ]
+        self.layers = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 3, padding=1))
+
+    def forward(self, picture: Tensor) -> Tensor:
+        verdict: Tensor = self.layers(picture)
+        return verdict
+
+
+def discriminator_loss(real: Tensor, restored: Tensor) -> Tensor:
+    """The hinge loss of the discriminator's verdicts."""
+    return F.relu(1 - real).mean() + F.relu(1 + restored).mean()
+
+
+def code_loss(logits: Tensor, codes: Tensor) -> Tensor:
+    """Cross-entropy of code logits (B, T, N) against codes (B, T)."""
+    return F.cross_entropy(logits.flatten(0, 1), codes.flatten())
+
+
+def feature_loss(lq_feat: Tensor, code_features: Tensor) -> Tensor:
+    """Squared error that draws the degraded face's latent to the clean face's codes, (B, C, s, s) each."""
+    return F.mse_loss(lq_feat, code_features.detach())
+
+
+def finite(loss: Tensor) -> bool:
+    """Whether a loss can be learned from."""
+    return bool(torch.isfinite(loss))

@@ -1,0 +1,127 @@
+"""Unlabelled pictures for the detector: photographs, faces strewn over a ground, and no faces."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from codeformer.degradation import MILD, MODERATE
+from codeformer.detection import MEAN_BGR
+from codeformer.errors import InputError
+from codeformer.images import ImageU8
+
+SCENE_SIDE: Final = 512
+_KINDS: Final = ("photograph", "strewn", "close_up")
+
+
+class Scenes(Dataset[tuple[Tensor]]):
+    """Pictures as the detector's network takes them: (3, 512, 512) float32 BGR minus the channel means.
+
+    Item `i` depends on `seed` and `i` alone.
+
+    Args:
+        photographs: files of whole pictures.
+        faces: files of aligned faces.
+        length: number of pictures.
+        seed: of everything random.
+    """
+
+    def __init__(self, photographs: Sequence[Path], faces: Sequence[Path], length: int, seed: int) -> None:
+        self._photographs = list(photographs)
+        self._faces = list(faces)
+        self._length = length
+        self._seed = seed
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> tuple[Tensor]:
+        rng = np.random.default_rng((self._seed, index))
+        kind = _KINDS[int(rng.choice(len(_KINDS), p=[0.55, 0.3, 0.15]))]
+        photograph = _read(self._photographs[int(rng.integers(len(self._photographs)))])
+        if kind == "photograph":
+            scene = _placed(photograph, _ground(rng), rng, side=_log_uniform(rng, 160, 1000))
+        elif kind == "strewn":
+            scene = _ground(rng)
+            if rng.random() < 0.4:
+                scene = _placed(photograph, scene, rng, side=rng.uniform(600, 1600))
+            for _ in range(int(rng.integers(1, 7))):
+                face = _read(self._faces[int(rng.integers(len(self._faces)))])
+                scene = _placed(face, scene, rng, side=_log_uniform(rng, 40, 420))
+        else:
+            # A detail, far enlarged: seldom a face, often something like one.
+            scene = _placed(photograph, _ground(rng), rng, side=rng.uniform(1000, 3000))
+        scene = _varied(scene, rng)
+        planes = torch.from_numpy(np.ascontiguousarray(scene.transpose(2, 0, 1))).float()
+        return (planes - torch.tensor(MEAN_BGR).view(3, 1, 1),)
+
+
+def _read(file: Path) -> ImageU8:
+    image = cv2.imread(str(file), cv2.IMREAD_COLOR)
+    if image is None:
+        raise InputError(f"{file}: expected a picture, cannot read one.")
+    return np.asarray(image, dtype=np.uint8)
+
+
+def _log_uniform(rng: np.random.Generator, low: float, high: float) -> float:
+    return float(np.exp(rng.uniform(np.log(low), np.log(high))))
+
+
+def _ground(rng: np.random.Generator) -> ImageU8:
+    """A plain colour, a gradient or coarse noise, (512, 512, 3) uint8."""
+    cells = int(rng.choice([1, 2, 3, 8, 40]))
+    colours = rng.uniform(0, 255, (cells, cells, 3)).astype(np.float32)
+    ground = cv2.resize(colours, (SCENE_SIDE, SCENE_SIDE), interpolation=cv2.INTER_LINEAR)
+    return np.asarray(np.clip(ground, 0, 255), dtype=np.uint8)
+
+
+def _placed(picture: ImageU8, ground: ImageU8, rng: np.random.Generator, *, side: float) -> ImageU8:
+    """The picture, its shorter side `side` px, turned and set somewhere on the ground."""
+    height, width = picture.shape[:2]
+    scale = side / min(height, width)
+    if scale < 0.5:
+        # Bilinear sampling would alias.
+        reduced = 2 * scale
+        size_wh = (max(1, round(width * reduced)), max(1, round(height * reduced)))
+        picture = np.asarray(cv2.resize(picture, size_wh, interpolation=cv2.INTER_AREA), dtype=np.uint8)
+        height, width = picture.shape[:2]
+        scale = side / min(height, width)
+    angle = rng.normal(0, 12) if rng.random() < 0.85 else rng.uniform(-180, 180)
+    matrix = cv2.getRotationMatrix2D((width / 2, height / 2), angle, scale)
+    # Anywhere where at least a part of it is seen.
+    reach = np.array([width, height]) * scale
+    low, high = np.minimum(0, SCENE_SIDE - reach), np.maximum(0, SCENE_SIDE - reach)
+    corner = rng.uniform(low - 0.15 * reach.clip(max=SCENE_SIDE), high + 0.15 * reach.clip(max=SCENE_SIDE))
+    matrix[:, 2] += corner + reach / 2 - np.array([width, height]) / 2
+    if rng.random() < 0.5:
+        picture = np.ascontiguousarray(picture[:, ::-1])
+    scene = cv2.warpAffine(
+        picture,
+        matrix,
+        (SCENE_SIDE, SCENE_SIDE),
+        dst=ground.copy(),
+        flags=cv2.INTER_LINEAR,
+        borderMode=cv2.BORDER_TRANSPARENT,
+    )
+    return np.asarray(scene, dtype=np.uint8)
+
+
+def _varied(scene: ImageU8, rng: np.random.Generator) -> ImageU8:
+    """Another light, without colour, or spoilt."""
+    if rng.random() < 0.7:
+        levels = (np.arange(256) / 255) ** float(np.exp(rng.uniform(-0.6, 0.6)))
+        gain = rng.uniform(0.7, 1.2) * rng.uniform(0.85, 1.15, 3)
+        table = np.clip(levels[:, None] * gain * 255 + rng.uniform(-20, 20), 0, 255).astype(np.uint8)
+        scene = np.asarray(cv2.LUT(scene, table[None]), dtype=np.uint8)
+    if rng.random() < 0.2:
+        grey = cv2.cvtColor(scene, cv2.COLOR_BGR2GRAY)
+        tint = rng.uniform(0.7, 1.0, 3) if rng.random() < 0.4 else np.ones(3)
+        scene = np.clip(grey[:, :, None] * tint, 0, 255).astype(np.uint8)
+    if rng.random() < 0.4:
+        scene = (MODERATE if rng.random() < 0.5 else MILD).sample(rng).apply(scene, rng)
+    return scene
