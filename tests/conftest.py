@@ -18,6 +18,8 @@ from codeformer.networks.retinaface import build_retinaface
 from codeformer.parsing import FaceParser, TemplateMask
 from codeformer.pipeline import Pipeline
 from codeformer.restoration import FaceRestorer
+from codeformer.weights.checkpoints import load_into, read_tensors
+from codeformer.weights.manifest import load_weight_set
 from tests import shared
 
 CPU = torch.device("cpu")
@@ -76,10 +78,17 @@ def make_blind_detector() -> torch.nn.Module:
 
 @pytest.fixture(scope="session")
 def detector() -> FaceDetector:
-    """The real, trained detector."""
+    """The detector of the shipped weights."""
     network = build_retinaface("mobile0.25")
-    state = torch.load(shared.detector_weights(), map_location="cpu", weights_only=True)
-    network.load_state_dict(state)
+    load_into(network, load_weight_set("lite").detector)
+    return FaceDetector(network.requires_grad_(False))
+
+
+@pytest.fixture(scope="session")
+def upstream_detector() -> FaceDetector:
+    """The detector that the goldens were computed with."""
+    network = build_retinaface("mobile0.25")
+    network.load_state_dict(read_tensors(shared.detector_weights()))
     return FaceDetector(network.requires_grad_(False))
 
 
@@ -114,10 +123,10 @@ def blind_pipeline() -> Pipeline:
 
 @pytest.fixture
 def filled_models(
-    detector: FaceDetector, filled_codeformer: CodeFormer, filled_parsenet: FaceParsingNetwork
+    upstream_detector: FaceDetector, filled_codeformer: CodeFormer, filled_parsenet: FaceParsingNetwork
 ) -> Models:
-    """Real detection and the goldens' networks at official size."""
-    return Models(detector, FaceRestorer(filled_codeformer), FaceParser(filled_parsenet))
+    """Upstream's detection and the goldens' networks at official size."""
+    return Models(upstream_detector, FaceRestorer(filled_codeformer), FaceParser(filled_parsenet))
 
 
 def describe_file(path: Path, architecture: str, config: dict[str, Any]) -> dict[str, Any]:
@@ -155,10 +164,9 @@ def blind_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A weight set with the real detector."""
-    state = torch.load(shared.detector_weights(), map_location="cpu", weights_only=True)
-    return write_weight_set(tmp_path_factory.mktemp("weights") / "tiny", state)
+def tiny_weights(tmp_path_factory: pytest.TempPathFactory, detector: FaceDetector) -> Path:
+    """A weight set with the shipped detector."""
+    return write_weight_set(tmp_path_factory.mktemp("weights") / "tiny", detector.network.state_dict())
 
 
 @pytest.fixture(scope="session")
@@ -166,14 +174,14 @@ def filled_weights(
     tmp_path_factory: pytest.TempPathFactory,
     filled_codeformer: CodeFormer,
     filled_parsenet: FaceParsingNetwork,
-    tiny_weights: Path,
+    upstream_detector: FaceDetector,
 ) -> Path:
-    """A weight set of official size: the goldens' values, the real detector."""
+    """A weight set of official size: the goldens' values, the goldens' detector."""
     folder = tmp_path_factory.mktemp("weights") / "filled"
     folder.mkdir()
     save_file(filled_codeformer.state_dict(), folder / "restorer.safetensors")
     save_file(filled_parsenet.parsenet.state_dict(), folder / "parser.safetensors")
-    (folder / "detector.pth").symlink_to(tiny_weights / "detector.pth")
+    torch.save(upstream_detector.network.state_dict(), folder / "detector.pth")
     manifest = {
         "restorer": describe_file(folder / "restorer.safetensors", "codeformer", {}),
         "detector": describe_file(folder / "detector.pth", "retinaface", {"backbone": "mobile0.25"}),

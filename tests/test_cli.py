@@ -162,8 +162,8 @@ def test_all_sets_are_listed_with_their_licences(capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.slow
-def test_as_a_module_on_a_real_photo(tiny_weights: Path, tmp_path: Path) -> None:
-    photo = shared.path_of("photos/scene_03_large.jpg")
+def test_as_a_module_on_the_sample_photo(tiny_weights: Path, tmp_path: Path) -> None:
+    photo = ROOT / "data" / "1.jpg"
     environment = os.environ | {"CODEFORMER_WEIGHTS": str(tiny_weights)}
     command = [sys.executable, "-m", "codeformer", "restore", str(photo), "-o", str(tmp_path / "out"), "-v"]
     result = subprocess.run(
@@ -172,7 +172,7 @@ def test_as_a_module_on_a_real_photo(tiny_weights: Path, tmp_path: Path) -> None
     assert result.returncode == 0, result.stderr
     assert "1 face)" in result.stdout
     assert "timing.restore=" in result.stderr
-    assert shared.read_picture(tmp_path / "out" / "scene_03_large.jpg").shape == (540, 960, 3)
+    assert shared.read_picture(tmp_path / "out" / "1.jpg").shape == (832, 640, 3)
 
 
 def test_importing_the_package_stays_out_of_basicsr() -> None:

@@ -1,6 +1,7 @@
 """Detection against upstream's findings and against facexlib's own code."""
 
 import itertools
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from codeformer.detection import (
     resize_for_detection,
     select_faces,
 )
-from tests import shared
+from tests import pictures, shared
 from tests.conftest import CPU, make_blind_detector
 
 PHOTOS = (
@@ -32,10 +33,10 @@ PHOTOS = (
 
 
 @pytest.mark.parametrize("name", PHOTOS)
-def test_finds_what_upstream_finds(detector: FaceDetector, name: str) -> None:
+def test_finds_what_upstream_finds(upstream_detector: FaceDetector, name: str) -> None:
     golden = shared.geometry()[name]
     working = make_working_copy(shared.photo(name)).image_bgr
-    [found] = detector.detect([working])
+    [found] = upstream_detector.detect([working])
     found = [d for d in found if np.linalg.norm(d.landmarks_xy[0] - d.landmarks_xy[1]) >= MIN_EYE_DISTANCE]
     boxes = np.array(golden["boxes"])
     assert len(found) == len(boxes)
@@ -46,22 +47,25 @@ def test_finds_what_upstream_finds(detector: FaceDetector, name: str) -> None:
     np.testing.assert_allclose([d.score / scale for d in found], boxes[:, 4], atol=1e-4)
 
 
-@pytest.mark.parametrize("name", PHOTOS)
-def test_equals_facexlibs_own_detection_to_the_bit(detector: FaceDetector, name: str) -> None:
-    picture = shared.photo(name)
+@pytest.mark.parametrize("make", [pictures.group, pictures.portrait, pictures.small_portrait])
+def test_equals_facexlibs_own_detection_to_the_bit(
+    detector: FaceDetector, make: Callable[[], np.ndarray]
+) -> None:
+    picture = make()
     copy, scale = resize_for_detection(picture)
     with torch.inference_mode():
         rows = detector.network.detect_faces(copy, SCORE_THRESHOLD)  # type: ignore[operator]
     [found] = detector.detect([picture])
+    assert found
     np.testing.assert_array_equal([d.box_xyxy for d in found], rows[:, :4] / np.float32(scale))
     np.testing.assert_array_equal([d.landmarks_xy.ravel() for d in found], rows[:, 5:] / np.float32(scale))
 
 
 def test_batched_or_not_gives_the_same(detector: FaceDetector) -> None:
-    one, other = shared.photo("scene_00_large.jpg"), shared.photo("scene_03_large.jpg")
-    pictures = [one, other, np.ascontiguousarray(one[:, ::-1]), other[:200, :200]]
-    batched = detector.detect(pictures, batched=True)
-    single = detector.detect(pictures, batched=False)
+    one, other = pictures.group(), pictures.portrait()
+    photos = [one, other, np.ascontiguousarray(one[:, ::-1]), other[:200, :200]]
+    batched = detector.detect(photos, batched=True)
+    single = detector.detect(photos, batched=False)
     assert [len(faces) for faces in batched] == [len(faces) for faces in single]
     assert len(batched[0]) == len(batched[2]) == 4
     for ours, theirs in zip(itertools.chain(*batched), itertools.chain(*single), strict=True):

@@ -23,7 +23,7 @@ from codeformer.errors import (
 from codeformer.models import Models
 from codeformer.parsing import TemplateMask
 from codeformer.restoration import FaceRestorer
-from tests import shared
+from tests import pictures, shared
 from tests.compare import assert_pictures_close
 from tests.conftest import CPU, make_broken_restorer, make_tiny_restorer
 
@@ -57,7 +57,7 @@ def test_restores_as_upstream_does(filled_models: Models, name: str, profile: st
 
 
 @pytest.mark.slow
-def test_restores_as_upstream_does_with_the_real_detector(filled_models: Models) -> None:
+def test_restores_as_upstream_does_with_upstreams_detector(filled_models: Models) -> None:
     picture = shared.photo("scene_00_large.jpg")
     plan = resolve_plan("fast", device=CPU)
     [result] = Pipeline(filled_models, CPU).restore([picture], 0.5, plan)
@@ -69,10 +69,10 @@ def test_restores_as_upstream_does_with_the_real_detector(filled_models: Models)
 def photos() -> list[np.ndarray]:
     """Four faces, one, none; and a picture smaller than the working copy."""
     return [
-        shared.photo("scene_00_large.jpg"),
-        shared.photo("scene_03_large.jpg"),
-        np.full((300, 400, 3), 90, np.uint8),
-        shared.photo("scene_04.jpg"),
+        pictures.group(),
+        pictures.portrait(),
+        pictures.plain(),
+        pictures.small_portrait(),
     ]
 
 
@@ -183,7 +183,7 @@ def test_profiles_take_their_own_path(
 
 
 def test_max_speed_pastes_the_square_and_baseline_the_face(tiny_pipeline: Pipeline) -> None:
-    photo = shared.photo("scene_03_large.jpg")
+    photo = pictures.portrait()
     changed = {}
     for profile in ("baseline", "max_speed"):
         [result] = tiny_pipeline.restore([photo], plan=resolve_plan(profile, device=CPU))
@@ -192,13 +192,13 @@ def test_max_speed_pastes_the_square_and_baseline_the_face(tiny_pipeline: Pipeli
 
 
 def test_fidelity_reaches_the_picture(tiny_pipeline: Pipeline) -> None:
-    photo = shared.photo("scene_03_large.jpg")
+    photo = pictures.portrait()
     quality, fidelity = (tiny_pipeline.restore([photo], w)[0].image_bgr for w in (0.0, 1.0))
     assert np.abs(quality.astype(int) - fidelity).max() > 20
 
 
 def test_a_grey_picture_stays_grey(tiny_pipeline: Pipeline) -> None:
-    luma = np.asarray(cv2.cvtColor(shared.photo("portrait_2.jpg"), cv2.COLOR_BGR2GRAY), dtype=np.uint8)
+    luma = np.asarray(cv2.cvtColor(pictures.portrait(), cv2.COLOR_BGR2GRAY), dtype=np.uint8)
     photo = np.repeat(luma[:, :, None], 3, axis=2)
     [result] = tiny_pipeline.restore([photo])
     assert len(result.faces) == 1
@@ -285,7 +285,7 @@ def test_a_non_finite_face_is_a_failure(detector: FaceDetector) -> None:
     restorer = FaceRestorer(make_broken_restorer(float("inf")))
     pipeline = Pipeline(Models(detector, restorer, TemplateMask()), CPU)
     with pytest.raises(InferenceError, match=r"image 1 face 1: .*not finite"):
-        pipeline.restore([shared.photo("scene_03_large.jpg")])
+        pipeline.restore([pictures.portrait()])
 
 
 @pytest.mark.slow
@@ -314,7 +314,7 @@ def test_a_parser_that_overflows_runs_again_in_float32(detector: FaceDetector) -
 
     pipeline = Pipeline(Models(detector, FaceRestorer(make_tiny_restorer()), Overflowing()), CPU)
     plan = dataclasses.replace(resolve_plan("baseline", device=CPU), half_dtype=torch.bfloat16)
-    [result] = pipeline.restore([shared.photo("scene_03_large.jpg")], plan=plan)
+    [result] = pipeline.restore([pictures.portrait()], plan=plan)
     assert result.float32_retries == 1
     assert len(result.faces) == 1
 
@@ -330,7 +330,7 @@ def test_a_half_precision_overflow_runs_again_in_float32(
         return out * float("inf") if out.dtype == torch.bfloat16 else out
 
     monkeypatch.setattr(tiny_pipeline._store._reference.restorer, "_generate", overflow)
-    photo = shared.photo("scene_03_large.jpg")
+    photo = pictures.portrait()
     baseline = resolve_plan("baseline", device=CPU)
     [result] = tiny_pipeline.restore([photo], 0.5, dataclasses.replace(baseline, half_dtype=torch.bfloat16))
     [expected] = tiny_pipeline.restore([photo], 0.5, baseline)
@@ -369,7 +369,7 @@ def test_a_process_keeps_its_first_backend(tiny_pipeline: Pipeline, picture: np.
 
 @pytest.mark.slow
 def test_optimized_eager_restores_like_safe(tiny_pipeline: Pipeline) -> None:
-    photo = shared.photo("scene_03_large.jpg")
+    photo = pictures.portrait()
     [safe] = tiny_pipeline.restore([photo], plan=plan_of("safe", "eager"))
     [optimized] = tiny_pipeline.restore([photo], plan=plan_of("optimized", "eager"))
     assert_pictures_close(optimized.image_bgr, safe.image_bgr, mean=0.2, within=2, share=0.999)
@@ -381,7 +381,7 @@ def test_a_backend_that_cannot_compile_fails_and_does_not_bar_another(
     def broken(*_: Any, **__: Any) -> Any:
         raise torch._dynamo.exc.TorchDynamoException("no compiler")
 
-    photo = shared.photo("scene_03_large.jpg")
+    photo = pictures.portrait()
     no_face = np.zeros((300, 300, 3), np.uint8)
     with monkeypatch.context() as patch:
         patch.setattr(torch, "compile", lambda *_, **__: broken)
@@ -397,7 +397,7 @@ def test_a_face_too_small_is_left_as_it_is_and_said_so(
 ) -> None:
     tiny = Detection(np.array([0, 0, 9, 9], np.float32), 0.9, np.full((5, 2), 4, np.float32))
     monkeypatch.setattr(FaceDetector, "detect", lambda *_, **__: [[tiny]])
-    photo = shared.photo("scene_03_large.jpg")
+    photo = pictures.portrait()
     with caplog.at_level(logging.WARNING):
         [result] = tiny_pipeline.restore([photo])
     assert result.faces == ()

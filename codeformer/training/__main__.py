@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import cv2
 import torch
+from torch.utils.data import DataLoader
 
 from codeformer.detection import FaceDetector
 from codeformer.errors import CodeFormerError, TrainingError
@@ -22,12 +23,13 @@ from codeformer.training.align import aligned_faces
 from codeformer.training.detector import DistillationStage
 from codeformer.training.evaluation import describe_machine, measure_detector, measure_restorer
 from codeformer.training.export import export_network, write_manifest
-from codeformer.training.faces import FacePairs, pictures_in, split_pictures
+from codeformer.training.faces import TRAINING_MIXTURE, FacePairs, Mixture, pictures_in, split_pictures
 from codeformer.training.loop import Options, read_checkpoint, train
 from codeformer.training.restorer import (
     AUTOENCODER_CROP,
     AutoencoderStage,
     CodePredictionStage,
+    Pairs,
     TransformationStage,
 )
 from codeformer.training.scenes import Scenes
@@ -45,6 +47,8 @@ LITE: Final[dict[str, Any]] = {
     "code_dim": 64,
     "connect_list": ["64", "128", "256"],
 }
+VALIDATION_FACES: Final = 12
+VALIDATION_SEED: Final = 1_000_003
 CONFIGURATIONS: Final[dict[str, dict[str, Any]]] = {"lite": LITE, "official": {}}
 
 
@@ -156,7 +160,7 @@ def _autoencoder(options: argparse.Namespace) -> None:
     training, validation = split_pictures(options.faces)
     torch.manual_seed(options.seed)
     network = _network(options, loop)
-    stage = AutoencoderStage(network, validation, loop)
+    stage = AutoencoderStage(network, _fixed_pairs(validation, mixture=None), loop)
     train(
         stage,
         lambda count: FacePairs(training, count, options.seed, crop=AUTOENCODER_CROP, mixture=None),
@@ -169,7 +173,7 @@ def _codes(options: argparse.Namespace) -> None:
     loop = _loop_options(options, "codes")
     training, validation = split_pictures(options.faces)
     network = _network(options, loop, start="autoencoder")
-    stage = CodePredictionStage(network, validation, loop)
+    stage = CodePredictionStage(network, _fixed_pairs(validation, mixture=TRAINING_MIXTURE), loop)
     train(
         stage,
         lambda count: FacePairs(training, count, options.seed + 1),
@@ -183,7 +187,7 @@ def _transform(options: argparse.Namespace) -> None:
     training, validation = split_pictures(options.faces)
     stage = TransformationStage(
         _network(options, loop, start="codes"),
-        validation,
+        _fixed_pairs(validation, mixture=TRAINING_MIXTURE),
         loop,
         codes_from=_network(options, loop, start="autoencoder"),
         adversarial=options.adversarial,
@@ -263,6 +267,12 @@ def _align(options: argparse.Namespace) -> None:
         cv2.imwrite(str(options.to / f"{file.stem}_{count:05}.png"), face)
         count += 1
     print(f"{options.to}: {count} faces")
+
+
+def _fixed_pairs(files: Sequence[Path], *, mixture: Mixture | None) -> Pairs:
+    """The same few pairs at every validation."""
+    files = files[:VALIDATION_FACES]
+    return DataLoader(FacePairs(files, len(files), VALIDATION_SEED, mixture=mixture, augment=False))
 
 
 def _on_device(network: Any, device: torch.device) -> Any:

@@ -15,7 +15,7 @@ def picture_loss(output: Tensor, target: Tensor) -> Tensor:
     # The coarse scales keep colour and lighting.
     small, small_target = F.avg_pool2d(output, 8), F.avg_pool2d(target, 8)
     loss = loss + 0.5 * F.l1_loss(small, small_target)
-    loss = loss + 0.5 * F.l1_loss(F.avg_pool2d(small, 8), F.avg_pool2d(small_target, 8))
+    loss = loss + 0.5 * F.l1_loss(F.avg_pool2d(small, 4), F.avg_pool2d(small_target, 4))
     return loss + 0.15 * (1 - ssim(luma(output), luma(target)))
 
 

@@ -11,18 +11,15 @@ face.
 """
 
 import copy
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Final
+from collections.abc import Iterable, Sequence
+from typing import Final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from codeformer.networks.codeformer import CodeFormer
 from codeformer.networks.vqgan import match_statistics
-from codeformer.training.faces import FacePairs
 from codeformer.training.loop import Options
 from codeformer.training.losses import (
     PatchDiscriminator,
@@ -35,8 +32,9 @@ from codeformer.training.losses import (
 AUTOENCODER_CROP: Final = 256
 # The share of stage 1 without codes, in which the latents settle.
 CONTINUOUS_SHARE: Final = 0.3
-VALIDATION_FACES: Final = 12
-VALIDATION_SEED: Final = 1_000_003
+# Batches (degraded, clean), as `FacePairs` makes them.
+Pairs = Iterable[Sequence[Tensor]]
+
 _COMMITMENT: Final = 0.25
 _CODEBOOK_DECAY: Final = 0.98
 _KMEANS_ROUNDS: Final = 12
@@ -45,14 +43,14 @@ _KMEANS_ROUNDS: Final = 12
 class AutoencoderStage:
     """Stage 1, on clean crops."""
 
-    def __init__(self, network: CodeFormer, validation: Sequence[Path], options: Options) -> None:
+    def __init__(self, network: CodeFormer, validation: Pairs, options: Options) -> None:
         self.network = network
         self._codebook = _CodebookAverage(network.quantize.embedding.weight)
         self.memory = nn.ModuleDict({"codebook": self._codebook})
         self._options = options
         self._encode = options.maybe_compiled(network.encode)
         self._decode = options.maybe_compiled(network.decode)
-        self._validation = _fixed(validation, mixture=None)
+        self._validation = validation
 
     def losses(self, batch: Sequence[Tensor], progress: float, /) -> dict[str, Tensor]:
         clean = _as_layout(batch[1])
@@ -88,7 +86,7 @@ class AutoencoderStage:
 class CodePredictionStage:
     """Stage 2: the codes of degraded faces; codebook and generator stay as they are."""
 
-    def __init__(self, network: CodeFormer, validation: Sequence[Path], options: Options) -> None:
+    def __init__(self, network: CodeFormer, validation: Pairs, options: Options) -> None:
         self.network = network
         self.memory = nn.ModuleDict()
         for part in (network.quantize, network.generator, network.fuse_convs_dict):
@@ -96,7 +94,7 @@ class CodePredictionStage:
         self._teacher = CleanCodes(network, options)
         self._options = options
         self._predict = options.maybe_compiled(network.predict)
-        self._validation = _fixed(validation)
+        self._validation = validation
 
     def losses(self, batch: Sequence[Tensor], _progress: float, /) -> dict[str, Tensor]:
         degraded, clean = (_as_layout(part) for part in batch)
@@ -119,7 +117,7 @@ class TransformationStage:
 
     Args:
         network: from stage 2.
-        validation: files of clean faces.
+        validation: pairs (degraded, clean) that training does not see.
         options: of the loop.
         codes_from: the network of stage 1, whose encoder tells the right codes.
         adversarial: weight of the adversarial term, which acts on generated detail: it is in full force at
@@ -129,7 +127,7 @@ class TransformationStage:
     def __init__(
         self,
         network: CodeFormer,
-        validation: Sequence[Path],
+        validation: Pairs,
         options: Options,
         *,
         codes_from: CodeFormer,
@@ -142,7 +140,7 @@ class TransformationStage:
         self._options = options
         self._predict = options.maybe_compiled(network.predict)
         self._decode = options.maybe_compiled(network.decode)
-        self._validation = _fixed(validation)
+        self._validation = validation
         self._adversarial = adversarial
         self.memory = nn.ModuleDict()
         if adversarial:
@@ -294,14 +292,7 @@ def _as_layout(picture: Tensor) -> Tensor:
     return picture.contiguous(memory_format=torch.channels_last)
 
 
-def _fixed(files: Sequence[Path], **options: Any) -> DataLoader[tuple[Tensor, Tensor]]:
-    files = files[:VALIDATION_FACES]
-    return DataLoader(FacePairs(files, len(files), VALIDATION_SEED, augment=False, **options))
-
-
-def _restored_psnr(
-    network: CodeFormer, pairs: DataLoader[tuple[Tensor, Tensor]], device: torch.device, *, fidelity: float
-) -> float:
+def _restored_psnr(network: CodeFormer, pairs: Pairs, device: torch.device, *, fidelity: float) -> float:
     results = [
         psnr(network(_as_layout(degraded.to(device)), fidelity, adain=True)[0], clean.to(device))
         for degraded, clean in pairs

@@ -1,0 +1,498 @@
+"""Training on tiny networks: it learns, it resumes, and what it writes can be served."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import torchvision
+from skimage.metrics import structural_similarity
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from codeformer.alignment import FFHQ_TEMPLATE_XY
+from codeformer.degradation import MODERATE
+from codeformer.detection import Detection, FaceDetector
+from codeformer.errors import InputError, TrainingError
+from codeformer.models import load_models
+from codeformer.networks.codeformer import CodeFormer
+from codeformer.networks.retinaface import build_retinaface
+from codeformer.training.__main__ import CONFIGURATIONS, main
+from codeformer.training.align import aligned_faces
+from codeformer.training.detector import DistillationStage
+from codeformer.training.evaluation import measure_detector, measure_restorer
+from codeformer.training.export import export_network, write_manifest
+from codeformer.training.faces import FacePairs, read_face, split_pictures
+from codeformer.training.loop import Options, read_checkpoint, train
+from codeformer.training.losses import code_loss, luma, picture_loss, ssim
+from codeformer.training.matching import Agreement, box_iou
+from codeformer.training.restorer import AutoencoderStage, CodePredictionStage, TransformationStage
+from codeformer.training.scenes import SCENE_SIDE, Scenes
+from codeformer.weights.manifest import load_weight_set
+from tests import pictures
+from tests.conftest import CPU, make_blind_detector, make_tiny_restorer
+
+SIDE = 32
+SMALL: dict[str, Any] = {
+    "dim_embd": 16,
+    "n_head": 2,
+    "n_layers": 1,
+    "codebook_size": 16,
+    "latent_size": 16,
+    "connect_list": ["16"],
+    "base_channels": 8,
+    "channel_multipliers": [1, 1, 2, 2],
+    "code_dim": 8,
+}
+
+
+class Pairs(Dataset[tuple[Tensor, Tensor]]):
+    """Smooth random pictures, and the same under noise."""
+
+    def __init__(self, length: int) -> None:
+        self._length = length
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        source = torch.Generator().manual_seed(index)
+        coarse = torch.rand(1, 3, 4, 4, generator=source) * 1.6 - 0.8
+        clean = torch.nn.functional.interpolate(coarse, size=SIDE, mode="bilinear")[0]
+        return clean + 0.2 * torch.randn(clean.shape, generator=source), clean
+
+
+@pytest.fixture
+def options(tmp_path: Path) -> Options:
+    return Options(
+        checkpoint=tmp_path / "run" / "stage.pt",
+        steps=40,
+        batch=4,
+        learning_rate=3e-3,
+        device=CPU,
+        workers=0,
+        save_every=20,
+    )
+
+
+def small_network() -> CodeFormer:
+    torch.manual_seed(0)
+    return CodeFormer(**SMALL)
+
+
+def make_stage(name: str, options: Options) -> Any:
+    validation = [tuple(part[None] for part in Pairs(3)[i]) for i in range(3)]
+    network = small_network()
+    if name == "autoencoder":
+        return AutoencoderStage(network, validation, options)
+    torch.nn.init.normal_(network.quantize.embedding.weight)
+    if name == "codes":
+        return CodePredictionStage(network, validation, options)
+    adversarial = 0.05 if name == "adversarial" else 0.0
+    return TransformationStage(
+        network, validation, options, codes_from=small_network(), adversarial=adversarial
+    )
+
+
+STAGES = ("autoencoder", "codes", "transform", "adversarial")
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_stage_learns(name: str, options: Options) -> None:
+    stage = make_stage(name, options)
+    batch = [torch.stack(parts) for parts in zip(*(Pairs(4)[i] for i in range(4)), strict=True)]
+
+    def loss() -> float:
+        torch.manual_seed(0)
+        return float(
+            sum(term.detach() for key, term in stage.losses(batch, 0.9).items() if key != "adversarial")
+        )
+
+    before = loss()
+    average = train(stage, Pairs, options, header=SMALL)
+    assert loss() < 0.8 * before
+    assert all(bool(torch.isfinite(value).all()) for value in average.state_dict().values())
+    assert read_checkpoint(options.checkpoint)["step"] == 40
+
+
+@pytest.mark.parametrize("name", ["autoencoder", "codes", "transform"])
+def test_a_resumed_training_ends_where_an_uninterrupted_one_does(name: str, options: Options) -> None:
+    options = dataclasses.replace(options, steps=8, save_every=4)
+    whole = train(make_stage(name, options), Pairs, options, header=SMALL)
+    resumed = dataclasses.replace(options, checkpoint=options.checkpoint.with_name("other.pt"))
+
+    class Interrupted(Pairs):
+        def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+            if index >= 6 * options.batch:
+                raise KeyboardInterrupt
+            return super().__getitem__(index)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(make_stage(name, resumed), Interrupted, resumed, header=SMALL)
+    assert read_checkpoint(resumed.checkpoint)["step"] == 4
+    continued = train(make_stage(name, resumed), Pairs, resumed, header=SMALL)
+    for key, value in whole.state_dict().items():
+        torch.testing.assert_close(continued.state_dict()[key], value, rtol=1e-4, atol=1e-5, msg=key)
+
+
+def test_a_stage_stops_when_its_score_does(options: Options) -> None:
+    stage = make_stage("transform", options)
+    stage.score = lambda _: 1.0
+    train(stage, Pairs, dataclasses.replace(options, save_every=5, patience=2), header=SMALL)
+    assert read_checkpoint(options.checkpoint)["step"] == 15
+
+
+def test_a_loss_that_is_not_finite_stops_the_training(options: Options) -> None:
+    stage = make_stage("transform", options)
+    stage.losses = lambda *_: {"picture": torch.tensor(float("nan"), requires_grad=True)}
+    with pytest.raises(TrainingError, match=r"step 0 is nan"):
+        train(stage, Pairs, options, header=SMALL)
+
+
+def test_another_configurations_checkpoint_is_refused(options: Options) -> None:
+    options = dataclasses.replace(options, steps=1)
+    train(make_stage("transform", options), Pairs, options, header=SMALL)
+    with pytest.raises(TrainingError, match="--run"):
+        train(make_stage("transform", options), Pairs, options, header={**SMALL, "n_layers": 2})
+
+
+def test_codes_follow_the_latents_that_fall_to_them(options: Options) -> None:
+    stage = make_stage("autoencoder", options)
+    truth = torch.randn(16, 8, generator=torch.Generator().manual_seed(3)) * 2
+    # Two codes may start in one place; the idle one moves when its count has faded.
+    for step in range(300):
+        chosen = torch.randint(16, (4, 16), generator=torch.Generator().manual_seed(step))
+        latent = truth[chosen].transpose(1, 2).reshape(4, 8, 4, 4)
+        codes = stage._codebook.update(latent)
+    distances = torch.cdist(truth, stage._codebook.codes).min(dim=1).values
+    assert float(distances.max()) < 0.05
+    assert torch.equal(stage._codebook.codes[codes].round(decimals=1), truth[chosen].round(decimals=1))
+
+
+def test_only_codebook_and_generator_rest_in_stage_two(options: Options) -> None:
+    stage = make_stage("codes", options)
+    before = {name: value.clone() for name, value in stage.network.state_dict().items()}
+    train(stage, Pairs, dataclasses.replace(options, steps=3), header=SMALL)
+    changed = {
+        name.split(".")[0]
+        for name, value in stage.network.state_dict().items()
+        if (value != before[name]).any()
+    }
+    assert changed == {"encoder", "position_emb", "feat_emb", "ft_layers", "idx_pred_layer"}
+
+
+def test_ssim_is_scikit_images() -> None:
+    source = np.random.default_rng(0)
+    clean = np.asarray(cv2.GaussianBlur(source.random((96, 96)), (0, 0), 2) * 2 - 1, dtype=np.float32)
+    noisy = clean + 0.1 * source.standard_normal(clean.shape).astype(np.float32)
+    expected = structural_similarity(  # type: ignore[no-untyped-call]
+        clean, noisy, win_size=7, data_range=2, use_sample_covariance=False
+    )
+    ours = ssim(torch.from_numpy(clean)[None, None], torch.from_numpy(noisy)[None, None])
+    assert float(ours) == pytest.approx(expected, abs=0.02)
+    assert float(
+        ssim(torch.from_numpy(clean)[None, None], torch.from_numpy(clean)[None, None])
+    ) == pytest.approx(1)
+
+
+def test_losses_vanish_at_the_truth_and_only_there() -> None:
+    clean = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert float(picture_loss(clean, clean)) == pytest.approx(0, abs=1e-6)
+    # A tint of a tenth: three absolute terms of weight 1, 0.5 and 0.5, and what SSIM says of the brightness.
+    flat = torch.full((1, 3, 64, 64), 0.2)
+    brightness = 1 - (2 * 0.2 * 0.3 + 4e-4) / (0.2**2 + 0.3**2 + 4e-4)
+    assert float(picture_loss(flat + 0.1, flat)) == pytest.approx(0.2 + 0.15 * brightness, abs=1e-3)
+    torch.testing.assert_close(luma(torch.ones(1, 3, 2, 2)), torch.ones(1, 1, 2, 2), rtol=0, atol=1e-3)
+    certain = torch.full((1, 4, 8), -20.0)
+    certain[0, torch.arange(4), torch.arange(4)] = 20.0
+    assert float(code_loss(certain, torch.arange(4)[None])) == pytest.approx(0, abs=1e-6)
+    assert float(code_loss(torch.zeros(1, 4, 8), torch.arange(4)[None])) == pytest.approx(np.log(8))
+
+
+@pytest.fixture(scope="module")
+def face_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("faces")
+    face = pictures.portrait()
+    for index in range(90):
+        if not cv2.imwrite(str(folder / f"face_{index}.jpg"), face):
+            raise AssertionError("cannot write")
+    return folder
+
+
+def test_pairs_hang_on_seed_and_index_alone(face_folder: Path) -> None:
+    files = sorted(face_folder.iterdir())
+    pairs = FacePairs(files, 6, seed=1)
+    for index in range(6):
+        degraded, clean = pairs[index]
+        assert degraded.shape == clean.shape == (3, 512, 512)
+        assert degraded.dtype == torch.float32
+        assert -1 <= float(degraded.min()) <= float(degraded.max()) <= 1
+        for ours, theirs in zip(FacePairs(files, 99, seed=1)[index], (degraded, clean), strict=True):
+            assert torch.equal(ours, theirs)
+    assert not torch.equal(FacePairs(files, 6, seed=2)[0][1], pairs[0][1])
+
+
+def test_pairs_are_rgb_and_degraded_only_where_asked(face_folder: Path) -> None:
+    files = sorted(face_folder.iterdir())
+    degraded, clean = FacePairs(files, 1, seed=0, mixture=None, augment=False)[0]
+    assert torch.equal(degraded, clean)
+    levels = (clean.permute(1, 2, 0).numpy()[:, :, ::-1] + 1) * 127.5
+    np.testing.assert_allclose(levels, read_face(files[0]), atol=1e-3)
+    assert FacePairs(files, 1, seed=0, crop=128, mixture=None)[0][1].shape == (3, 128, 128)
+
+
+def test_the_validation_part_is_small_and_stays(face_folder: Path, tmp_path: Path) -> None:
+    training, validation = split_pictures(face_folder)
+    assert not set(training) & set(validation)
+    assert len(training) + len(validation) == 90
+    assert 0 < len(validation) < 15
+    for file in validation:
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    for file in training[:5]:
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    assert [file.name for file in split_pictures(tmp_path)[1]] == [file.name for file in validation]
+
+
+def test_unusable_folders_and_faces_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="folder of pictures"):
+        split_pictures(tmp_path)
+    cv2.imwrite(str(tmp_path / "a.jpg"), np.zeros((512, 512, 3), np.uint8))
+    with pytest.raises(InputError, match="few dozen"):
+        split_pictures(tmp_path)
+    cv2.imwrite(str(tmp_path / "small.png"), np.zeros((64, 64, 3), np.uint8))
+    with pytest.raises(InputError, match="64 x 64"):
+        read_face(tmp_path / "small.png")
+    (tmp_path / "text.jpg").write_text("no picture")
+    with pytest.raises(InputError, match="no readable picture"):
+        read_face(tmp_path / "text.jpg")
+
+
+def test_scenes_hang_on_seed_and_index_alone(face_folder: Path) -> None:
+    files = sorted(face_folder.iterdir())
+    scenes = Scenes(files, files, 8, seed=1)
+    for index in range(8):
+        [scene] = scenes[index]
+        assert scene.shape == (3, SCENE_SIDE, SCENE_SIDE)
+        assert -124 <= float(scene.min()) < float(scene.max()) <= 255 - 104
+        assert torch.equal(Scenes(files, files, 20, seed=1)[index][0], scene)
+    assert not torch.equal(Scenes(files, files, 8, seed=2)[0][0], scenes[0][0])
+
+
+def test_a_student_that_equals_its_teacher_has_nothing_to_learn(
+    detector: FaceDetector, options: Options, face_folder: Path
+) -> None:
+    teacher: Any = detector.network
+    student = build_retinaface("mobile0.25")
+    stage = DistillationStage(student, teacher, [pictures.portrait()], options)
+    files = sorted(face_folder.iterdir())
+    batch = [torch.stack([Scenes(files, files, 2, seed=4)[i][0] for i in range(2)])]
+    with torch.no_grad():
+        ignorant = stage.losses(batch, 0.0)
+        assert all(float(term) > 0.01 for term in ignorant.values())
+        student.load_state_dict(teacher.state_dict())
+        stage.network.eval()
+        for name, term in stage.losses(batch, 0.0).items():
+            assert float(term) == pytest.approx(0, abs=1e-5), name
+    assert stage.score(student) == pytest.approx(1)
+    assert stage.score(make_blind_detector()) == pytest.approx(0)
+
+
+def detection(box: Sequence[float], shift: float = 0.0) -> Detection:
+    left, top, right, bottom = box
+    points = [[0.3, 0.4], [0.7, 0.4], [0.5, 0.6], [0.35, 0.8], [0.65, 0.8]]
+    landmarks = np.array([left, top]) + np.array(points) * [right - left, bottom - top] + shift
+    return Detection(np.array(box, np.float32), 0.9, landmarks.astype(np.float32))
+
+
+def test_overlaps_are_torchvisions() -> None:
+    corners = np.random.default_rng(0).uniform(0, 50, (40, 2, 2)).astype(np.float32)
+    boxes = np.concatenate([corners.min(axis=1), corners.max(axis=1) + 1], axis=1)
+    expected = torchvision.ops.box_iou(torch.from_numpy(boxes), torch.from_numpy(boxes)).numpy()
+    ours = [[box_iou(a, b) for b in boxes] for a in boxes]
+    np.testing.assert_allclose(ours, expected, atol=1e-6)
+
+
+def test_agreement_counts_by_hand() -> None:
+    agreement = Agreement()
+    expected = [detection((0, 0, 100, 100)), detection((200, 0, 300, 100)), detection((0, 200, 20, 220))]
+    found = [
+        detection((0, 0, 100, 100), shift=3),
+        detection((400, 0, 500, 100)),
+        detection((0, 200, 20, 220)),
+    ]
+    agreement.add(found, expected, min_side=40)
+    agreement.add([], [], min_side=40)
+    assert (agreement.expected, agreement.recalled, agreement.found, agreement.confirmed) == (2, 1, 2, 1)
+    assert (agreement.recall, agreement.precision) == (0.5, 0.5)
+    assert agreement.landmark_error == pytest.approx(3 * 2**0.5 / 40, rel=1e-4)
+
+
+def test_a_detector_agrees_with_itself_and_a_blind_one_with_nobody(
+    detector: FaceDetector, tmp_path: Path
+) -> None:
+    for name, picture in (("group", pictures.group()), ("plain", pictures.plain())):
+        cv2.imwrite(str(tmp_path / f"{name}.png"), picture)
+    files = sorted(tmp_path.iterdir())
+    same = measure_detector(detector, detector, files)
+    assert (same["faces"], same["recall"], same["precision"], same["landmark_error"]) == (4, 1, 1, 0)
+    assert (same["pictures_without_faces"], same["found_in_pictures_without_faces"]) == (1, 0)
+    blind = measure_detector(FaceDetector(make_blind_detector()), detector, files)
+    assert blind["recall"] == 0
+
+
+def test_restorer_scores_are_of_the_truth(tmp_path: Path) -> None:
+    cv2.imwrite(str(tmp_path / "a.png"), pictures.portrait())
+
+    class Cheat:
+        def restore(self, crops: np.ndarray, w: float) -> np.ndarray:
+            brighter = np.clip(pictures.portrait()[None].astype(int) + round(10 * w), 0, 255)
+            return np.asarray(brighter, dtype=np.uint8)
+
+    scores = measure_restorer(Cheat(), [tmp_path / "a.png"])  # type: ignore[arg-type]
+    assert scores["clean"]["input"]["psnr_db"] == 100
+    assert scores["heavy"]["w=0.0"]["ssim"] == pytest.approx(1)
+    # Bright pixels cannot get 10 levels brighter.
+    assert scores["moderate"]["w=1.0"]["colour_shift"] == pytest.approx(10, abs=0.5)
+    assert scores["moderate"]["w=1.0"]["psnr_db"] == pytest.approx(20 * np.log10(25.5), abs=0.3)
+    assert scores["heavy"]["input"]["psnr_db"] < scores["moderate"]["input"]["psnr_db"] + 5 < 40
+    assert scores == measure_restorer(Cheat(), [tmp_path / "a.png"])  # type: ignore[arg-type]
+
+
+def test_an_exported_set_can_be_served(tmp_path: Path, detector: FaceDetector) -> None:
+    restorer = make_tiny_restorer()
+    config = {
+        "dim_embd": 64,
+        "n_head": 4,
+        "n_layers": 2,
+        "codebook_size": 64,
+        "base_channels": 8,
+        "code_dim": 32,
+    }
+    networks = {
+        "restorer": {"average": restorer.state_dict(), "header": config},
+        "detector": {"average": detector.network.state_dict(), "header": {"backbone": "mobile0.25"}},
+    }
+    entries = {role: export_network(state, role, tmp_path, "MIT") for role, state in networks.items()}
+    write_manifest(tmp_path, "made by a test", entries)
+    models = load_models(load_weight_set(tmp_path), CPU)
+    size = (tmp_path / "restorer.safetensors").stat().st_size
+    assert size < 2.2 * sum(parameter.numel() for parameter in restorer.parameters())
+    for name, value in restorer.state_dict().items():
+        torch.testing.assert_close(models.restorer.network.state_dict()[name], value, rtol=1e-3, atol=1e-4)
+    [ours], [theirs] = models.detector.detect([pictures.portrait()]), detector.detect([pictures.portrait()])
+    np.testing.assert_allclose(ours[0].landmarks_xy, theirs[0].landmarks_xy, atol=0.5)
+    # A second export of one network keeps the other's entry.
+    write_manifest(tmp_path, "again", {"restorer": entries["restorer"]})
+    assert json.loads((tmp_path / "manifest.json").read_text())["detector"] == entries["detector"]
+
+
+def test_numbers_too_large_for_half_precision_are_not_shipped(tmp_path: Path) -> None:
+    state = {"average": {"kernel": torch.full((2, 2), 1e6)}, "header": {}}
+    with pytest.raises(TrainingError, match=r"kernel.*float16"):
+        export_network(state, "restorer", tmp_path, "MIT")
+    kept = {"average": {"variance": torch.full((2,), 1e6)}, "header": {}}
+    assert export_network(kept, "restorer", tmp_path, "MIT")["bytes"] > 0
+
+
+def test_aligned_faces_lie_on_the_template(detector: FaceDetector, tmp_path: Path) -> None:
+    cv2.imwrite(str(tmp_path / "group.png"), pictures.group())
+    large = cv2.resize(pictures.portrait(), None, fx=4, fy=4, interpolation=cv2.INTER_CUBIC)
+    cv2.imwrite(str(tmp_path / "large.png"), large)
+    faces = list(aligned_faces(detector, sorted(tmp_path.iterdir()), max_enlargement=10))
+    assert [file.name for file, _ in faces] == ["group.png"] * 4 + ["large.png"]
+    for _, face in faces:
+        assert face.shape == (512, 512, 3)
+        landmarks = detector.detect([face])[0][0].landmarks_xy
+        np.testing.assert_allclose(landmarks, FFHQ_TEMPLATE_XY, atol=16)
+    # The faces of the group would have to be enlarged; the large one not.
+    kept = list(aligned_faces(detector, sorted(tmp_path.iterdir())))
+    assert [file.name for file, _ in kept] == ["large.png"]
+
+
+def test_the_commands_say_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = str(tmp_path / "run")
+    assert main(["export", "--run", run, "--to", str(tmp_path), "--description", "x", "--licence", "x"]) == 1
+    assert "expected transform.pt or detector.pt" in capsys.readouterr().err
+    for index in range(60):
+        cv2.imwrite(str(tmp_path / f"{index}.jpg"), np.zeros((512, 512, 3), np.uint8))
+    assert main(["codes", "--run", run, "--faces", str(tmp_path)]) == 1
+    assert "run the stage that makes it first" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["unknown"])
+
+
+@pytest.mark.slow
+def test_the_commands_from_faces_to_a_weight_set(
+    face_folder: Path, tmp_path: Path, detector: FaceDetector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = {
+        "dim_embd": 16, "n_head": 2, "n_layers": 1, "codebook_size": 16, "latent_size": 256,
+        "base_channels": 8, "channel_multipliers": [1, 1, 1, 1, 1, 2], "code_dim": 8, "connect_list": ["64"],
+    }  # fmt: skip
+    monkeypatch.setitem(CONFIGURATIONS, "lite", tiny)
+    teacher = tmp_path / "teacher.pth"
+    torch.save(detector.network.state_dict(), teacher)
+    common = [
+        "--run",
+        str(tmp_path / "run"),
+        "--faces",
+        str(face_folder),
+        "--steps",
+        "2",
+        "--workers",
+        "0",
+        "--device",
+        "cpu",
+    ]
+    for stage in ("autoencoder", "codes", "transform"):
+        assert main([stage, *common, "--batch", "1"]) == 0
+    assert (
+        main(
+            [
+                "detector",
+                *common,
+                "--batch",
+                "2",
+                "--teacher",
+                str(teacher),
+                "--photographs",
+                str(face_folder),
+            ]
+        )
+        == 0
+    )
+    target = str(tmp_path / "set")
+    assert (
+        main(
+            [
+                "export",
+                "--run",
+                str(tmp_path / "run"),
+                "--to",
+                target,
+                "--description",
+                "x",
+                "--licence",
+                "MIT",
+            ]
+        )
+        == 0
+    )
+    cv2.imwrite(str(tmp_path / "face.png"), pictures.portrait())
+    scores = tmp_path / "scores.json"
+    (tmp_path / "held_out").mkdir()
+    (tmp_path / "face.png").rename(tmp_path / "held_out" / "face.png")
+    assert main(
+        ["evaluate", "--weights", target, "--faces", str(tmp_path / "held_out"), "--photographs",
+         str(tmp_path / "held_out"), "--teacher", str(teacher), "--output", str(scores), "--device", "cpu"]
+    ) == 0  # fmt: skip
+    assert set(json.loads(scores.read_text())) >= {"restorer", "detector", "torch", "device"}
+
+
+def test_degradation_presets_are_the_documented_ones() -> None:
+    assert dataclasses.astuple(MODERATE) == ((3, 11), "kernel", (2, 4), (5, 30), (15, 60))
