@@ -37,6 +37,8 @@ Pairs = Iterable[Sequence[Tensor]]
 
 _COMMITMENT: Final = 0.25
 _CODEBOOK_DECAY: Final = 0.98
+# Below this a code has not been chosen for about 200 steps.
+_DEAD_COUNT: Final = 0.02
 _KMEANS_ROUNDS: Final = 12
 
 
@@ -251,10 +253,13 @@ class _CodebookAverage(nn.Module):
         sums = torch.zeros_like(self.sums).index_add_(0, chosen, vectors)
         self.counts.lerp_(counts, 1 - _CODEBOOK_DECAY)
         self.sums.lerp_(sums, 1 - _CODEBOOK_DECAY)
-        # A code nothing falls to starts again at some latent of this batch.
-        dead = self.counts < 0.02
-        fresh = vectors[torch.randint(len(vectors), (int(dead.sum()),), device=vectors.device)]
-        self.sums[dead], self.counts[dead] = fresh, 1.0
+        # A code that nothing falls to starts again where codes are missing.
+        dead = self.counts < _DEAD_COUNT
+        if bool(dead.any()):
+            errors = (vectors - self.codes[chosen]).square().sum(dim=1) + 1e-12
+            fresh = torch.multinomial(errors, min(int(dead.sum()), len(vectors)))
+            dead[dead.nonzero()[len(fresh) :]] = False
+            self.sums[dead], self.counts[dead] = vectors[fresh], 1.0
         self.codes.copy_(self.sums / self.counts[:, None])
         return chosen.view(latent.shape[0], -1)
 
