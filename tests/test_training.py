@@ -165,7 +165,7 @@ def test_codes_follow_the_latents_that_fall_to_them(options: Options) -> None:
     stage = make_stage("autoencoder", options)
     truth = torch.randn(16, 8, generator=torch.Generator().manual_seed(3)) * 2
     # Two codes may start in one place; the idle one moves when its count has faded.
-    for step in range(500):
+    for step in range(2000):
         chosen = torch.randint(16, (4, 16), generator=torch.Generator().manual_seed(step))
         latent = truth[chosen].transpose(1, 2).reshape(4, 8, 4, 4)
         codes = stage._codebook.update(latent)

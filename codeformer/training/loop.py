@@ -140,7 +140,9 @@ def train(
         terms = stage.losses([part.to(options.device) for part in batch], progress)
         loss = torch.stack(list(terms.values())).sum()
         if not bool(torch.isfinite(loss)):
-            raise TrainingError(f"the loss at step {step} is {float(loss.detach())}; use a lower --learning-rate.")
+            raise TrainingError(
+                f"the loss at step {step} is {float(loss.detach())}; use a lower --learning-rate."
+            )
         optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(parameters, MAX_GRADIENT_NORM)
