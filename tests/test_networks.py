@@ -149,3 +149,24 @@ def test_registration_in_basicsr() -> None:
     register_codeformer()
     registry = import_basicsr("utils.registry").ARCH_REGISTRY
     assert registry.get("CodeFormer") is CodeFormer
+
+
+@pytest.mark.parametrize("norm_groups", [4, 32])
+def test_norm_groups_reach_every_norm(norm_groups: int) -> None:
+    network = CodeFormer(**{**TINY_CONFIG, "base_channels": 32, "norm_groups": norm_groups})
+    assert {m.num_groups for m in network.modules() if isinstance(m, torch.nn.GroupNorm)} == {norm_groups}
+
+
+def test_few_groups_let_the_picture_keep_its_mean_colour() -> None:
+    def mean_of(norm_groups: int, shift: float) -> torch.Tensor:
+        torch.manual_seed(0)
+        last = torch.nn.Sequential(
+            *list(CodeFormer(**TINY_CONFIG, norm_groups=norm_groups).generator.blocks)[-2:]
+        )
+        feature = torch.randn(1, 8, 64, 64, generator=torch.Generator().manual_seed(0))
+        feature[:, 0] += shift
+        return last(feature).mean(dim=(2, 3))
+
+    with torch.no_grad():
+        torch.testing.assert_close(mean_of(8, 0.0), mean_of(8, 3.0), rtol=0, atol=1e-2)
+        assert float((mean_of(2, 0.0) - mean_of(2, 3.0)).abs().max()) > 0.05

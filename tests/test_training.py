@@ -35,7 +35,7 @@ from codeformer.training.restorer import AutoencoderStage, CodePredictionStage, 
 from codeformer.training.scenes import SCENE_SIDE, Scenes
 from codeformer.weights.manifest import load_weight_set
 from tests import pictures
-from tests.conftest import CPU, make_blind_detector, make_tiny_restorer
+from tests.conftest import CPU, TINY_CONFIG, make_blind_detector, make_tiny_restorer
 
 SIDE = 32
 SMALL: dict[str, Any] = {
@@ -175,7 +175,7 @@ def test_codes_are_the_means_of_the_latents_that_fall_to_them(options: Options) 
         codebook.update(latents(16))
     vectors = latents(400).flatten(2).transpose(1, 2).flatten(0, 1)
     nearest = torch.cdist(vectors, codebook.codes).argmin(dim=1)
-    assert len(nearest.unique()) == 16
+    assert set(nearest.tolist()) == set(range(16))
     for code in range(16):
         torch.testing.assert_close(
             codebook.codes[code], vectors[nearest == code].mean(dim=0), rtol=0, atol=0.3
@@ -375,16 +375,8 @@ def test_restorer_scores_are_of_the_truth(tmp_path: Path) -> None:
 
 def test_an_exported_set_can_be_served(tmp_path: Path, detector: FaceDetector) -> None:
     restorer = make_tiny_restorer()
-    config = {
-        "dim_embd": 64,
-        "n_head": 4,
-        "n_layers": 2,
-        "codebook_size": 64,
-        "base_channels": 8,
-        "code_dim": 32,
-    }
     networks = {
-        "restorer": {"average": restorer.state_dict(), "header": config},
+        "restorer": {"average": restorer.state_dict(), "header": TINY_CONFIG},
         "detector": {"average": detector.network.state_dict(), "header": {"backbone": "mobile0.25"}},
     }
     entries = {role: export_network(state, role, tmp_path, "MIT") for role, state in networks.items()}
@@ -399,6 +391,18 @@ def test_an_exported_set_can_be_served(tmp_path: Path, detector: FaceDetector) -
     # A second export of one network keeps the other's entry.
     write_manifest(tmp_path, "again", {"restorer": entries["restorer"]})
     assert json.loads((tmp_path / "manifest.json").read_text())["detector"] == entries["detector"]
+
+
+def test_a_set_can_borrow_its_detector(tmp_path: Path) -> None:
+    state = {"header": TINY_CONFIG, "average": make_tiny_restorer().state_dict()}
+    (tmp_path / "run").mkdir()
+    torch.save(state, tmp_path / "run" / "transform.pt")
+    target = tmp_path / "set"
+    common = ["--description", "x", "--licence", "x", "--detector-from"]
+    assert main(["export", "--run", str(tmp_path / "run"), "--to", str(target), *common, "lite"]) == 0
+    borrowed, original = load_weight_set(target).detector, load_weight_set("lite").detector
+    assert (borrowed.sha256, borrowed.config) == (original.sha256, original.config)
+    load_models(load_weight_set(target), CPU)
 
 
 def test_numbers_too_large_for_half_precision_are_not_shipped(tmp_path: Path) -> None:

@@ -36,9 +36,9 @@ class TransformerLayer(nn.Module):
 class ControllableFeatureTransform(nn.Module):
     """Modulates a generator feature by the encoder feature of the same size, with strength `w`."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, norm_groups: int) -> None:
         super().__init__()
-        self.encode_enc = ResidualBlock(2 * channels, channels)
+        self.encode_enc = ResidualBlock(2 * channels, channels, norm_groups)
         self.scale = nn.Sequential(
             conv3x3(channels, channels), nn.LeakyReLU(0.2), conv3x3(channels, channels)
         )
@@ -67,6 +67,8 @@ class CodeFormer(nn.Module):
         channel_multipliers: channels of each level, in units of `base_channels`; each level but the
             last halves the resolution.
         code_dim: length of one code.
+        norm_groups: groups of the group norms; a network with fewer than 64 base channels should have
+            fewer, see `group_norm`.
 
     Raises:
         ValueError: the sizes contradict each other.
@@ -83,9 +85,19 @@ class CodeFormer(nn.Module):
         base_channels: int = 64,
         channel_multipliers: Sequence[int] = (1, 2, 2, 4, 4, 8),
         code_dim: int = 256,
+        norm_groups: int = 32,
     ) -> None:
         super().__init__()
-        numbers = (dim_embd, n_head, n_layers, codebook_size, latent_size, base_channels, code_dim)
+        numbers = (
+            dim_embd,
+            n_head,
+            n_layers,
+            codebook_size,
+            latent_size,
+            base_channels,
+            code_dim,
+            norm_groups,
+        )
         if min(*numbers, *channel_multipliers) < 1:
             raise ValueError("every size and number must be at least 1.")
         self.latent_side = round(latent_size**0.5)
@@ -94,8 +106,8 @@ class CodeFormer(nn.Module):
         if dim_embd % n_head:
             raise ValueError(f"dim_embd ({dim_embd}) must be a multiple of n_head ({n_head}).")
         self.resolution = self.latent_side << (len(channel_multipliers) - 1)
-        self.encoder = Encoder(self.resolution, base_channels, channel_multipliers, code_dim)
-        self.generator = Generator(self.resolution, base_channels, channel_multipliers, code_dim)
+        self.encoder = Encoder(self.resolution, base_channels, channel_multipliers, code_dim, norm_groups)
+        self.generator = Generator(self.resolution, base_channels, channel_multipliers, code_dim, norm_groups)
         channels_of = {
             self.resolution >> level: base_channels * multiplier
             for level, multiplier in enumerate(channel_multipliers)
@@ -112,7 +124,7 @@ class CodeFormer(nn.Module):
             nn.LayerNorm(dim_embd), nn.Linear(dim_embd, codebook_size, bias=False)
         )
         self.fuse_convs_dict = nn.ModuleDict(
-            {str(size): ControllableFeatureTransform(channels_of[size]) for size in sizes}
+            {str(size): ControllableFeatureTransform(channels_of[size], norm_groups) for size in sizes}
         )
         self._encoder_taps = {self.encoder.tap_blocks[size]: size for size in sizes}
         self._generator_taps = {self.generator.tap_blocks[size]: size for size in sizes}

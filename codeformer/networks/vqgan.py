@@ -16,9 +16,13 @@ from torch import Tensor, nn
 RESIDUAL_BLOCKS_PER_LEVEL = 2
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
-    """The normalisation used throughout: 32 groups, or as many as divide a narrow layer."""
-    return nn.GroupNorm(math.gcd(32, channels), channels, eps=1e-6)
+def group_norm(channels: int, groups: int) -> nn.GroupNorm:
+    """The normalisation used throughout, in `groups` groups or as many of them as divide the channels.
+
+    A group of one channel forgets that channel's mean: a network whose last layer has such groups gives
+    every picture the same mean colour.
+    """
+    return nn.GroupNorm(math.gcd(groups, channels), channels, eps=1e-6)
 
 
 def conv3x3(in_channels: int, out_channels: int) -> nn.Conv2d:
@@ -29,11 +33,11 @@ def conv3x3(in_channels: int, out_channels: int) -> nn.Conv2d:
 class ResidualBlock(nn.Module):
     """Two normalised 3 x 3 convolutions beside a (projected) identity; (B, C, H, W) to (B, C', H, W)."""
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, norm_groups: int) -> None:
         super().__init__()
-        self.norm1 = group_norm(in_channels)
+        self.norm1 = group_norm(in_channels, norm_groups)
         self.conv1 = conv3x3(in_channels, out_channels)
-        self.norm2 = group_norm(out_channels)
+        self.norm2 = group_norm(out_channels, norm_groups)
         self.conv2 = conv3x3(out_channels, out_channels)
         self.conv_out = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
@@ -46,9 +50,9 @@ class ResidualBlock(nn.Module):
 class AttentionBlock(nn.Module):
     """Single-head self-attention over all positions of a (B, C, H, W) map."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, norm_groups: int) -> None:
         super().__init__()
-        self.norm = group_norm(channels)
+        self.norm = group_norm(channels, norm_groups)
         self.q = nn.Conv2d(channels, channels, 1)
         self.k = nn.Conv2d(channels, channels, 1)
         self.v = nn.Conv2d(channels, channels, 1)
@@ -93,7 +97,12 @@ class Encoder(nn.Module):
     """
 
     def __init__(
-        self, resolution: int, base_channels: int, channel_multipliers: Sequence[int], code_dim: int
+        self,
+        resolution: int,
+        base_channels: int,
+        channel_multipliers: Sequence[int],
+        code_dim: int,
+        norm_groups: int,
     ) -> None:
         super().__init__()
         blocks: list[nn.Module] = [conv3x3(3, base_channels)]
@@ -102,20 +111,20 @@ class Encoder(nn.Module):
         last_level = len(channel_multipliers) - 1
         for level, multiplier in enumerate(channel_multipliers):
             for _ in range(RESIDUAL_BLOCKS_PER_LEVEL):
-                blocks.append(ResidualBlock(channels, base_channels * multiplier))
+                blocks.append(ResidualBlock(channels, base_channels * multiplier, norm_groups))
                 channels = base_channels * multiplier
                 if level == last_level:
-                    blocks.append(AttentionBlock(channels))
+                    blocks.append(AttentionBlock(channels, norm_groups))
             self.tap_blocks[size] = len(blocks) - 1
             if level != last_level:
                 blocks.append(Downsample(channels))
                 size //= 2
         blocks += [
-            ResidualBlock(channels, channels),
-            AttentionBlock(channels),
-            ResidualBlock(channels, channels),
+            ResidualBlock(channels, channels, norm_groups),
+            AttentionBlock(channels, norm_groups),
+            ResidualBlock(channels, channels, norm_groups),
         ]
-        blocks += [group_norm(channels), conv3x3(channels, code_dim)]
+        blocks += [group_norm(channels, norm_groups), conv3x3(channels, code_dim)]
         self.blocks = nn.ModuleList(blocks)
 
 
@@ -126,7 +135,12 @@ class Generator(nn.Module):
     """
 
     def __init__(
-        self, resolution: int, base_channels: int, channel_multipliers: Sequence[int], code_dim: int
+        self,
+        resolution: int,
+        base_channels: int,
+        channel_multipliers: Sequence[int],
+        code_dim: int,
+        norm_groups: int,
     ) -> None:
         super().__init__()
         last_level = len(channel_multipliers) - 1
@@ -134,22 +148,24 @@ class Generator(nn.Module):
         size = resolution >> last_level
         blocks: list[nn.Module] = [conv3x3(code_dim, channels)]
         blocks += [
-            ResidualBlock(channels, channels),
-            AttentionBlock(channels),
-            ResidualBlock(channels, channels),
+            ResidualBlock(channels, channels, norm_groups),
+            AttentionBlock(channels, norm_groups),
+            ResidualBlock(channels, channels, norm_groups),
         ]
         self.tap_blocks: dict[int, int] = {}
         for level in range(last_level, -1, -1):
             self.tap_blocks[size] = len(blocks)
             for _ in range(RESIDUAL_BLOCKS_PER_LEVEL):
-                blocks.append(ResidualBlock(channels, base_channels * channel_multipliers[level]))
+                blocks.append(
+                    ResidualBlock(channels, base_channels * channel_multipliers[level], norm_groups)
+                )
                 channels = base_channels * channel_multipliers[level]
                 if level == last_level:
-                    blocks.append(AttentionBlock(channels))
+                    blocks.append(AttentionBlock(channels, norm_groups))
             if level != 0:
                 blocks.append(Upsample(channels))
                 size *= 2
-        blocks += [group_norm(channels), conv3x3(channels, 3)]
+        blocks += [group_norm(channels, norm_groups), conv3x3(channels, 3)]
         self.blocks = nn.ModuleList(blocks)
 
 

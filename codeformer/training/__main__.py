@@ -22,7 +22,7 @@ from codeformer.plan import as_device, available_device
 from codeformer.training.align import aligned_faces
 from codeformer.training.detector import DistillationStage
 from codeformer.training.evaluation import describe_machine, measure_detector, measure_restorer
-from codeformer.training.export import export_network, write_manifest
+from codeformer.training.export import copy_network, export_network, write_manifest
 from codeformer.training.faces import TRAINING_MIXTURE, FacePairs, Mixture, pictures_in, split_pictures
 from codeformer.training.loop import Options, read_checkpoint, train
 from codeformer.training.restorer import (
@@ -45,6 +45,7 @@ LITE: Final[dict[str, Any]] = {
     "base_channels": 16,
     "channel_multipliers": [1, 2, 4, 4, 8],
     "code_dim": 64,
+    "norm_groups": 4,
     "connect_list": ["64", "128", "256"],
 }
 VALIDATION_FACES: Final = 12
@@ -104,6 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     export = commands.add_parser("export", help="trained networks to a weight set")
     export.add_argument("--run", type=Path, required=True, metavar="DIR", help="where checkpoints are kept")
     export.add_argument("--to", type=Path, required=True, metavar="DIR", help="the weight set's folder")
+    export.add_argument("--detector-from", metavar="SET", help="copy the detector of another weight set")
     export.add_argument("--description", required=True, help="one sentence for the manifest")
     export.add_argument("--licence", required=True, help="the terms of the weights")
     export.set_defaults(command=_export)
@@ -231,6 +233,8 @@ def _export(options: argparse.Namespace) -> None:
             print(f"{options.to / entries[role]['file']}: {entries[role]['bytes'] / 1e6:.2f} MB")
     if not entries:
         raise TrainingError(f"{options.run}: expected transform.pt or detector.pt, found neither.")
+    if "detector" not in entries and options.detector_from:
+        entries["detector"] = copy_network(options.detector_from, "detector", options.to)
     write_manifest(options.to, options.description, entries)
 
 

@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from codeformer.errors import TrainingError
-from codeformer.weights.manifest import ARCHITECTURES, MANIFEST_NAME
+from codeformer.weights.checkpoints import read_verified
+from codeformer.weights.manifest import ARCHITECTURES, MANIFEST_NAME, load_weight_set
 
 
 def export_network(checkpoint: Mapping[str, Any], role: str, folder: Path, licence: str) -> dict[str, Any]:
@@ -38,16 +39,30 @@ def export_network(checkpoint: Mapping[str, Any], role: str, folder: Path, licen
             raise TrainingError(f"{role}: {name} is not finite as {tensor.dtype}; it cannot be shipped.")
     file = folder / f"{role}.safetensors"
     save_file(tensors, file)
-    data = file.read_bytes()
-    return {
-        "architecture": ARCHITECTURES[role],
-        "file": file.name,
-        "bytes": len(data),
-        "sha256": hashlib.sha256(data).hexdigest(),
-        "sources": [],
-        "licence": licence,
-        "config": checkpoint["header"],
-    }
+    return _entry(role, file, licence, checkpoint["header"])
+
+
+def copy_network(weight_set: str, role: str, folder: Path) -> dict[str, Any]:
+    """Copies a network's file from another weight set.
+
+    Args:
+        weight_set: name or folder of the other set.
+        role: restorer, detector or parser.
+        folder: the weight set's, which must be there.
+
+    Returns:
+        The file's entry in the manifest.
+
+    Raises:
+        ManifestError: no such set.
+        WeightFileError: its file is missing or altered.
+        TrainingError: the set has no such network.
+    """
+    file = dict(load_weight_set(weight_set).files()).get(role)
+    if file is None:
+        raise TrainingError(f"{weight_set}: has no {role}; name another set.")
+    (folder / file.path.name).write_bytes(read_verified(file))
+    return _entry(role, folder / file.path.name, file.licence, file.config)
 
 
 def write_manifest(folder: Path, description: str, entries: Mapping[str, Mapping[str, Any]]) -> None:
@@ -63,6 +78,19 @@ def write_manifest(folder: Path, description: str, entries: Mapping[str, Mapping
     content = {**known, "description": description, **entries}
     ordered = {key: content[key] for key in ("description", *ARCHITECTURES) if key in content}
     path.write_text(json.dumps(ordered, indent=2) + "\n", encoding="utf-8")
+
+
+def _entry(role: str, file: Path, licence: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    data = file.read_bytes()
+    return {
+        "architecture": ARCHITECTURES[role],
+        "file": file.name,
+        "bytes": len(data),
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "sources": [],
+        "licence": licence,
+        "config": dict(config),
+    }
 
 
 def _shippable(tensor: Tensor) -> Tensor:
