@@ -165,7 +165,8 @@ def test_few_groups_let_the_picture_keep_its_mean_colour() -> None:
         )
         feature = torch.randn(1, 8, 64, 64, generator=torch.Generator().manual_seed(0))
         feature[:, 0] += shift
-        return last(feature).mean(dim=(2, 3))
+        mean: torch.Tensor = last(feature).mean(dim=(2, 3))
+        return mean
 
     with torch.no_grad():
         torch.testing.assert_close(mean_of(8, 0.0), mean_of(8, 3.0), rtol=0, atol=1e-2)

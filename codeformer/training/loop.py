@@ -5,14 +5,15 @@ import logging
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 from codeformer.errors import TrainingError
 from codeformer.plan import as_device
@@ -106,87 +107,123 @@ def train(
         TrainingError: a loss is not finite, or the checkpoint is another configuration's.
     """
     torch.manual_seed(options.seed)
-    parameters = [p for p in stage.network.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(parameters, lr=options.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
-    average = copy.deepcopy(stage.network).eval()
-    step, best, stale, trained_s = 0, -math.inf, 0, 0.0
-    if options.checkpoint.exists():
-        state = read_checkpoint(options.checkpoint)
-        if state["header"] != dict(header):
-            raise TrainingError(
-                f"{options.checkpoint}: expected a checkpoint of {dict(header)}, "
-                f"got one of {state['header']}. Name another --run folder, or the same options."
-            )
-        stage.network.load_state_dict(state["network"])
-        average.load_state_dict(state["average"])
-        stage.memory.load_state_dict(state["memory"])
-        optimiser.load_state_dict(state["optimiser"])
-        step, best, stale, trained_s = state["step"], state["best"], state["stale"], state["trained_s"]
-        logger.info("resumed %s at step %d", options.checkpoint, step)
-
+    run = _Run(stage, options, header)
+    run.resume()
     loader = DataLoader(
-        _From(samples(options.steps * options.batch), step * options.batch),
+        _From(samples(options.steps * options.batch), run.step * options.batch),
         batch_size=options.batch,
         num_workers=options.workers,
     )
-    sums: dict[str, float] = defaultdict(float)
-    counted, started = 0, time.monotonic()
-    for batch in loader:
-        progress = step / options.steps
+    for batch in tqdm(loader, initial=run.step, total=options.steps, unit="step", disable=None):
+        run.learn([part.to(options.device) for part in batch])
+        if run.step % options.save_every == 0 or run.step == options.steps:
+            run.validate()
+            run.save()
+            if options.patience and run.stale >= options.patience:
+                logger.info("no better score for %d validations: stopped", run.stale)
+                break
+    return run.average
+
+
+class _Run(Generic[NetworkT]):
+    """A stage on its way: networks, optimiser, counters, and their file."""
+
+    def __init__(self, stage: Stage[NetworkT], options: Options, header: Mapping[str, Any]) -> None:
+        self._stage = stage
+        self._options = options
+        self._header = dict(header)
+        self._parameters = [p for p in stage.network.parameters() if p.requires_grad]
+        self._optimiser = torch.optim.AdamW(
+            self._parameters, lr=options.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4
+        )
+        self.average = copy.deepcopy(stage.network).eval()
+        self.step, self.stale = 0, 0
+        self._best, self._trained_s = -math.inf, 0.0
+        self._start_counting()
+
+    def _start_counting(self) -> None:
+        self._sums: dict[str, float] = defaultdict(float)
+        self._counted, self._started = 0, time.monotonic()
+
+    def learn(self, batch: Sequence[Tensor]) -> None:
+        """One step."""
+        progress = self.step / self._options.steps
         # Random numbers of a step follow from its number, in a resumed training as well.
-        torch.manual_seed((options.seed << 32) + step)
-        for group in optimiser.param_groups:
-            group["lr"] = options.learning_rate * _learning_rate_share(progress)
-        terms = stage.losses([part.to(options.device) for part in batch], progress)
+        torch.manual_seed((self._options.seed << 32) + self.step)
+        for group in self._optimiser.param_groups:
+            group["lr"] = self._options.learning_rate * _learning_rate_share(progress)
+        terms = self._stage.losses(batch, progress)
         loss = torch.stack(list(terms.values())).sum()
         if not bool(torch.isfinite(loss)):
             raise TrainingError(
-                f"the loss at step {step} is {float(loss.detach())}; use a lower --learning-rate."
+                f"the loss at step {self.step} is {float(loss.detach())}; use a lower --learning-rate."
             )
-        optimiser.zero_grad(set_to_none=True)
+        self._optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(parameters, MAX_GRADIENT_NORM)
-        optimiser.step()
-        _update_average(average, stage.network, min(AVERAGE_DECAY, (1 + step) / (10 + step)))
-        step += 1
-        counted += 1
+        nn.utils.clip_grad_norm_(self._parameters, MAX_GRADIENT_NORM)
+        self._optimiser.step()
+        decay = min(AVERAGE_DECAY, (1 + self.step) / (10 + self.step))
+        _update_average(self.average, self._stage.network, decay)
+        self.step += 1
+        self._counted += 1
         for name, term in terms.items():
-            sums[name] += float(term.detach())
-        if step % options.save_every == 0 or step == options.steps:
-            elapsed_s = time.monotonic() - started
-            trained_s += elapsed_s
-            score = stage.score(average)
-            stale = 0 if score > best else stale + 1
-            best = max(best, score)
-            logger.info(
-                "step %d/%d  %.2f s/step  %.0f min to go  score %.3f  %s",
-                step,
-                options.steps,
-                elapsed_s / counted,
-                elapsed_s / counted * (options.steps - step) / 60,
-                score,
-                "  ".join(f"{name} {total / counted:.4f}" for name, total in sums.items()),
+            self._sums[name] += float(term.detach())
+
+    def validate(self) -> None:
+        """Scores the average, and logs score, speed and losses since the last time."""
+        elapsed_s = time.monotonic() - self._started
+        self._trained_s += elapsed_s
+        score = self._stage.score(self.average)
+        self.stale = 0 if score > self._best else self.stale + 1
+        self._best = max(self._best, score)
+        logger.info(
+            "step %d/%d  %.2f s/step  %.0f min to go  score %.3f  %s",
+            self.step,
+            self._options.steps,
+            elapsed_s / self._counted,
+            elapsed_s / self._counted * (self._options.steps - self.step) / 60,
+            score,
+            "  ".join(f"{name} {total / self._counted:.4f}" for name, total in self._sums.items()),
+        )
+        self._start_counting()
+
+    def save(self) -> None:
+        """Writes everything `resume` needs; a file is whole or not there."""
+        path = self._options.checkpoint
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".part")
+        state = {
+            "header": self._header,
+            "network": self._stage.network.state_dict(),
+            "average": self.average.state_dict(),
+            "memory": self._stage.memory.state_dict(),
+            "optimiser": self._optimiser.state_dict(),
+            "step": self.step,
+            "best": self._best,
+            "stale": self.stale,
+            "trained_s": self._trained_s,
+        }
+        torch.save(state, partial)
+        partial.replace(path)
+
+    def resume(self) -> None:
+        """Goes on from the checkpoint, if there is one."""
+        path = self._options.checkpoint
+        if not path.exists():
+            return
+        state = read_checkpoint(path)
+        if state["header"] != self._header:
+            raise TrainingError(
+                f"{path}: expected a checkpoint of {self._header}, got one of {state['header']}. "
+                "Name another --run folder, or the same options."
             )
-            _write_checkpoint(
-                options.checkpoint,
-                {
-                    "header": dict(header),
-                    "network": stage.network.state_dict(),
-                    "average": average.state_dict(),
-                    "memory": stage.memory.state_dict(),
-                    "optimiser": optimiser.state_dict(),
-                    "step": step,
-                    "best": best,
-                    "stale": stale,
-                    "trained_s": trained_s,
-                },
-            )
-            sums.clear()
-            counted, started = 0, time.monotonic()
-            if options.patience and stale >= options.patience:
-                logger.info("no better score for %d validations: stopped", stale)
-                break
-    return average
+        self._stage.network.load_state_dict(state["network"])
+        self.average.load_state_dict(state["average"])
+        self._stage.memory.load_state_dict(state["memory"])
+        self._optimiser.load_state_dict(state["optimiser"])
+        self.step, self.stale = state["step"], state["stale"]
+        self._best, self._trained_s = state["best"], state["trained_s"]
+        logger.info("resumed %s at step %d", path, self.step)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -200,13 +237,6 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     except FileNotFoundError as cause:
         raise TrainingError(f"{path}: no such checkpoint; run the stage that makes it first.") from cause
     return state
-
-
-def _write_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".part")
-    torch.save(state, partial)
-    partial.replace(path)
 
 
 def _learning_rate_share(progress: float) -> float:
