@@ -44,10 +44,11 @@ LITE: Final[dict[str, Any]] = {
     "latent_size": 1024,
     "base_channels": 16,
     "channel_multipliers": [1, 2, 4, 4, 8],
-    "code_dim": 64,
+    "code_dim": 32,
     "norm_groups": 4,
     "connect_list": ["64", "128", "256"],
 }
+START_FACES: Final = 64
 VALIDATION_FACES: Final = 12
 VALIDATION_SEED: Final = 1_000_003
 CONFIGURATIONS: Final[dict[str, dict[str, Any]]] = {"lite": LITE, "official": {}}
@@ -162,7 +163,13 @@ def _autoencoder(options: argparse.Namespace) -> None:
     training, validation = split_pictures(options.faces)
     torch.manual_seed(options.seed)
     network = _network(options, loop)
-    stage = AutoencoderStage(network, _fixed_pairs(validation, mixture=None), loop)
+    start = FacePairs(training, START_FACES, options.seed + 3, mixture=None)
+    stage = AutoencoderStage(
+        network,
+        torch.stack([start[index][1] for index in range(START_FACES)]),
+        _fixed_pairs(validation, mixture=None),
+        loop,
+    )
     train(
         stage,
         lambda count: FacePairs(training, count, options.seed, crop=AUTOENCODER_CROP, mixture=None),

@@ -5,9 +5,10 @@
 3. `TransformationStage`: the whole network learns to restore at every fidelity w.
 
 Method: Zhou et al., "Towards Robust Blind Face Restoration with Codebook Lookup Transformer" (2022).
-Differences, for short training of small networks: the codebook starts from k-means and follows by moving
-averages (van den Oord et al., 2017); stage 3 trains everything but the codebook, with a random w for each
-face.
+Differences, for short training of small networks: in stage 1 the latents begin as principal components of
+patches and the codes as their k-means, since codes learned from nothing are of brightness alone for long;
+then the codes follow by moving averages (van den Oord et al., 2017). Stage 3 trains all but the codebook,
+with a random w for each face.
 """
 
 import copy
@@ -30,8 +31,8 @@ from codeformer.training.losses import (
 )
 
 AUTOENCODER_CROP: Final = 256
-# The share of stage 1 without codes, in which the latents settle.
-CONTINUOUS_SHARE: Final = 0.3
+# The share of stage 1 in which the latents are drawn to principal components.
+GUIDED_SHARE: Final = 0.6
 # Batches (degraded, clean), as `FacePairs` makes them.
 Pairs = Iterable[Sequence[Tensor]]
 
@@ -40,15 +41,28 @@ _CODEBOOK_DECAY: Final = 0.98
 # Below this a code has not been chosen for about 200 steps.
 _DEAD_COUNT: Final = 0.02
 _KMEANS_ROUNDS: Final = 12
+_KMEANS_SAMPLE: Final = 40_000
 
 
 class AutoencoderStage:
-    """Stage 1, on clean crops."""
+    """Stage 1, on clean crops.
 
-    def __init__(self, network: CodeFormer, validation: Pairs, options: Options) -> None:
+    Args:
+        network: new.
+        start: clean pictures (N, 3, S, S) to take principal components and first codes from.
+        validation: pairs that training does not see.
+        options: of the loop.
+    """
+
+    def __init__(self, network: CodeFormer, start: Tensor, validation: Pairs, options: Options) -> None:
         self.network = network
-        self._codebook = _CodebookAverage(network.quantize.embedding.weight)
-        self.memory = nn.ModuleDict({"codebook": self._codebook})
+        code_dim = network.quantize.embedding.weight.shape[1]
+        self._components = _PatchComponents(start, network.resolution // network.latent_side, code_dim)
+        self._codebook = _CodebookAverage(
+            _vectors(self._components(start)), len(network.quantize.embedding.weight)
+        )
+        self.memory = nn.ModuleDict({"components": self._components, "codebook": self._codebook})
+        self.memory.to(options.device)
         self._options = options
         self._encode = options.maybe_compiled(network.encode)
         self._decode = options.maybe_compiled(network.decode)
@@ -59,15 +73,17 @@ class AutoencoderStage:
         with self._options.autocast():
             latent, _ = self._encode(clean)
         latent = latent.float()
-        terms = {}
-        if progress < CONTINUOUS_SHARE:
-            self._codebook.remember(latent)
-            decoded_from = latent
+        guided = progress < GUIDED_SHARE
+        goal = self._components(clean) if guided else latent
+        codes = self._codebook.nearest(goal) if guided else self._codebook.update(goal)
+        self.network.quantize.embedding.weight.data.copy_(self._codebook.codes)
+        quantised = self.network.quantize.lookup(codes, latent.shape[2])
+        if guided:
+            terms = {"components": F.mse_loss(latent, goal)}
+            decoded_from = quantised
         else:
-            codes = self._codebook.update(latent)
-            self.network.quantize.embedding.weight.data.copy_(self._codebook.codes)
-            quantised = self.network.quantize.lookup(codes, latent.shape[2])
-            terms["commitment"] = _COMMITMENT * F.mse_loss(latent, quantised.detach())
+            terms = {"commitment": _COMMITMENT * F.mse_loss(latent, quantised)}
+            # Forwards the codes, backwards as if they were the latent.
             decoded_from = latent + (quantised - latent).detach()
         with self._options.autocast():
             output = self._decode(decoded_from, {}, 0.0)
@@ -220,34 +236,60 @@ class CleanCodes:
         return codes, self._network.quantize.lookup(codes, latent.shape[2])
 
 
+class _PatchComponents(nn.Module):
+    """Patches to their first principal components, scaled to a mean variance of 1."""
+
+    mean: Tensor
+    basis: Tensor
+
+    def __init__(self, pictures: Tensor, patch: int, count: int) -> None:
+        super().__init__()
+        self._patch = patch
+        patches = self._patches(pictures).flatten(0, 1)
+        mean = patches.mean(dim=0)
+        variances, directions = torch.linalg.eigh(torch.cov(patches.T))
+        scale = (variances[-count:].sum() / count).sqrt()
+        self.register_buffer("mean", mean)
+        self.register_buffer("basis", directions[:, -count:].flip(1) / scale)
+
+    @torch.no_grad()
+    def forward(self, pictures: Tensor) -> Tensor:
+        """(B, 3, S, S) to (B, count, S / patch, S / patch)."""
+        components = (self._patches(pictures) - self.mean) @ self.basis
+        side = pictures.shape[2] // self._patch
+        return components.transpose(1, 2).reshape(len(pictures), -1, side, side)
+
+    def _patches(self, pictures: Tensor) -> Tensor:
+        """(B, 3, S, S) to (B, patches, 3 * patch * patch)."""
+        return F.unfold(pictures, self._patch, stride=self._patch).transpose(1, 2)
+
+
 class _CodebookAverage(nn.Module):
-    """Codes as moving averages of the latents nearest to them, started by k-means."""
+    """Codes as moving averages of the latents nearest to them, started by k-means.
+
+    Args:
+        vectors: (N, code_dim), for k-means.
+        size: number of codes.
+    """
 
     codes: Tensor
     counts: Tensor
     sums: Tensor
-    started: Tensor
 
-    def __init__(self, codes: Tensor) -> None:
+    def __init__(self, vectors: Tensor, size: int) -> None:
         super().__init__()
-        self.register_buffer("codes", codes.detach().clone())
-        self.register_buffer("counts", torch.zeros(len(codes), device=codes.device))
-        self.register_buffer("sums", torch.zeros_like(codes))
-        self.register_buffer("started", torch.zeros((), dtype=torch.bool, device=codes.device))
-        self._seen: list[Tensor] = []
+        self.register_buffer("codes", _kmeans(vectors, size))
+        self.register_buffer("counts", torch.ones(size, device=vectors.device))
+        self.register_buffer("sums", self.codes.clone())
 
-    @torch.no_grad()
-    def remember(self, latent: Tensor) -> None:
-        """Keeps the last latents (B, C, s, s), for k-means to start from."""
-        self._seen.append(_vectors(latent))
-        self._seen = self._seen[-48:]
+    def nearest(self, latent: Tensor) -> Tensor:
+        """A latent (B, code_dim, s, s) to codes (B, s * s)."""
+        return _nearest(_vectors(latent), self.codes).view(len(latent), -1)
 
     @torch.no_grad()
     def update(self, latent: Tensor) -> Tensor:
-        """Codes (B, T) of a latent (B, C, s, s); moves the codes towards it."""
+        """As `nearest`; then moves the codes towards the latent."""
         vectors = _vectors(latent)
-        if not bool(self.started):
-            self._start(torch.cat([*self._seen, vectors]))
         chosen = _nearest(vectors, self.codes)
         counts = torch.bincount(chosen, minlength=len(self.codes)).to(vectors.dtype)
         sums = torch.zeros_like(self.sums).index_add_(0, chosen, vectors)
@@ -261,22 +303,20 @@ class _CodebookAverage(nn.Module):
             dead[dead.nonzero()[len(fresh) :]] = False
             self.sums[dead], self.counts[dead] = vectors[fresh], 1.0
         self.codes.copy_(self.sums / self.counts[:, None])
-        return chosen.view(latent.shape[0], -1)
+        return chosen.view(len(latent), -1)
 
-    def _start(self, vectors: Tensor) -> None:
-        order = torch.randperm(len(vectors), device=vectors.device)
-        codes = vectors[order[: len(self.codes)]]
-        sample = vectors[order[:40_000]]
-        for _ in range(_KMEANS_ROUNDS):
-            chosen = _nearest(sample, codes)
-            counts = torch.bincount(chosen, minlength=len(codes)).to(sample.dtype)
-            means = torch.zeros_like(codes).index_add_(0, chosen, sample) / counts.clamp(min=1)[:, None]
-            codes = torch.where(counts[:, None] > 0, means, codes)
-        self.codes.copy_(codes)
-        self.counts.fill_(1.0)
-        self.sums.copy_(codes)
-        self.started.fill_(value=True)
-        self._seen.clear()
+
+def _kmeans(vectors: Tensor, size: int) -> Tensor:
+    """`size` codes (size, D) for vectors (N, D), by Lloyd's rounds from random vectors."""
+    order = torch.randperm(len(vectors))[:_KMEANS_SAMPLE]
+    sample = vectors[order.to(vectors.device)]
+    codes = sample[:size]
+    for _ in range(_KMEANS_ROUNDS):
+        chosen = _nearest(sample, codes)
+        counts = torch.bincount(chosen, minlength=size).to(sample.dtype)
+        means = torch.zeros_like(codes).index_add_(0, chosen, sample) / counts.clamp(min=1)[:, None]
+        codes = torch.where(counts[:, None] > 0, means, codes)
+    return codes
 
 
 def _vectors(latent: Tensor) -> Tensor:
