@@ -18,7 +18,8 @@ from codeformer.networks.retinaface import build_retinaface
 from codeformer.parsing import FaceParser, TemplateMask
 from codeformer.pipeline import Pipeline
 from codeformer.restoration import FaceRestorer
-from codeformer.weights.checkpoints import load_into, read_tensors
+from codeformer.training.detector import load_teacher
+from codeformer.weights.checkpoints import load_into
 from codeformer.weights.manifest import load_weight_set
 from tests import shared
 
@@ -87,9 +88,7 @@ def detector() -> FaceDetector:
 @pytest.fixture(scope="session")
 def upstream_detector() -> FaceDetector:
     """The detector that the goldens were computed with."""
-    network = build_retinaface("mobile0.25")
-    network.load_state_dict(read_tensors(shared.detector_weights()))
-    return FaceDetector(network.requires_grad_(False))
+    return FaceDetector(load_teacher(shared.detector_weights()))
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,15 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
     return float(10 * np.log10(255**2 / np.mean((a.astype(float) - b) ** 2)))
 
 
+def test_the_heavy_range_is_the_papers() -> None:
+    assert (
+        DegradationRange(
+            blur=(1, 15), blur_unit="sigma", downsampling=(1, 30), noise_sigma=(0, 20), jpeg_quality=(30, 90)
+        )
+        == HEAVY
+    )
+
+
 @pytest.mark.parametrize("kind", [MILD, MODERATE, HEAVY])
 def test_values_stay_in_their_ranges_and_reach_into_all_of_them(kind: DegradationRange) -> None:
     source = rng()

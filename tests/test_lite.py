@@ -13,10 +13,8 @@ from codeformer.alignment import align_faces, make_working_copy
 from codeformer.degradation import HEAVY, MODERATE, DegradationRange
 from codeformer.detection import FaceDetector
 from codeformer.models import Models, load_models
-from codeformer.networks.retinaface import build_retinaface
 from codeformer.training.evaluation import measure_detector, measure_restorer
 from codeformer.training.faces import pictures_in
-from codeformer.weights.checkpoints import read_tensors
 from codeformer.weights.manifest import WEIGHTS_ROOT, load_weight_set
 from tests import pictures, shared
 from tests.conftest import CPU
@@ -29,7 +27,7 @@ def lite() -> Models:
 
 @pytest.fixture(scope="module")
 def face(lite: Models) -> np.ndarray:
-    """The aligned face of the portrait, enlarged by the working copy; (512, 512, 3) uint8 BGR."""
+    """The aligned face of the portrait, enlarged threefold by the alignment; (512, 512, 3) uint8 BGR."""
     working = make_working_copy(pictures.portrait())
     [aligned], _ = align_faces(working, lite.detector.detect([working.image_bgr])[0])
     return aligned.crop_bgr
@@ -126,11 +124,10 @@ def test_held_out_faces_score_as_promised(lite: Models) -> None:
 
 
 @pytest.mark.slow
-def test_the_detector_agrees_with_its_teacher_on_held_out_pictures(lite: Models) -> None:
-    network = build_retinaface("mobile0.25")
-    network.load_state_dict(read_tensors(shared.detector_weights()))
-    teacher = FaceDetector(network.requires_grad_(False))
-    scores = measure_detector(lite.detector, teacher, pictures_in(shared.path_of("faces/scenes")))
+def test_the_detector_agrees_with_its_teacher_on_held_out_pictures(
+    lite: Models, upstream_detector: FaceDetector
+) -> None:
+    scores = measure_detector(lite.detector, upstream_detector, pictures_in(shared.path_of("faces/scenes")))
     assert scores["faces"] > 50
     assert scores["recall"] >= 0.95
     assert scores["precision"] >= 0.95

@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from codeformer.alignment import FFHQ_TEMPLATE_XY
-from codeformer.degradation import MODERATE
 from codeformer.detection import Detection, FaceDetector
 from codeformer.errors import InputError, TrainingError
 from codeformer.models import load_models
@@ -27,9 +26,9 @@ from codeformer.training.align import aligned_faces
 from codeformer.training.detector import DistillationStage
 from codeformer.training.evaluation import measure_detector, measure_restorer
 from codeformer.training.export import export_network, write_manifest
-from codeformer.training.faces import FacePairs, read_face, split_pictures
+from codeformer.training.faces import FacePairs, read_face, read_photograph, split_faces, split_pictures
 from codeformer.training.loop import Options, read_checkpoint, train
-from codeformer.training.losses import code_loss, luma, picture_loss, ssim
+from codeformer.training.losses import code_loss, discriminator_loss, luma, picture_loss, ssim
 from codeformer.training.matching import Agreement, box_iou
 from codeformer.training.restorer import AutoencoderStage, CodePredictionStage, TransformationStage
 from codeformer.training.scenes import SCENE_SIDE, Scenes
@@ -68,13 +67,13 @@ class Pairs(Dataset[tuple[Tensor, Tensor]]):
 
 
 @pytest.fixture
-def options(tmp_path: Path) -> Options:
+def options(tmp_path: Path, device: torch.device) -> Options:
     return Options(
         checkpoint=tmp_path / "run" / "stage.pt",
         steps=40,
         batch=4,
         learning_rate=3e-3,
-        device=CPU,
+        device=device,
         workers=0,
         save_every=20,
     )
@@ -87,7 +86,7 @@ def small_network() -> CodeFormer:
 
 def make_stage(name: str, options: Options) -> Any:
     validation = [tuple(part[None] for part in Pairs(3)[i]) for i in range(3)]
-    network = small_network()
+    network = small_network().to(options.device)
     if name == "autoencoder":
         start = torch.stack([Pairs(64)[i][1] for i in range(64)])
         return AutoencoderStage(network, start, validation, options)
@@ -96,7 +95,7 @@ def make_stage(name: str, options: Options) -> Any:
         return CodePredictionStage(network, validation, options)
     adversarial = 0.05 if name == "adversarial" else 0.0
     return TransformationStage(
-        network, validation, options, codes_from=small_network(), adversarial=adversarial
+        network, validation, options, codes_from=small_network().to(options.device), adversarial=adversarial
     )
 
 
@@ -106,7 +105,9 @@ STAGES = ("autoencoder", "codes", "transform", "adversarial")
 @pytest.mark.parametrize("name", STAGES)
 def test_a_stage_learns(name: str, options: Options) -> None:
     stage = make_stage(name, options)
-    batch = [torch.stack(parts) for parts in zip(*(Pairs(4)[i] for i in range(4)), strict=True)]
+    batch = [
+        torch.stack(parts).to(options.device) for parts in zip(*(Pairs(4)[i] for i in range(4)), strict=True)
+    ]
 
     def loss() -> float:
         torch.manual_seed(0)
@@ -121,7 +122,7 @@ def test_a_stage_learns(name: str, options: Options) -> None:
     assert read_checkpoint(options.checkpoint)["step"] == 40
 
 
-@pytest.mark.parametrize("name", ["autoencoder", "codes", "transform"])
+@pytest.mark.parametrize("name", STAGES)
 def test_a_resumed_training_ends_where_an_uninterrupted_one_does(name: str, options: Options) -> None:
     options = dataclasses.replace(options, steps=8, save_every=4)
     whole = train(make_stage(name, options), Pairs, options, header=SMALL)
@@ -211,6 +212,26 @@ def test_only_codebook_and_generator_rest_in_stage_two(options: Options) -> None
     assert changed == {"encoder", "position_emb", "feat_emb", "ft_layers", "idx_pred_layer"}
 
 
+def test_the_critic_is_told_right_from_wrong() -> None:
+    sure, unsure = torch.full((2, 1, 4, 4), 3.0), torch.zeros(2, 1, 4, 4)
+    assert float(discriminator_loss(sure, -sure)) == 0
+    assert float(discriminator_loss(unsure, unsure)) == 2
+    assert float(discriminator_loss(-sure, sure)) == 8
+
+
+def test_the_generator_gains_by_what_the_critic_takes_for_real(options: Options) -> None:
+    stage = make_stage("adversarial", options)
+    critic = stage.memory["discriminator"]
+    output = torch.zeros(2, 3, SIDE, SIDE, device=options.device, requires_grad=True)
+    strength = torch.tensor([1.0, 0.0], device=options.device).view(2, 1, 1, 1)
+    gain = stage._fool(output, torch.ones_like(output), strength)
+    [gradient] = torch.autograd.grad(gain, output)
+    better = (output - 0.05 * gradient / gradient.abs().max()).detach()
+    assert float(critic(better)[0].mean()) > float(critic(output)[0].mean())
+    # At w = 1 there is no adversarial term.
+    assert float(gradient[1].abs().max()) == 0
+
+
 def test_ssim_is_scikit_images() -> None:
     source = np.random.default_rng(0)
     clean = np.asarray(cv2.GaussianBlur(source.random((96, 96)), (0, 0), 2) * 2 - 1, dtype=np.float32)
@@ -241,10 +262,12 @@ def test_losses_vanish_at_the_truth_and_only_there() -> None:
 
 @pytest.fixture(scope="module")
 def face_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """90 faces that differ in brightness."""
     folder = tmp_path_factory.mktemp("faces")
-    face = pictures.portrait()
+    face = pictures.portrait().astype(float)
     for index in range(90):
-        if not cv2.imwrite(str(folder / f"face_{index}.jpg"), face):
+        darker = (face * (0.55 + index / 200)).astype(np.uint8)
+        if not cv2.imwrite(str(folder / f"face_{index:02}.jpg"), darker):
             raise AssertionError("cannot write")
     return folder
 
@@ -260,6 +283,25 @@ def test_pairs_hang_on_seed_and_index_alone(face_folder: Path) -> None:
         for ours, theirs in zip(FacePairs(files, 99, seed=1)[index], (degraded, clean), strict=True):
             assert torch.equal(ours, theirs)
     assert not torch.equal(FacePairs(files, 6, seed=2)[0][1], pairs[0][1])
+
+
+def test_a_pair_is_one_face_before_and_after_its_degradation(face_folder: Path) -> None:
+    pairs = FacePairs(sorted(face_folder.iterdir()), 12, seed=3, crop=256)
+    brightness = set()
+    for index in range(12):
+        degraded, clean = pairs[index]
+        assert float((degraded - clean).abs().mean()) > 0.005
+        coarse = [torch.nn.functional.avg_pool2d(part[None], 64) for part in (degraded, clean)]
+        assert float((coarse[0] - coarse[1]).abs().mean()) < 0.08
+        brightness.add(round(float(clean.mean()), 3))
+    assert len(brightness) > 6
+
+
+def test_without_augmentation_faces_come_in_order(face_folder: Path) -> None:
+    files = sorted(face_folder.iterdir())
+    pairs = FacePairs(files, 90, seed=0, mixture=None, augment=False)
+    means = [float(pairs[index][1].mean()) for index in range(0, 90, 15)]
+    assert means == sorted(means)
 
 
 def test_pairs_are_rgb_and_degraded_only_where_asked(face_folder: Path) -> None:
@@ -283,6 +325,13 @@ def test_the_validation_part_is_small_and_stays(face_folder: Path, tmp_path: Pat
     assert [file.name for file in split_pictures(tmp_path)[1]] == [file.name for file in validation]
 
 
+def test_a_small_folder_has_a_validation_part_too(face_folder: Path, tmp_path: Path) -> None:
+    for file in split_pictures(face_folder)[0][:4]:
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    training, validation = split_pictures(tmp_path)
+    assert (len(training), len(validation)) == (3, 1)
+
+
 def test_unusable_folders_and_faces_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="folder of pictures"):
         split_pictures(tmp_path)
@@ -290,11 +339,15 @@ def test_unusable_folders_and_faces_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="few dozen"):
         split_pictures(tmp_path)
     cv2.imwrite(str(tmp_path / "small.png"), np.zeros((64, 64, 3), np.uint8))
-    with pytest.raises(InputError, match="64 x 64"):
+    with pytest.raises(InputError, match=r"small.png.*64 x 64.*align"):
+        split_faces(tmp_path)
+    with pytest.raises(InputError, match=r"small.png.*64 x 64.*align"):
         read_face(tmp_path / "small.png")
+    (tmp_path / "small.png").unlink()
     (tmp_path / "text.jpg").write_text("no picture")
-    with pytest.raises(InputError, match="no readable picture"):
-        read_face(tmp_path / "text.jpg")
+    for read in (lambda path: split_faces(path.parent), read_face, read_photograph):
+        with pytest.raises(InputError, match=r"text.jpg"):
+            read(tmp_path / "text.jpg")
 
 
 def test_scenes_hang_on_seed_and_index_alone(face_folder: Path) -> None:
@@ -309,11 +362,11 @@ def test_scenes_hang_on_seed_and_index_alone(face_folder: Path) -> None:
 
 
 def test_a_student_that_equals_its_teacher_has_nothing_to_learn(
-    detector: FaceDetector, options: Options, face_folder: Path
+    detector: FaceDetector, face_folder: Path
 ) -> None:
     teacher: Any = detector.network
     student = build_retinaface("mobile0.25")
-    stage = DistillationStage(student, teacher, [pictures.portrait()], options)
+    stage = DistillationStage(student, teacher, [pictures.portrait()])
     files = sorted(face_folder.iterdir())
     batch = [torch.stack([Scenes(files, files, 2, seed=4)[i][0] for i in range(2)])]
     with torch.no_grad():
@@ -447,12 +500,22 @@ def test_the_commands_say_what_is_missing(tmp_path: Path, capsys: pytest.Capture
     run = str(tmp_path / "run")
     assert main(["export", "--run", run, "--to", str(tmp_path), "--description", "x", "--licence", "x"]) == 1
     assert "expected transform.pt or detector.pt" in capsys.readouterr().err
-    for index in range(60):
+    for index in range(3):
         cv2.imwrite(str(tmp_path / f"{index}.jpg"), np.zeros((512, 512, 3), np.uint8))
     assert main(["codes", "--run", run, "--faces", str(tmp_path)]) == 1
     assert "run the stage that makes it first" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        main(["unknown"])
+    assert main(["evaluate", "--weights", "lite"]) == 1
+    assert "expected --faces" in capsys.readouterr().err
+    for wrong in (["--steps", "0"], ["--batch", "-1"], ["--config", "huge"]):
+        with pytest.raises(SystemExit):
+            main(["codes", "--run", run, "--faces", str(tmp_path), *wrong])
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "autoencoder.pt").write_bytes(b"damaged")
+    assert main(["codes", "--run", run, "--faces", str(tmp_path)]) == 1
+    assert "not a readable checkpoint" in capsys.readouterr().err
+    teacher = ["--teacher", str(tmp_path / "0.jpg"), "--photographs", str(tmp_path)]
+    assert main(["detector", "--run", run, "--faces", str(tmp_path), *teacher]) == 1
+    assert "Name another --teacher" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -521,7 +584,3 @@ def test_the_commands_from_faces_to_a_weight_set(
          str(tmp_path / "held_out"), "--teacher", str(teacher), "--output", str(scores), "--device", "cpu"]
     ) == 0  # fmt: skip
     assert set(json.loads(scores.read_text())) >= {"restorer", "detector", "torch", "device"}
-
-
-def test_degradation_presets_are_the_documented_ones() -> None:
-    assert dataclasses.astuple(MODERATE) == ((3, 11), "kernel", (2, 4), (5, 30), (15, 60))

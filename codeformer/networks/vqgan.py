@@ -186,10 +186,13 @@ class Codebook(nn.Module):
 
     def nearest(self, features: Tensor) -> Tensor:
         """Features (B, code_dim, side, side) to the closest codes (B, side * side) int64."""
-        vectors = features.flatten(2).transpose(1, 2)
-        codes = self.embedding.weight
-        # The squared distance without the part that all codes share.
-        return (codes.square().sum(dim=1) - 2 * vectors @ codes.T).argmin(dim=2)
+        return nearest_codes(features.flatten(2).transpose(1, 2), self.embedding.weight)
+
+
+def nearest_codes(vectors: Tensor, codes: Tensor) -> Tensor:
+    """For vectors (..., code_dim) the indices (...) int64 of the closest of the codes (size, code_dim)."""
+    # The squared distance without the part that all codes share.
+    return (codes.square().sum(dim=1) - 2 * vectors @ codes.T).argmin(dim=-1)
 
 
 def match_statistics(content: Tensor, style: Tensor, eps: float = 1e-5) -> Tensor:

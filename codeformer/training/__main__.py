@@ -4,6 +4,7 @@ import argparse
 import json
 import logging
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -13,17 +14,24 @@ import torch
 from torch.utils.data import DataLoader
 
 from codeformer.detection import FaceDetector
-from codeformer.errors import CodeFormerError, TrainingError
-from codeformer.images import decode_image
+from codeformer.errors import CodeFormerError, InputError, TrainingError
 from codeformer.models import load_models
 from codeformer.networks.codeformer import CodeFormer
 from codeformer.networks.retinaface import build_retinaface
-from codeformer.plan import as_device, available_device
+from codeformer.plan import available_device
 from codeformer.training.align import aligned_faces
-from codeformer.training.detector import DistillationStage
+from codeformer.training.detector import BACKBONE, DistillationStage, load_teacher
 from codeformer.training.evaluation import describe_machine, measure_detector, measure_restorer
 from codeformer.training.export import copy_network, export_network, write_manifest
-from codeformer.training.faces import TRAINING_MIXTURE, FacePairs, Mixture, pictures_in, split_pictures
+from codeformer.training.faces import (
+    TRAINING_MIXTURE,
+    FacePairs,
+    Mixture,
+    pictures_in,
+    read_photograph,
+    split_faces,
+    split_pictures,
+)
 from codeformer.training.loop import Options, read_checkpoint, train
 from codeformer.training.restorer import (
     AUTOENCODER_CROP,
@@ -33,7 +41,6 @@ from codeformer.training.restorer import (
     TransformationStage,
 )
 from codeformer.training.scenes import Scenes
-from codeformer.weights.checkpoints import read_tensors
 from codeformer.weights.manifest import load_weight_set
 
 LITE: Final[dict[str, Any]] = {
@@ -88,7 +95,15 @@ def _parser() -> argparse.ArgumentParser:
         stage = commands.add_parser(name, help=text)
         _add_loop_options(stage, steps=steps, batch=batch, rate=rate)
         stage.add_argument("--faces", type=Path, required=True, metavar="DIR", help="aligned 512 px faces")
-        stage.add_argument("--config", choices=CONFIGURATIONS, default="lite", help="size of the network")
+        stage.add_argument(
+            "--config",
+            type=_config,
+            default="lite",
+            metavar="NAME",
+            help=f"{' or '.join(CONFIGURATIONS)}, or a JSON file of CodeFormer's arguments; default: lite",
+        )
+        stage.add_argument("--half", action="store_true", help="bfloat16 where autocast allows")
+        stage.add_argument("--compiled", action="store_true", help="compile: minutes at first, then faster")
         stage.set_defaults(command=command)
         if name == "transform":
             stage.add_argument(
@@ -124,22 +139,47 @@ def _parser() -> argparse.ArgumentParser:
     align.add_argument("photographs", type=Path, metavar="DIR")
     align.add_argument("--to", type=Path, required=True, metavar="DIR")
     align.add_argument("--weights", default="lite", metavar="SET", help="whose detector; default: lite")
+    align.add_argument("--device", help="cuda or cpu; default: cuda where there is one")
     align.set_defaults(command=_align)
     return parser
 
 
 def _add_loop_options(parser: argparse.ArgumentParser, *, steps: int, batch: int, rate: float) -> None:
     parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="where checkpoints are kept")
-    parser.add_argument("--steps", type=int, default=steps, help=f"of the whole stage, default {steps}")
-    parser.add_argument("--batch", type=int, default=batch, help=f"default {batch}")
+    parser.add_argument("--steps", type=_positive, default=steps, help=f"of the whole stage, default {steps}")
+    parser.add_argument("--batch", type=_positive, default=batch, help=f"default {batch}")
     parser.add_argument("--learning-rate", type=float, default=rate, help=f"default {rate:g}")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=_count, default=0)
     parser.add_argument("--device", help="cuda or cpu; default: cuda where there is one")
-    parser.add_argument("--half", action="store_true", help="bfloat16 where autocast allows")
-    parser.add_argument("--compiled", action="store_true", help="compile with inductor: minutes, then faster")
-    parser.add_argument("--workers", type=int, default=1, help="processes that prepare samples, default 1")
-    parser.add_argument("--save-every", type=int, default=200, metavar="STEPS")
-    parser.add_argument("--patience", type=int, default=0, help="validations without progress to stop after")
+    parser.add_argument("--workers", type=_count, default=1, help="processes that prepare samples, default 1")
+    parser.add_argument("--save-every", type=_positive, default=200, metavar="STEPS")
+    parser.add_argument("--patience", type=_count, default=0, help="stop after as many validations in vain")
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0 on, got {text}")
+    return number
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text}")
+    return number
+
+
+def _config(text: str) -> dict[str, Any]:
+    if text in CONFIGURATIONS:
+        return CONFIGURATIONS[text]
+    try:
+        config = json.loads(Path(text).read_text(encoding="utf-8"))
+        CodeFormer(**config)
+    except (OSError, ValueError, TypeError) as cause:
+        known = ", ".join(CONFIGURATIONS)
+        raise argparse.ArgumentTypeError(f"expected {known} or a usable JSON file: {cause}") from cause
+    return dict(config)
 
 
 def _loop_options(options: argparse.Namespace, stage: str) -> Options:
@@ -149,9 +189,9 @@ def _loop_options(options: argparse.Namespace, stage: str) -> Options:
         batch=options.batch,
         learning_rate=options.learning_rate,
         seed=options.seed,
-        device=as_device(options.device) if options.device else available_device(),
-        half=options.half,
-        compiled=options.compiled,
+        device=available_device(options.device),
+        half=getattr(options, "half", False),
+        compiled=getattr(options, "compiled", False),
         workers=options.workers,
         save_every=options.save_every,
         patience=options.patience,
@@ -160,7 +200,7 @@ def _loop_options(options: argparse.Namespace, stage: str) -> Options:
 
 def _autoencoder(options: argparse.Namespace) -> None:
     loop = _loop_options(options, "autoencoder")
-    training, validation = split_pictures(options.faces)
+    training, validation = split_faces(options.faces)
     torch.manual_seed(options.seed)
     network = _network(options, loop)
     start = FacePairs(training, START_FACES, options.seed + 3, mixture=None)
@@ -174,26 +214,26 @@ def _autoencoder(options: argparse.Namespace) -> None:
         stage,
         lambda count: FacePairs(training, count, options.seed, crop=AUTOENCODER_CROP, mixture=None),
         loop,
-        header=CONFIGURATIONS[options.config],
+        header=options.config,
     )
 
 
 def _codes(options: argparse.Namespace) -> None:
     loop = _loop_options(options, "codes")
-    training, validation = split_pictures(options.faces)
+    training, validation = split_faces(options.faces)
     network = _network(options, loop, start="autoencoder")
     stage = CodePredictionStage(network, _fixed_pairs(validation, mixture=TRAINING_MIXTURE), loop)
     train(
         stage,
         lambda count: FacePairs(training, count, options.seed + 1),
         loop,
-        header=CONFIGURATIONS[options.config],
+        header=options.config,
     )
 
 
 def _transform(options: argparse.Namespace) -> None:
     loop = _loop_options(options, "transform")
-    training, validation = split_pictures(options.faces)
+    training, validation = split_faces(options.faces)
     stage = TransformationStage(
         _network(options, loop, start="codes"),
         _fixed_pairs(validation, mixture=TRAINING_MIXTURE),
@@ -205,28 +245,25 @@ def _transform(options: argparse.Namespace) -> None:
         stage,
         lambda count: FacePairs(training, count, options.seed + 2),
         loop,
-        header=CONFIGURATIONS[options.config],
+        header=options.config,
     )
 
 
 def _detector(options: argparse.Namespace) -> None:
     loop = _loop_options(options, "detector")
     photographs, validation = split_pictures(options.photographs)
-    faces, _ = split_pictures(options.faces)
+    faces, _ = split_faces(options.faces)
     torch.manual_seed(options.seed)
-    teacher = build_retinaface("mobile0.25")
-    teacher.load_state_dict(read_tensors(options.teacher))
     stage = DistillationStage(
-        _on_device(build_retinaface("mobile0.25"), loop.device),
-        _on_device(teacher, loop.device),
-        [decode_image(file.read_bytes()) for file in validation],
-        loop,
+        _on_device(build_retinaface(BACKBONE), loop.device),
+        _on_device(load_teacher(options.teacher), loop.device),
+        [read_photograph(file) for file in validation[:VALIDATION_FACES]],
     )
     train(
         stage,
         lambda count: Scenes(photographs, faces, count, options.seed),
         loop,
-        header={"backbone": "mobile0.25"},
+        header={"backbone": BACKBONE},
     )
 
 
@@ -234,19 +271,27 @@ def _export(options: argparse.Namespace) -> None:
     options.to.mkdir(parents=True, exist_ok=True)
     entries = {}
     for role, stage in (("restorer", "transform"), ("detector", "detector")):
-        checkpoint = options.run / f"{stage}.pt"
-        if checkpoint.exists():
-            entries[role] = export_network(read_checkpoint(checkpoint), role, options.to, options.licence)
-            print(f"{options.to / entries[role]['file']}: {entries[role]['bytes'] / 1e6:.2f} MB")
+        path = options.run / f"{stage}.pt"
+        if path.exists():
+            checkpoint = read_checkpoint(path)
+            entries[role] = export_network(checkpoint, role, options.to, options.licence)
+            print(
+                f"{options.to / entries[role]['file']}: {entries[role]['bytes'] / 1e6:.2f} MB, from step "
+                f"{checkpoint['step']} of {checkpoint.get('steps', checkpoint['step'])}"
+            )
     if not entries:
         raise TrainingError(f"{options.run}: expected transform.pt or detector.pt, found neither.")
-    if "detector" not in entries and options.detector_from:
+    if options.detector_from:
         entries["detector"] = copy_network(options.detector_from, "detector", options.to)
     write_manifest(options.to, options.description, entries)
+    # Says what is missing, --detector-from for example.
+    load_models(load_weight_set(options.to), torch.device("cpu"))
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    device = as_device(options.device) if options.device else available_device()
+    if not options.faces and not (options.photographs and options.teacher):
+        raise InputError("expected --faces, or --photographs with --teacher, or all three.")
+    device = available_device(options.device)
     models = load_models(load_weight_set(options.weights), device)
     scores: dict[str, Any] = {"weights": options.weights, **describe_machine(device)}
     if options.faces:
@@ -260,30 +305,31 @@ def _evaluate(options: argparse.Namespace) -> None:
                     f"  colour shift {quality['colour_shift']:.2f}"
                 )
     if options.photographs and options.teacher:
-        teacher = build_retinaface("mobile0.25")
-        teacher.load_state_dict(read_tensors(options.teacher))
-        files = pictures_in(options.photographs)
-        scores["detector"] = measure_detector(models.detector, FaceDetector(teacher.to(device)), files)
+        teacher = FaceDetector(load_teacher(options.teacher).to(device))
+        scores["detector"] = measure_detector(models.detector, teacher, pictures_in(options.photographs))
         for name, value in scores["detector"].items():
             print(f"detector {name}: {value:.4g}")
     if options.output:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(scores, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def _align(options: argparse.Namespace) -> None:
-    detector = load_models(load_weight_set(options.weights), available_device()).detector
+    detector = load_models(load_weight_set(options.weights), available_device(options.device)).detector
     options.to.mkdir(parents=True, exist_ok=True)
-    count = 0
+    numbers: Counter[Path] = Counter()
     for file, face in aligned_faces(detector, pictures_in(options.photographs)):
-        cv2.imwrite(str(options.to / f"{file.stem}_{count:05}.png"), face)
-        count += 1
-    print(f"{options.to}: {count} faces")
+        _, data = cv2.imencode(".png", face)
+        # Named after the photograph, so that a second run writes the same files again.
+        (options.to / f"{file.name}_{numbers[file]}.png").write_bytes(data.tobytes())
+        numbers[file] += 1
+    print(f"{options.to}: {numbers.total()} faces of {len(numbers)} photographs")
 
 
 def _fixed_pairs(files: Sequence[Path], *, mixture: Mixture | None) -> Pairs:
     """The same few pairs at every validation."""
     files = files[:VALIDATION_FACES]
-    return DataLoader(FacePairs(files, len(files), VALIDATION_SEED, mixture=mixture, augment=False))
+    return list(DataLoader(FacePairs(files, len(files), VALIDATION_SEED, mixture=mixture, augment=False)))
 
 
 def _on_device(network: Any, device: torch.device) -> Any:
@@ -292,10 +338,10 @@ def _on_device(network: Any, device: torch.device) -> Any:
 
 def _network(options: argparse.Namespace, loop: Options, start: str | None = None) -> CodeFormer:
     """The restorer on its device: new, or as a stage has left it."""
-    network: CodeFormer = _on_device(CodeFormer(**CONFIGURATIONS[options.config]), loop.device)
+    network: CodeFormer = _on_device(CodeFormer(**options.config), loop.device)
     if start is not None:
         state = read_checkpoint(options.run / f"{start}.pt")
-        if state["header"] != CONFIGURATIONS[options.config]:
+        if state["header"] != options.config:
             raise TrainingError(
                 f"{options.run}: holds a network of {state['header']}; see --config and --run."
             )

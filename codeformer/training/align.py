@@ -1,5 +1,6 @@
 """Photographs to aligned faces, by the project's own detector and template."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
@@ -9,9 +10,13 @@ import numpy as np
 
 from codeformer.alignment import FACE_SIZE, FloatArray, align_faces, compose, make_working_copy
 from codeformer.detection import FaceDetector
-from codeformer.images import ImageU8, decode_image
+from codeformer.errors import InputError
+from codeformer.images import ImageU8
+from codeformer.training.faces import read_photograph
 
 MAX_ENLARGEMENT: Final = 1.5
+
+logger = logging.getLogger(__name__)
 
 
 def aligned_faces(
@@ -27,11 +32,14 @@ def aligned_faces(
         max_enlargement: faces that would have to be enlarged more than this are left out; they are
             too coarse to learn from.
 
-    Raises:
-        ImageError: a file is no usable picture.
+    A file that is no usable picture is named in the log and passed over.
     """
     for file in files:
-        image = decode_image(file.read_bytes())
+        try:
+            image = read_photograph(file)
+        except InputError as failure:
+            logger.warning("passed over: %s", failure)
+            continue
         working = make_working_copy(image)
         for aligned in align_faces(working, detector.detect([working.image_bgr])[0])[0]:
             matrix = aligned.face.picture_to_face

@@ -6,7 +6,9 @@ Method: Hinton et al., "Distilling the Knowledge in a Neural Network" (2015); Ro
 the weighting of scores is that of Li et al., "Generalized Focal Loss" (2020).
 """
 
+import pickle
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -14,10 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from codeformer.detection import FaceDetector
+from codeformer.errors import WeightFileError
 from codeformer.images import ImageU8
-from codeformer.training.loop import Options
+from codeformer.networks.retinaface import build_retinaface
 from codeformer.training.matching import Agreement
 
+BACKBONE: Final = "mobile0.25"
 # Boxes and landmarks matter where the teacher thinks of a face at all.
 _LIKELY: Final = 0.3
 
@@ -29,18 +33,15 @@ class DistillationStage:
         network: the student, from `build_retinaface`.
         teacher: trained.
         validation_bgr: pictures to measure the agreement on.
-        options: of the loop.
     """
 
-    def __init__(
-        self, network: nn.Module, teacher: nn.Module, validation_bgr: Sequence[ImageU8], options: Options
-    ) -> None:
+    def __init__(self, network: nn.Module, teacher: nn.Module, validation_bgr: Sequence[ImageU8]) -> None:
         self.network = network.train()
         self.memory = nn.ModuleDict()
+        self.critics: list[torch.optim.Optimizer] = []
         self._teacher = teacher.eval().requires_grad_(requires_grad=False)
-        self._options = options
         self._validation = validation_bgr
-        self._expected = FaceDetector(teacher).detect(validation_bgr)
+        self._expected = FaceDetector(teacher).detect(validation_bgr, batched=False)
 
     def losses(self, batch: Sequence[Tensor], _progress: float, /) -> dict[str, Tensor]:
         scenes = batch[0].contiguous(memory_format=torch.channels_last)
@@ -71,10 +72,26 @@ class DistillationStage:
     def score(self, network: nn.Module) -> float:
         """The mean of recall and precision against the teacher, minus the landmark error."""
         agreement = Agreement()
-        found = FaceDetector(network).detect(self._validation)
+        found = FaceDetector(network).detect(self._validation, batched=False)
         for ours, theirs in zip(found, self._expected, strict=True):
             agreement.add(ours, theirs, min_side=0)
         return (agreement.recall + agreement.precision) / 2 - agreement.landmark_error
+
+
+def load_teacher(path: Path) -> nn.Module:
+    """A trained RetinaFace mobile0.25 from a file of tensors, such as facexlib's; on the CPU.
+
+    Raises:
+        WeightFileError: not such a file.
+    """
+    network = build_retinaface(BACKBONE)
+    expected = f"a checkpoint of RetinaFace {BACKBONE}"
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        network.load_state_dict({name.removeprefix("module."): value for name, value in content.items()})
+    except (OSError, pickle.UnpicklingError, RuntimeError, EOFError, AttributeError, TypeError) as cause:
+        raise WeightFileError(path, expected, f"{str(cause)[:200]} ...", "Name another --teacher.") from cause
+    return network.requires_grad_(requires_grad=False)
 
 
 def _answer(network: Any, scenes: Tensor) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:

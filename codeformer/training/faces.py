@@ -9,17 +9,20 @@ from typing import Final
 import cv2
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from codeformer.alignment import BORDER_BGR, FACE_SIZE
 from codeformer.degradation import HEAVY, MILD, MODERATE, DegradationRange
-from codeformer.errors import InputError
-from codeformer.images import ImageU8
+from codeformer.errors import ImageError, InputError
+from codeformer.images import ImageU8, decode_image
 
 PICTURE_SUFFIXES: Final = (".jpg", ".jpeg", ".png", ".webp")
 # One face in this many is kept from training, to tell when to stop.
 VALIDATION_SHARE: Final = 30
+_EXPECTED: Final = f"expected an aligned {FACE_SIZE} px face"
+_REMEDY: Final = "`python -m codeformer.training align` makes them of photographs."
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class Mixture:
     ranges: Sequence[tuple[float, DegradationRange]]
 
     def sample(self, rng: np.random.Generator) -> DegradationRange:
+        """Draws a kind of degradation."""
         chosen = rng.choice(len(self.ranges), p=[weight for weight, _ in self.ranges])
         return self.ranges[int(chosen)][1]
 
@@ -48,7 +52,11 @@ class FacePairs(Dataset[tuple[Tensor, Tensor]]):
         seed: of sampling, augmentation and degradation.
         crop: side of a random crop, in px; the whole face by default.
         mixture: degradations to draw from; None for clean inputs.
-        augment: flip, colour and border changes.
+        augment: choose faces at random, flip them, move them, change colours and borders; else they come in
+            order, as they are.
+
+    Raises:
+        InputError: when an item is asked for whose file is no aligned face.
     """
 
     def __init__(
@@ -73,7 +81,6 @@ class FacePairs(Dataset[tuple[Tensor, Tensor]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         rng = np.random.default_rng((self._seed, index))
-        # Without augmentation the faces come in order: a fixed set to measure on.
         chosen = int(rng.integers(len(self._files))) if self._augment else index % len(self._files)
         clean = read_face(self._files[chosen])
         if self._augment:
@@ -103,23 +110,40 @@ def pictures_in(folder: Path) -> list[Path]:
 
 
 def split_pictures(folder: Path) -> tuple[list[Path], list[Path]]:
-    """The pictures of a folder, in a training and a validation part.
+    """The pictures of a folder, in a training and a small validation part.
 
     The part of a file follows from its name, so that it stays the same when others come and go.
 
     Raises:
-        InputError: there are too few.
+        InputError: there are fewer than two.
     """
     files = pictures_in(folder)
-    training = [file for file in files if not _is_for_validation(file)]
-    validation = [file for file in files if _is_for_validation(file)]
-    if not training or not validation:
+    if len(files) < 2:
         raise InputError(f"{folder}: expected a few dozen pictures at least, found {len(files)}.")
-    return training, validation
+    validation = [file for file in files if _rank(file) % VALIDATION_SHARE == 0] or [min(files, key=_rank)]
+    return [file for file in files if file not in set(validation)], validation
 
 
-def _is_for_validation(file: Path) -> bool:
-    return int.from_bytes(hashlib.sha256(file.name.encode()).digest()[:4]) % VALIDATION_SHARE == 0
+def split_faces(folder: Path) -> tuple[list[Path], list[Path]]:
+    """As `split_pictures`, of aligned faces; their sizes are checked, so that none fails hours later.
+
+    Raises:
+        InputError: there are fewer than two, or one is of another size.
+    """
+    parts = split_pictures(folder)
+    for file in (*parts[0], *parts[1]):
+        try:
+            with Image.open(file) as picture:
+                size_wh = picture.size
+        except OSError as cause:
+            raise InputError(f"{file}: expected a picture, cannot read one ({cause}).") from cause
+        if size_wh != (FACE_SIZE, FACE_SIZE):
+            raise InputError(f"{file}: {_EXPECTED}, got {size_wh[0]} x {size_wh[1]} px; {_REMEDY}")
+    return parts
+
+
+def _rank(file: Path) -> int:
+    return int.from_bytes(hashlib.sha256(file.name.encode()).digest()[:4])
 
 
 def read_face(file: Path) -> ImageU8:
@@ -131,8 +155,20 @@ def read_face(file: Path) -> ImageU8:
     image = cv2.imread(str(file), cv2.IMREAD_COLOR)
     if image is None or image.shape != (FACE_SIZE, FACE_SIZE, 3):
         found = "no readable picture" if image is None else f"{image.shape[1]} x {image.shape[0]} px"
-        raise InputError(f"{file}: expected an aligned {FACE_SIZE} px face, got {found}.")
+        raise InputError(f"{file}: {_EXPECTED}, got {found}; {_REMEDY}")
     return np.asarray(image, dtype=np.uint8)
+
+
+def read_photograph(file: Path) -> ImageU8:
+    """A whole picture, upright, (H, W, 3) uint8 BGR.
+
+    Raises:
+        InputError: not a usable picture.
+    """
+    try:
+        return decode_image(file.read_bytes())
+    except (OSError, ImageError) as cause:
+        raise InputError(f"{file}: {cause}") from cause
 
 
 def to_tensor(face_bgr: ImageU8) -> Tensor:

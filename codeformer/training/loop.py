@@ -3,6 +3,7 @@
 import copy
 import logging
 import math
+import pickle
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -10,9 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Generic, Protocol, TypeVar
 
+import cv2
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from codeformer.errors import TrainingError
@@ -22,6 +24,8 @@ AVERAGE_DECAY: Final = 0.998
 WARM_UP_SHARE: Final = 0.03
 FINAL_LEARNING_RATE_SHARE: Final = 0.02
 MAX_GRADIENT_NORM: Final = 1.0
+
+_REMEDY: Final = "use a lower --learning-rate, and go on from the last checkpoint."
 
 NetworkT = TypeVar("NetworkT", bound=nn.Module)
 
@@ -59,9 +63,11 @@ class Options:
     patience: int = 0
 
     def autocast(self) -> torch.autocast:
+        """The context to run networks in."""
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.half)
 
     def maybe_compiled(self, function: Any) -> Any:
+        """The function, compiled if that was asked for."""
         return torch.compile(function, dynamic=False) if self.compiled else function
 
 
@@ -71,10 +77,12 @@ class Stage(Protocol[NetworkT]):
     Attributes:
         network: what is trained and averaged.
         memory: other modules whose state a resumed training needs.
+        critics: optimisers of such modules.
     """
 
     network: NetworkT
     memory: nn.ModuleDict
+    critics: list[torch.optim.Optimizer]
 
     def losses(self, batch: Any, progress: float, /) -> dict[str, Tensor]:
         """The loss terms of a batch, to be added up; `progress` runs from 0 to 1 over the stage."""
@@ -104,25 +112,33 @@ def train(
         The averaged network.
 
     Raises:
-        TrainingError: a loss is not finite, or the checkpoint is another configuration's.
+        TrainingError: a loss or gradient is not finite, or the checkpoint is another configuration's.
     """
-    torch.manual_seed(options.seed)
     run = _Run(stage, options, header)
     run.resume()
+    count = options.steps * options.batch
     loader = DataLoader(
-        _From(samples(options.steps * options.batch), run.step * options.batch),
+        Subset(samples(count), range(min(run.step * options.batch, count), count)),
         batch_size=options.batch,
         num_workers=options.workers,
+        worker_init_fn=_use_one_thread,
     )
+    if run.is_stale():
+        logger.info("stopped earlier for want of a better score; raise --patience to go on")
+        return run.average
     for batch in tqdm(loader, initial=run.step, total=options.steps, unit="step", disable=None):
         run.learn([part.to(options.device) for part in batch])
         if run.step % options.save_every == 0 or run.step == options.steps:
             run.validate()
             run.save()
-            if options.patience and run.stale >= options.patience:
-                logger.info("no better score for %d validations: stopped", run.stale)
+            if run.is_stale():
+                logger.info("no better score for %d validations: stopped", options.patience)
                 break
     return run.average
+
+
+def _use_one_thread(_worker: int) -> None:
+    cv2.setNumThreads(1)
 
 
 class _Run(Generic[NetworkT]):
@@ -132,14 +148,20 @@ class _Run(Generic[NetworkT]):
         self._stage = stage
         self._options = options
         self._header = dict(header)
+        # What a stage cannot change half-way: its samples follow from these, its state from the critics.
+        self._recipe = {"seed": options.seed, "batch": options.batch, "critics": len(stage.critics)}
         self._parameters = [p for p in stage.network.parameters() if p.requires_grad]
         self._optimiser = torch.optim.AdamW(
             self._parameters, lr=options.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4
         )
         self.average = copy.deepcopy(stage.network).eval()
-        self.step, self.stale = 0, 0
-        self._best, self._trained_s = -math.inf, 0.0
+        self.step = 0
+        self._best, self._stale, self._trained_s = -math.inf, 0, 0.0
         self._start_counting()
+
+    def is_stale(self) -> bool:
+        """Whether the score has not risen for as long as patience lasts."""
+        return 0 < self._options.patience <= self._stale
 
     def _start_counting(self) -> None:
         self._sums: dict[str, float] = defaultdict(float)
@@ -155,12 +177,12 @@ class _Run(Generic[NetworkT]):
         terms = self._stage.losses(batch, progress)
         loss = torch.stack(list(terms.values())).sum()
         if not bool(torch.isfinite(loss)):
-            raise TrainingError(
-                f"the loss at step {self.step} is {float(loss.detach())}; use a lower --learning-rate."
-            )
+            raise TrainingError(f"the loss at step {self.step} is {float(loss.detach())}; {_REMEDY}")
         self._optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(self._parameters, MAX_GRADIENT_NORM)
+        norm = nn.utils.clip_grad_norm_(self._parameters, MAX_GRADIENT_NORM)
+        if not bool(torch.isfinite(norm)):
+            raise TrainingError(f"the gradient at step {self.step} is {float(norm)}; {_REMEDY}")
         self._optimiser.step()
         decay = min(AVERAGE_DECAY, (1 + self.step) / (10 + self.step))
         _update_average(self.average, self._stage.network, decay)
@@ -174,7 +196,7 @@ class _Run(Generic[NetworkT]):
         elapsed_s = time.monotonic() - self._started
         self._trained_s += elapsed_s
         score = self._stage.score(self.average)
-        self.stale = 0 if score > self._best else self.stale + 1
+        self._stale = 0 if score > self._best else self._stale + 1
         self._best = max(self._best, score)
         logger.info(
             "step %d/%d  %.2f s/step  %.0f min to go  score %.3f  %s",
@@ -198,9 +220,12 @@ class _Run(Generic[NetworkT]):
             "average": self.average.state_dict(),
             "memory": self._stage.memory.state_dict(),
             "optimiser": self._optimiser.state_dict(),
+            "critics": [critic.state_dict() for critic in self._stage.critics],
+            "recipe": self._recipe,
+            "steps": self._options.steps,
             "step": self.step,
             "best": self._best,
-            "stale": self.stale,
+            "stale": self._stale,
             "trained_s": self._trained_s,
         }
         torch.save(state, partial)
@@ -212,30 +237,37 @@ class _Run(Generic[NetworkT]):
         if not path.exists():
             return
         state = read_checkpoint(path)
-        if state["header"] != self._header:
-            raise TrainingError(
-                f"{path}: expected a checkpoint of {self._header}, got one of {state['header']}. "
-                "Name another --run folder, or the same options."
-            )
+        for name, expected in (("header", self._header), ("recipe", self._recipe)):
+            if state[name] != expected:
+                raise TrainingError(
+                    f"{path}: expected a checkpoint of {expected}, got one of {state[name]}. "
+                    "Name another --run folder, or the same options."
+                )
         self._stage.network.load_state_dict(state["network"])
         self.average.load_state_dict(state["average"])
         self._stage.memory.load_state_dict(state["memory"])
         self._optimiser.load_state_dict(state["optimiser"])
-        self.step, self.stale = state["step"], state["stale"]
-        self._best, self._trained_s = state["best"], state["trained_s"]
-        logger.info("resumed %s at step %d", path, self.step)
+        for critic, critic_state in zip(self._stage.critics, state["critics"], strict=True):
+            critic.load_state_dict(critic_state)
+        self.step, self._trained_s = state["step"], state["trained_s"]
+        self._best, self._stale = state["best"], state["stale"]
+        logger.info("resumed %s at step %d, after %.0f min", path, self.step, self._trained_s / 60)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The state a stage has written: header, network, average, memory, optimiser, step, trained_s.
+    """What a stage has written: header, average, step and steps, and what it needs to resume.
 
     Raises:
-        TrainingError: no such file.
+        TrainingError: no such file, or not one of a stage's.
     """
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as cause:
         raise TrainingError(f"{path}: no such checkpoint; run the stage that makes it first.") from cause
+    except (OSError, pickle.UnpicklingError, RuntimeError, EOFError) as cause:
+        raise TrainingError(f"{path}: not a readable checkpoint ({cause}); remove it.") from cause
+    if not isinstance(state, dict) or not {"header", "average", "step"} <= set(state):
+        raise TrainingError(f"{path}: expected a stage's checkpoint, got another file; remove it.")
     return state
 
 
@@ -253,19 +285,3 @@ def _update_average(average: nn.Module, network: nn.Module, decay: float) -> Non
             ours.lerp_(theirs, 1 - decay)
         else:
             ours.copy_(theirs)
-
-
-class _From(Dataset[Any]):
-    """The samples of a dataset from some index on."""
-
-    def __init__(self, samples: Dataset[Any], start: int) -> None:
-        self._samples = samples
-        self._start = start
-
-    def __len__(self) -> int:
-        return max(0, len(self._samples) - self._start)  # type: ignore[arg-type]
-
-    def __getitem__(self, index: int) -> Any:
-        if index >= len(self):
-            raise IndexError(index)
-        return self._samples[index + self._start]

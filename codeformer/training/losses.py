@@ -2,7 +2,6 @@
 
 import itertools
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -73,15 +72,10 @@ def discriminator_loss(real: Tensor, restored: Tensor) -> Tensor:
 
 
 def code_loss(logits: Tensor, codes: Tensor) -> Tensor:
-    """Cross-entropy of code logits (B, T, N) against codes (B, T)."""
+    """Cross-entropy of code logits (B, T, N) float32 against codes (B, T) int64."""
     return F.cross_entropy(logits.flatten(0, 1), codes.flatten())
 
 
 def feature_loss(lq_feat: Tensor, code_features: Tensor) -> Tensor:
     """Squared error that draws the degraded face's latent to the clean face's codes, (B, C, s, s) each."""
     return F.mse_loss(lq_feat, code_features.detach())
-
-
-def finite(loss: Tensor) -> bool:
-    """Whether a loss can be learned from."""
-    return bool(torch.isfinite(loss))

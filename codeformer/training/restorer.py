@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from codeformer.networks.codeformer import CodeFormer
-from codeformer.networks.vqgan import match_statistics
+from codeformer.networks.vqgan import match_statistics, nearest_codes
 from codeformer.training.loop import Options
 from codeformer.training.losses import (
     PatchDiscriminator,
@@ -57,12 +57,14 @@ class AutoencoderStage:
     def __init__(self, network: CodeFormer, start: Tensor, validation: Pairs, options: Options) -> None:
         self.network = network
         code_dim = network.quantize.embedding.weight.shape[1]
+        network.quantize.requires_grad_(requires_grad=False)
         self._components = _PatchComponents(start, network.resolution // network.latent_side, code_dim)
         self._codebook = _CodebookAverage(
             _vectors(self._components(start)), len(network.quantize.embedding.weight)
         )
         self.memory = nn.ModuleDict({"components": self._components, "codebook": self._codebook})
         self.memory.to(options.device)
+        self.critics: list[torch.optim.Optimizer] = []
         self._options = options
         self._encode = options.maybe_compiled(network.encode)
         self._decode = options.maybe_compiled(network.decode)
@@ -92,7 +94,6 @@ class AutoencoderStage:
     @torch.no_grad()
     def score(self, network: CodeFormer) -> float:
         """PSNR of clean faces through the codes, in dB."""
-        network.quantize.embedding.weight.data.copy_(self._codebook.codes)
         results = []
         for _, clean in self._validation:
             latent, _ = network.encode(_as_layout(clean.to(self._options.device)))
@@ -102,14 +103,21 @@ class AutoencoderStage:
 
 
 class CodePredictionStage:
-    """Stage 2: the codes of degraded faces; codebook and generator stay as they are."""
+    """Stage 2: the codes of degraded faces; codebook and generator stay as they are.
+
+    Args:
+        network: from stage 1.
+        validation: pairs that training does not see.
+        options: of the loop.
+    """
 
     def __init__(self, network: CodeFormer, validation: Pairs, options: Options) -> None:
         self.network = network
         self.memory = nn.ModuleDict()
+        self.critics: list[torch.optim.Optimizer] = []
         for part in (network.quantize, network.generator, network.fuse_convs_dict):
             part.requires_grad_(requires_grad=False)
-        self._teacher = CleanCodes(network, options)
+        self._teacher = CleanCodes(copy.deepcopy(network), options)
         self._options = options
         self._predict = options.maybe_compiled(network.predict)
         self._validation = validation
@@ -161,9 +169,11 @@ class TransformationStage:
         self._validation = validation
         self._adversarial = adversarial
         self.memory = nn.ModuleDict()
+        self.critics: list[torch.optim.Optimizer] = []
         if adversarial:
+            torch.manual_seed(options.seed)
             self.memory["discriminator"] = PatchDiscriminator().to(options.device)
-            self._critic = torch.optim.Adam(self.memory.parameters(), lr=2e-4, betas=(0.5, 0.99))
+            self.critics.append(torch.optim.Adam(self.memory.parameters(), lr=2e-4, betas=(0.5, 0.99)))
 
     def losses(self, batch: Sequence[Tensor], _progress: float, /) -> dict[str, Tensor]:
         degraded, clean = (_as_layout(part) for part in batch)
@@ -187,7 +197,7 @@ class TransformationStage:
         return terms
 
     def _random_fidelity(self, count: int) -> Tensor:
-        """(count, 1, 1, 1): a quarter 0, a third 1, the rest between."""
+        """(count, 1, 1, 1): 25 % 0, 35 % 1, the rest between."""
         kind = torch.rand(count, 1, 1, 1)
         between = torch.rand(count, 1, 1, 1)
         w = torch.where(
@@ -197,11 +207,11 @@ class TransformationStage:
 
     def _fool(self, output: Tensor, clean: Tensor, strength: Tensor) -> Tensor:
         critic = self.memory["discriminator"]
-        self._critic.zero_grad(set_to_none=True)
+        self.critics[0].zero_grad(set_to_none=True)
         with self._options.autocast():
             loss = discriminator_loss(critic(clean), critic(output.detach()))
         loss.backward()  # type: ignore[no-untyped-call]
-        self._critic.step()
+        self.critics[0].step()
         with self._options.autocast():
             verdict: Tensor = critic(output)
         return -(strength * verdict.float()).mean()
@@ -217,13 +227,10 @@ class TransformationStage:
 
 
 class CleanCodes:
-    """The right codes of clean faces, from the encoder of stage 1.
-
-    A copy, so that the encoder can go on learning.
-    """
+    """The right codes of clean faces, from the encoder of stage 1, which is frozen."""
 
     def __init__(self, network: CodeFormer, options: Options) -> None:
-        self._network = copy.deepcopy(network).eval().requires_grad_(requires_grad=False)
+        self._network = network.eval().requires_grad_(requires_grad=False)
         self._options = options
         self._encode = options.maybe_compiled(self._network.encode)
 
@@ -284,13 +291,13 @@ class _CodebookAverage(nn.Module):
 
     def nearest(self, latent: Tensor) -> Tensor:
         """A latent (B, code_dim, s, s) to codes (B, s * s)."""
-        return _nearest(_vectors(latent), self.codes).view(len(latent), -1)
+        return nearest_codes(_vectors(latent), self.codes).view(len(latent), -1)
 
     @torch.no_grad()
     def update(self, latent: Tensor) -> Tensor:
         """As `nearest`; then moves the codes towards the latent."""
         vectors = _vectors(latent)
-        chosen = _nearest(vectors, self.codes)
+        chosen = nearest_codes(vectors, self.codes)
         counts = torch.bincount(chosen, minlength=len(self.codes)).to(vectors.dtype)
         sums = torch.zeros_like(self.sums).index_add_(0, chosen, vectors)
         self.counts.lerp_(counts, 1 - _CODEBOOK_DECAY)
@@ -312,7 +319,7 @@ def _kmeans(vectors: Tensor, size: int) -> Tensor:
     sample = vectors[order.to(vectors.device)]
     codes = sample[:size]
     for _ in range(_KMEANS_ROUNDS):
-        chosen = _nearest(sample, codes)
+        chosen = nearest_codes(sample, codes)
         counts = torch.bincount(chosen, minlength=size).to(sample.dtype)
         means = torch.zeros_like(codes).index_add_(0, chosen, sample) / counts.clamp(min=1)[:, None]
         codes = torch.where(counts[:, None] > 0, means, codes)
@@ -321,10 +328,6 @@ def _kmeans(vectors: Tensor, size: int) -> Tensor:
 
 def _vectors(latent: Tensor) -> Tensor:
     return latent.detach().float().flatten(2).transpose(1, 2).flatten(0, 1)
-
-
-def _nearest(vectors: Tensor, codes: Tensor) -> Tensor:
-    return (codes.square().sum(dim=1) - 2 * vectors @ codes.T).argmin(dim=1)
 
 
 def psnr(output: Tensor, target: Tensor) -> float:

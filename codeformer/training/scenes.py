@@ -29,6 +29,9 @@ class Scenes(Dataset[tuple[Tensor]]):
         faces: files of aligned faces.
         length: number of pictures.
         seed: of everything random.
+
+    Raises:
+        InputError: when an item is asked for whose file is no picture.
     """
 
     def __init__(self, photographs: Sequence[Path], faces: Sequence[Path], length: int, seed: int) -> None:

@@ -7,7 +7,6 @@ between the check and the use.
 import hashlib
 import io
 import pickle
-from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -72,21 +71,6 @@ def load_into(network: nn.Module, file: WeightFile) -> None:
             f"{str(cause)[:_MAX_CAUSE_LENGTH]} ...",
             "Make the manifest's config and file agree.",
         ) from cause
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint that no manifest describes, for training; the same wrappings are taken off.
-
-    Raises:
-        WeightFileError: not a readable checkpoint of tensors.
-    """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, pickle.UnpicklingError, RuntimeError, EOFError) as cause:
-        raise WeightFileError(
-            path, "a checkpoint of tensors only", f"{cause}", "Name another file."
-        ) from cause
-    return _unwrap(content)
 
 
 def _unwrap(content: Any) -> dict[str, Tensor]:
