@@ -164,7 +164,7 @@ def test_another_configurations_checkpoint_is_refused(options: Options) -> None:
 
 
 def test_codes_are_the_means_of_the_latents_that_fall_to_them(options: Options) -> None:
-    codebook = make_stage("autoencoder", options)._codebook
+    codebook = make_stage("autoencoder", options)._codebook.cpu()
     source = torch.Generator().manual_seed(3)
     centres = torch.randn(40, 8, generator=source) * 2
 
@@ -193,6 +193,7 @@ def test_latents_begin_as_principal_components(options: Options) -> None:
     left, values, _ = np.linalg.svd(patches - patches.mean(axis=0), full_matrices=False)
     expected = (left * values)[:, :8]
     expected /= np.sqrt((expected.var(axis=0)).mean())
+    stage.memory.cpu()
     components = stage._components(pictures_).flatten(2).transpose(1, 2).flatten(0, 1).numpy()
     # A direction's sign is anyone's choice.
     signs = np.sign((components * expected).sum(axis=0))
@@ -227,7 +228,7 @@ def test_the_generator_gains_by_what_the_critic_takes_for_real(options: Options)
     gain = stage._fool(output, torch.ones_like(output), strength)
     [gradient] = torch.autograd.grad(gain, output)
     better = (output - 0.05 * gradient / gradient.abs().max()).detach()
-    assert float(critic(better)[0].mean()) > float(critic(output)[0].mean())
+    assert float(critic(better)[0].mean()) > float(critic(output.detach())[0].mean())
     # At w = 1 there is no adversarial term.
     assert float(gradient[1].abs().max()) == 0
 
