@@ -371,12 +371,14 @@ def test_a_student_that_equals_its_teacher_has_nothing_to_learn(
     files = sorted(face_folder.iterdir())
     batch = [torch.stack([Scenes(files, files, 2, seed=4)[i][0] for i in range(2)])]
     with torch.no_grad():
-        ignorant = stage.losses(batch, 0.0)
-        assert all(float(term) > 0.01 for term in ignorant.values())
+        for progress in (0.0, 0.9):
+            ignorant = stage.losses(batch, progress)
+            assert all(float(term) > 0.01 for term in ignorant.values())
         student.load_state_dict(teacher.state_dict())
         stage.network.eval()
-        for name, term in stage.losses(batch, 0.0).items():
-            assert float(term) == pytest.approx(0, abs=1e-5), name
+        for progress in (0.0, 0.9):
+            for name, term in stage.losses(batch, progress).items():
+                assert float(term) == pytest.approx(0, abs=1e-5), name
     assert stage.score(student) == pytest.approx(1)
     assert stage.score(make_blind_detector()) == pytest.approx(0)
 

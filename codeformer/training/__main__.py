@@ -69,6 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     options = _parser().parse_args(arguments)
+    # OpenCV's threads do not survive the fork of a worker, and the workers need none.
+    cv2.setNumThreads(1)
     try:
         options.command(options)
     except CodeFormerError as failure:

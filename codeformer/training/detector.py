@@ -1,7 +1,8 @@
 """A small detector from a trained one, by distillation.
 
 The student sees pictures without labels and learns what the teacher says of them: at every anchor the score,
-where there may be a face the box and the landmarks, and on the way there the teacher's features.
+where there may be a face the box and the landmarks, and on the way there the teacher's features. In the first
+part of the training each part of the network works on the teacher's features, later on its own.
 Method: Hinton et al., "Distilling the Knowledge in a Neural Network" (2015); Romero et al., "FitNets" (2015);
 the weighting of scores is that of Li et al., "Generalized Focal Loss" (2020).
 """
@@ -22,6 +23,8 @@ from codeformer.networks.retinaface import build_retinaface
 from codeformer.training.matching import Agreement
 
 BACKBONE: Final = "mobile0.25"
+# The share of training in which the parts of the network learn side by side.
+GUIDED_SHARE: Final = 0.5
 # Boxes and landmarks matter where the teacher thinks of a face at all.
 _LIKELY: Final = 0.3
 
@@ -43,30 +46,28 @@ class DistillationStage:
         self._validation = validation_bgr
         self._expected = FaceDetector(teacher).detect(validation_bgr, batched=False)
 
-    def losses(self, batch: Sequence[Tensor], _progress: float, /) -> dict[str, Tensor]:
+    def losses(self, batch: Sequence[Tensor], progress: float, /) -> dict[str, Tensor]:
         scenes = batch[0].contiguous(memory_format=torch.channels_last)
         with torch.no_grad():
-            true_features, true_boxes, true_logits, true_landmarks = _answer(self._teacher, scenes)
-            score = true_logits.softmax(dim=2)[..., 1]
-        features, boxes, logits, landmarks = _answer(self.network, scenes)
+            true = _Answer(self._teacher, scenes)
+            score = true.logits.softmax(dim=2)[..., 1]
+        ours = _Answer(self.network, scenes, true if progress < GUIDED_SHARE else None)
         weight = torch.where(score > _LIKELY, score, 0)
         total = weight.sum().clamp(min=1)
-        margin = logits[..., 1] - logits[..., 0]
-        certainty = (margin.sigmoid() - score).abs().detach()
+        margin = ours.logits[..., 1] - ours.logits[..., 0]
+        doubt = (margin.sigmoid() - score).abs().detach()
         surprise = F.binary_cross_entropy_with_logits(margin, score, reduction="none")
-        mimicry = [
-            F.mse_loss(ours, theirs) / theirs.square().mean()
-            for ours, theirs in zip(features, true_features, strict=True)
-        ]
+
+        def where_likely(answer: Tensor, truth: Tensor) -> Tensor:
+            return (weight[..., None] * F.smooth_l1_loss(answer, truth, reduction="none")).sum() / total
+
         return {
-            "scores": (certainty.square() * surprise).sum() / total,
-            "boxes": (weight[..., None] * F.smooth_l1_loss(boxes, true_boxes, reduction="none")).sum()
-            / total,
-            "landmarks": (
-                weight[..., None] * F.smooth_l1_loss(landmarks, true_landmarks, reduction="none")
-            ).sum()
-            / total,
-            "features": torch.stack(mimicry).sum(),
+            "scores": (doubt.square() * surprise).sum() / total,
+            "boxes": where_likely(ours.boxes, true.boxes),
+            "landmarks": where_likely(ours.landmarks, true.landmarks),
+            "features": torch.stack(
+                [_unlikeness(a, b) for a, b in zip(ours.features, true.features, strict=True)]
+            ).sum(),
         }
 
     def score(self, network: nn.Module) -> float:
@@ -94,14 +95,44 @@ def load_teacher(path: Path) -> nn.Module:
     return network.requires_grad_(requires_grad=False)
 
 
-def _answer(network: Any, scenes: Tensor) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
-    """Features of each stride, box offsets (B, A, 4), logits (B, A, 2) and landmark offsets (B, A, 10)."""
-    pyramid = network.fpn(list(network.body(scenes).values()))
-    features = [
-        ssh(level) for ssh, level in zip((network.ssh1, network.ssh2, network.ssh3), pyramid, strict=True)
-    ]
+class _Answer:
+    """What a network says of scenes, and what it thinks on the way.
 
-    def heads(kind: Any) -> Tensor:
-        return torch.cat([head(feature) for head, feature in zip(kind, features, strict=True)], dim=1)
+    Args:
+        network: a RetinaFace mobile0.25.
+        scenes: (B, 3, H, W).
+        guide: another network's answer. Each part then starts from that network's features instead of those
+            of the part before it, so that all parts learn at the same time.
 
-    return features, heads(network.BboxHead), heads(network.ClassHead), heads(network.LandmarkHead)
+    Attributes:
+        features: outputs of the backbone's, the pyramid's and the context modules' levels.
+        boxes: offsets (B, A, 4).
+        logits: (B, A, 2).
+        landmarks: offsets (B, A, 10).
+    """
+
+    def __init__(self, network: Any, scenes: Tensor, guide: "_Answer | None" = None) -> None:
+        body: list[Tensor] = []
+        for stage in (network.body.stage1, network.body.stage2, network.body.stage3):
+            before = (guide.features if guide else body)[len(body) - 1] if body else scenes
+            body.append(stage(before))
+        pyramid = network.fpn(guide.features[:3] if guide else body)
+        levels = guide.features[3:6] if guide else pyramid
+        modules = (network.ssh1, network.ssh2, network.ssh3)
+        context = [module(level) for module, level in zip(modules, levels, strict=True)]
+        self.features: list[Tensor] = [*body, *pyramid, *context]
+        seen = guide.features[6:] if guide else context
+        self.boxes = _heads(network.BboxHead, seen)
+        self.logits = _heads(network.ClassHead, seen)
+        self.landmarks = _heads(network.LandmarkHead, seen)
+
+
+def _heads(heads: Any, features: Sequence[Tensor]) -> Tensor:
+    return torch.cat([head(feature) for head, feature in zip(heads, features, strict=True)], dim=1)
+
+
+def _unlikeness(ours: Tensor, theirs: Tensor) -> Tensor:
+    """Squared error of (B, C, H, W) features in units of each channel's variance."""
+    variance = theirs.var(dim=(0, 2, 3))
+    error = (ours - theirs).square().mean(dim=(0, 2, 3))
+    return (error / variance.clamp(min=float(variance.mean()) * 1e-2)).mean()

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Generic, Protocol, TypeVar
 
-import cv2
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
@@ -121,7 +120,6 @@ def train(
         Subset(samples(count), range(min(run.step * options.batch, count), count)),
         batch_size=options.batch,
         num_workers=options.workers,
-        worker_init_fn=_use_one_thread,
     )
     if run.is_stale():
         logger.info("stopped earlier for want of a better score; raise --patience to go on")
@@ -135,10 +133,6 @@ def train(
                 logger.info("no better score for %d validations: stopped", options.patience)
                 break
     return run.average
-
-
-def _use_one_thread(_worker: int) -> None:
-    cv2.setNumThreads(1)
 
 
 class _Run(Generic[NetworkT]):
