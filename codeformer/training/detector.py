@@ -1,8 +1,8 @@
 """A small detector from a trained one, by distillation.
 
 The student sees pictures without labels and learns what the teacher says of them: at every anchor the score,
-where there may be a face the box and the landmarks, and on the way there the teacher's features. In the first
-part of the training each part of the network works on the teacher's features, later on its own.
+where there may be a face the box and the landmarks, and on the way there the teacher's features. At first
+each block of the network works on the teacher's features, later on its own network's.
 Method: Hinton et al., "Distilling the Knowledge in a Neural Network" (2015); Romero et al., "FitNets" (2015);
 the weighting of scores is that of Li et al., "Generalized Focal Loss" (2020).
 """
@@ -23,8 +23,10 @@ from codeformer.networks.retinaface import build_retinaface
 from codeformer.training.matching import Agreement
 
 BACKBONE: Final = "mobile0.25"
-# The share of training in which the parts of the network learn side by side.
-GUIDED_SHARE: Final = 0.5
+# The share of training in which the blocks of the network learn side by side.
+GUIDED_SHARE: Final = 0.8
+# The share of training in which the batch norms follow the batches.
+STATISTICS_SHARE: Final = 0.3
 # Boxes and landmarks matter where the teacher thinks of a face at all.
 _LIKELY: Final = 0.3
 
@@ -39,7 +41,7 @@ class DistillationStage:
     """
 
     def __init__(self, network: nn.Module, teacher: nn.Module, validation_bgr: Sequence[ImageU8]) -> None:
-        self.network = network.train()
+        self.network = network
         self.memory = nn.ModuleDict()
         self.critics: list[torch.optim.Optimizer] = []
         self._teacher = teacher.eval().requires_grad_(requires_grad=False)
@@ -48,6 +50,8 @@ class DistillationStage:
 
     def losses(self, batch: Sequence[Tensor], progress: float, /) -> dict[str, Tensor]:
         scenes = batch[0].contiguous(memory_format=torch.channels_last)
+        # The teacher's norms are constants; statistics of small batches would keep ours from equalling them.
+        self.network.train(progress < STATISTICS_SHARE)
         with torch.no_grad():
             true = _Answer(self._teacher, scenes)
             score = true.logits.softmax(dim=2)[..., 1]
@@ -101,30 +105,41 @@ class _Answer:
     Args:
         network: a RetinaFace mobile0.25.
         scenes: (B, 3, H, W).
-        guide: another network's answer. Each part then starts from that network's features instead of those
-            of the part before it, so that all parts learn at the same time.
+        guide: another network's answer. Each block then starts from that network's features instead of those
+            of the block before it, so that all blocks learn at the same time.
 
     Attributes:
-        features: outputs of the backbone's, the pyramid's and the context modules' levels.
+        blocks: what each block of the backbone puts out.
+        levels: what each stage of the backbone puts out.
+        pyramid: the levels of the feature pyramid.
+        context: what the context module of each level puts out.
         boxes: offsets (B, A, 4).
         logits: (B, A, 2).
         landmarks: offsets (B, A, 10).
     """
 
     def __init__(self, network: Any, scenes: Tensor, guide: "_Answer | None" = None) -> None:
-        body: list[Tensor] = []
+        self.blocks: list[Tensor] = []
+        self.levels: list[Tensor] = []
         for stage in (network.body.stage1, network.body.stage2, network.body.stage3):
-            before = (guide.features if guide else body)[len(body) - 1] if body else scenes
-            body.append(stage(before))
-        pyramid = network.fpn(guide.features[:3] if guide else body)
-        levels = guide.features[3:6] if guide else pyramid
+            for block in stage:
+                before = (guide or self).blocks[len(self.blocks) - 1] if self.blocks else scenes
+                self.blocks.append(block(before))
+            self.levels.append(self.blocks[-1])
+        self.pyramid: list[Tensor] = network.fpn((guide or self).levels)
         modules = (network.ssh1, network.ssh2, network.ssh3)
-        context = [module(level) for module, level in zip(modules, levels, strict=True)]
-        self.features: list[Tensor] = [*body, *pyramid, *context]
-        seen = guide.features[6:] if guide else context
+        self.context: list[Tensor] = [
+            module(level) for module, level in zip(modules, (guide or self).pyramid, strict=True)
+        ]
+        seen = (guide or self).context
         self.boxes = _heads(network.BboxHead, seen)
         self.logits = _heads(network.ClassHead, seen)
         self.landmarks = _heads(network.LandmarkHead, seen)
+
+    @property
+    def features(self) -> list[Tensor]:
+        """All features, each (B, C, h, w)."""
+        return [*self.blocks, *self.pyramid, *self.context]
 
 
 def _heads(heads: Any, features: Sequence[Tensor]) -> Tensor:
