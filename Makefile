@@ -7,11 +7,9 @@ PHOTO ?= data/1.jpg
 OUTPUT ?= output
 PORT ?= 8080
 FLAGS ?=
-# The set of weights: the one that is in the repository, unless told otherwise.
-WEIGHTS ?= $(or $(CODEFORMER_WEIGHTS),lite)
 
 .DEFAULT_GOAL := help
-.PHONY: help predict test lint typecheck format serve schema data sheet clean
+.PHONY: help predict test lint typecheck format serve schema data clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -30,8 +28,8 @@ $(VENV)/.tools: requirements-dev.txt $(VENV)/.runtime
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
-predict: $(VENV)/.runtime  ## Restore PHOTO (default data/1.jpg) into OUTPUT; WEIGHTS=official FLAGS="--fidelity 0.7"
-	$(PYTHON) -m codeformer restore "$(PHOTO)" -o "$(OUTPUT)" --weights "$(WEIGHTS)" $(FLAGS)
+predict: $(VENV)/.runtime  ## Restore PHOTO (default data/1.jpg) into OUTPUT; FLAGS="--fidelity 0.7 --compare"
+	$(PYTHON) -m codeformer restore "$(PHOTO)" -o "$(OUTPUT)" $(FLAGS)
 
 test: $(VENV)/.tools  ## Run the whole test suite
 	$(PYTHON) -m pytest
@@ -47,9 +45,9 @@ format: $(VENV)/.tools  ## Format the code
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
 
-serve: $(VENV)/.runtime  ## Run the real Cog server on PORT (default 8080), without Docker; WEIGHTS=official
+serve: $(VENV)/.runtime  ## Run the real Cog server on PORT (default 8080), without Docker
 	@$(PYTHON) -m scripts.write_schema .cog/openapi_schema.json
-	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" PORT=$(PORT) CODEFORMER_WEIGHTS="$(WEIGHTS)" COG_PREDICT_TYPE_STUB=predict.py:Predictor \
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" PORT=$(PORT) COG_PREDICT_TYPE_STUB=predict.py:Predictor \
 		$(PYTHON) -m cog.server.http --host 127.0.0.1
 
 schema: $(VENV)/.runtime  ## Pin the predictor's input schema anew
@@ -57,9 +55,6 @@ schema: $(VENV)/.runtime  ## Pin the predictor's input schema anew
 
 data: $(VENV)/.tools  ## Make data/1.jpg anew
 	$(PYTHON) data/make_portrait.py
-
-sheet: $(VENV)/.tools  ## Draw docs/lite.jpg anew
-	$(PYTHON) -m scripts.contact_sheet
 
 clean:  ## Remove the environment and caches
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache

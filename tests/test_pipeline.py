@@ -57,7 +57,7 @@ def test_restores_as_upstream_does(filled_models: Models, name: str, profile: st
 
 
 @pytest.mark.slow
-def test_restores_as_upstream_does_with_upstreams_detector(filled_models: Models) -> None:
+def test_restores_as_upstream_does_with_the_real_detector(filled_models: Models) -> None:
     picture = shared.photo("scene_00_large.jpg")
     plan = resolve_plan("fast", device=CPU)
     [result] = Pipeline(filled_models, CPU).restore([picture], 0.5, plan)

@@ -369,7 +369,7 @@ def test_a_student_that_equals_its_teacher_has_nothing_to_learn(
     student = build_retinaface("mobile0.25")
     stage = DistillationStage(student, teacher, [pictures.portrait()])
     files = sorted(face_folder.iterdir())
-    batch = [torch.stack([Scenes(files, files, 2, seed=4)[i][0] for i in range(2)])]
+    batch = [torch.stack([Scenes(files, files, 4, seed=4)[i][0] for i in range(4)])]
     with torch.no_grad():
         for progress in (0.0, 0.9):
             ignorant = stage.losses(batch, progress)
@@ -464,14 +464,16 @@ def test_an_exported_set_can_be_served(tmp_path: Path, detector: FaceDetector) -
     assert json.loads((tmp_path / "manifest.json").read_text())["detector"] == entries["detector"]
 
 
-def test_a_set_can_borrow_its_detector(tmp_path: Path) -> None:
-    state = {"header": TINY_CONFIG, "average": make_tiny_restorer().state_dict()}
+def test_a_set_can_borrow_its_detector(tmp_path: Path, tiny_weights: Path) -> None:
+    state = {"header": TINY_CONFIG, "step": 0, "average": make_tiny_restorer().state_dict()}
     (tmp_path / "run").mkdir()
     torch.save(state, tmp_path / "run" / "transform.pt")
     target = tmp_path / "set"
     common = ["--description", "x", "--licence", "x", "--detector-from"]
-    assert main(["export", "--run", str(tmp_path / "run"), "--to", str(target), *common, "lite"]) == 0
-    borrowed, original = load_weight_set(target).detector, load_weight_set("lite").detector
+    assert (
+        main(["export", "--run", str(tmp_path / "run"), "--to", str(target), *common, str(tiny_weights)]) == 0
+    )
+    borrowed, original = load_weight_set(target).detector, load_weight_set(tiny_weights).detector
     assert (borrowed.sha256, borrowed.config) == (original.sha256, original.config)
     load_models(load_weight_set(target), CPU)
 
@@ -507,7 +509,7 @@ def test_the_commands_say_what_is_missing(tmp_path: Path, capsys: pytest.Capture
         cv2.imwrite(str(tmp_path / f"{index}.jpg"), np.zeros((512, 512, 3), np.uint8))
     assert main(["codes", "--run", run, "--faces", str(tmp_path)]) == 1
     assert "run the stage that makes it first" in capsys.readouterr().err
-    assert main(["evaluate", "--weights", "lite"]) == 1
+    assert main(["evaluate"]) == 1
     assert "expected --faces" in capsys.readouterr().err
     for wrong in (["--steps", "0"], ["--batch", "-1"], ["--config", "huge"]):
         with pytest.raises(SystemExit):

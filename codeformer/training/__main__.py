@@ -129,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     export.set_defaults(command=_export)
 
     evaluate = commands.add_parser("evaluate", help="scores of a weight set on pictures kept from training")
-    evaluate.add_argument("--weights", default="lite", metavar="SET", help="default: lite")
+    evaluate.add_argument("--weights", metavar="SET", help="default: CODEFORMER_WEIGHTS, else official")
     evaluate.add_argument("--faces", type=Path, metavar="DIR", help="aligned faces, to score the restorer")
     evaluate.add_argument("--photographs", type=Path, metavar="DIR", help="to score the detector, with:")
     evaluate.add_argument("--teacher", type=Path, metavar="FILE", help="RetinaFace mobile0.25 checkpoint")
@@ -140,7 +140,7 @@ def _parser() -> argparse.ArgumentParser:
     align = commands.add_parser("align", help="photographs to aligned faces to train on")
     align.add_argument("photographs", type=Path, metavar="DIR")
     align.add_argument("--to", type=Path, required=True, metavar="DIR")
-    align.add_argument("--weights", default="lite", metavar="SET", help="whose detector; default: lite")
+    align.add_argument("--weights", metavar="SET", help="whose detector; default: the one in use")
     align.add_argument("--device", help="cuda or cpu; default: cuda where there is one")
     align.set_defaults(command=_align)
     return parser

@@ -24,9 +24,11 @@ from codeformer.training.matching import Agreement
 
 BACKBONE: Final = "mobile0.25"
 # The share of training in which the blocks of the network learn side by side.
-GUIDED_SHARE: Final = 0.8
+GUIDED_SHARE: Final = 0.5
 # The share of training in which the batch norms follow the batches.
-STATISTICS_SHARE: Final = 0.3
+STATISTICS_SHARE: Final = 0.2
+# Weight of the features' unlikeness once the network works on its own: the answers count then.
+_FEATURES_ALONE: Final = 0.02
 # Boxes and landmarks matter where the teacher thinks of a face at all.
 _LIKELY: Final = 0.3
 
@@ -55,12 +57,17 @@ class DistillationStage:
         with torch.no_grad():
             true = _Answer(self._teacher, scenes)
             score = true.logits.softmax(dim=2)[..., 1]
-        ours = _Answer(self.network, scenes, true if progress < GUIDED_SHARE else None)
+        guided = progress < GUIDED_SHARE
+        ours = _Answer(self.network, scenes, true if guided else None)
         weight = torch.where(score > _LIKELY, score, 0)
         total = weight.sum().clamp(min=1)
         margin = ours.logits[..., 1] - ours.logits[..., 0]
         doubt = (margin.sigmoid() - score).abs().detach()
         surprise = F.binary_cross_entropy_with_logits(margin, score, reduction="none")
+
+        unlikeness = torch.stack(
+            [_unlikeness(a, b) for a, b in zip(ours.features, true.features, strict=True)]
+        ).sum()
 
         def where_likely(answer: Tensor, truth: Tensor) -> Tensor:
             return (weight[..., None] * F.smooth_l1_loss(answer, truth, reduction="none")).sum() / total
@@ -69,9 +76,7 @@ class DistillationStage:
             "scores": (doubt.square() * surprise).sum() / total,
             "boxes": where_likely(ours.boxes, true.boxes),
             "landmarks": where_likely(ours.landmarks, true.landmarks),
-            "features": torch.stack(
-                [_unlikeness(a, b) for a, b in zip(ours.features, true.features, strict=True)]
-            ).sum(),
+            "features": (1.0 if guided else _FEATURES_ALONE) * unlikeness,
         }
 
     def score(self, network: nn.Module) -> float:
