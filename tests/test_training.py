@@ -228,7 +228,8 @@ def test_the_generator_gains_by_what_the_critic_takes_for_real(options: Options)
     gain = stage._fool(output, torch.ones_like(output), strength)
     [gradient] = torch.autograd.grad(gain, output)
     better = (output - 0.05 * gradient / gradient.abs().max()).detach()
-    assert float(critic(better)[0].mean()) > float(critic(output.detach())[0].mean())
+    with torch.no_grad():
+        assert float(critic(better)[0].mean()) > float(critic(output)[0].mean())
     # At w = 1 there is no adversarial term.
     assert float(gradient[1].abs().max()) == 0
 
@@ -495,7 +496,7 @@ def test_aligned_faces_lie_on_the_template(detector: FaceDetector, tmp_path: Pat
     for _, face in faces:
         assert face.shape == (512, 512, 3)
         landmarks = detector.detect([face])[0][0].landmarks_xy
-        np.testing.assert_allclose(landmarks, FFHQ_TEMPLATE_XY, atol=16)
+        np.testing.assert_allclose(landmarks, FFHQ_TEMPLATE_XY, atol=24)
     # The faces of the group would have to be enlarged; the large one not.
     kept = list(aligned_faces(detector, sorted(tmp_path.iterdir())))
     assert [file.name for file, _ in kept] == ["large.png"]
