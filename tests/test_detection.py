@@ -47,11 +47,14 @@ def test_finds_what_upstream_finds(detector: FaceDetector, name: str) -> None:
     np.testing.assert_allclose([d.score / scale for d in found], boxes[:, 4], atol=1e-4)
 
 
-@pytest.mark.parametrize("make", [pictures.group, pictures.portrait, pictures.small_portrait])
+MADE = (pictures.group, pictures.portrait, pictures.small_portrait)
+
+
+@pytest.mark.parametrize("source", [*PHOTOS, *MADE])
 def test_equals_facexlibs_own_detection_to_the_bit(
-    detector: FaceDetector, make: Callable[[], np.ndarray]
+    detector: FaceDetector, source: str | Callable[[], np.ndarray]
 ) -> None:
-    picture = make()
+    picture = shared.photo(source) if isinstance(source, str) else source()
     copy, scale = resize_for_detection(picture)
     with torch.inference_mode():
         rows = detector.network.detect_faces(copy, SCORE_THRESHOLD)  # type: ignore[operator]

@@ -279,7 +279,7 @@ def _export(options: argparse.Namespace) -> None:
             entries[role] = export_network(checkpoint, role, options.to, options.licence)
             print(
                 f"{options.to / entries[role]['file']}: {entries[role]['bytes'] / 1e6:.2f} MB, from step "
-                f"{checkpoint['step']} of {checkpoint.get('steps', checkpoint['step'])}"
+                f"{checkpoint['step']} of {checkpoint['steps']}"
             )
     if not entries:
         raise TrainingError(f"{options.run}: expected transform.pt or detector.pt, found neither.")

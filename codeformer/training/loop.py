@@ -260,7 +260,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise TrainingError(f"{path}: no such checkpoint; run the stage that makes it first.") from cause
     except (OSError, pickle.UnpicklingError, RuntimeError, EOFError) as cause:
         raise TrainingError(f"{path}: not a readable checkpoint ({cause}); remove it.") from cause
-    if not isinstance(state, dict) or not {"header", "average", "step"} <= set(state):
+    if not isinstance(state, dict) or not {"header", "average", "step", "steps"} <= set(state):
         raise TrainingError(f"{path}: expected a stage's checkpoint, got another file; remove it.")
     return state
 
