@@ -30,7 +30,12 @@ from codeformer.training.faces import FacePairs, read_face, read_photograph, spl
 from codeformer.training.loop import Options, read_checkpoint, train
 from codeformer.training.losses import code_loss, discriminator_loss, luma, picture_loss, ssim
 from codeformer.training.matching import Agreement, box_iou
-from codeformer.training.restorer import AutoencoderStage, CodePredictionStage, TransformationStage
+from codeformer.training.restorer import (
+    AutoencoderStage,
+    CodePredictionStage,
+    TransformationStage,
+    start_as_copy,
+)
 from codeformer.training.scenes import SCENE_SIDE, Scenes
 from codeformer.weights.manifest import load_weight_set
 from tests import pictures
@@ -97,6 +102,32 @@ def make_stage(name: str, options: Options) -> Any:
     return TransformationStage(
         network, validation, options, codes_from=small_network().to(options.device), adversarial=adversarial
     )
+
+
+def test_a_new_network_returns_its_input_at_full_fidelity() -> None:
+    torch.manual_seed(0)
+    network = CodeFormer(
+        **{**SMALL, "channel_multipliers": [1, 2, 2, 2], "connect_list": ["16", "32"], "norm_groups": 1}
+    )
+    start_as_copy(network)
+    picture = torch.stack([Pairs(4)[index][1] for index in range(4)])
+    with torch.no_grad():
+        whole, half, none = (network(picture, w=w, adain=True)[0] for w in (1.0, 0.5, 0.0))
+    assert float((whole - picture).abs().mean()) < 0.01
+    assert float((none - picture).abs().mean()) > 0.1
+    assert float((half - (whole + none) / 2).abs().mean()) < 0.02
+
+
+@pytest.mark.parametrize("config", [{}, {"norm_groups": 1}, {"norm_groups": 1, "connect_list": ["32"]}])
+def test_networks_that_cannot_start_as_a_copy_start_with_idle_residuals(config: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    network = CodeFormer(**{**SMALL, **config})
+    before = network.generator.blocks[-1].weight.clone()
+    start_as_copy(network)
+    block = network.encoder.blocks[1]
+    picture = torch.randn(1, 8, 8, 8)
+    assert torch.equal(block(picture), picture)
+    assert torch.equal(network.generator.blocks[-1].weight, before)
 
 
 STAGES = ("autoencoder", "codes", "transform", "adversarial")

@@ -39,6 +39,7 @@ from codeformer.training.restorer import (
     CodePredictionStage,
     Pairs,
     TransformationStage,
+    start_as_copy,
 )
 from codeformer.training.scenes import Scenes
 from codeformer.weights.manifest import load_weight_set
@@ -52,8 +53,8 @@ LITE: Final[dict[str, Any]] = {
     "base_channels": 16,
     "channel_multipliers": [1, 2, 4, 4, 8],
     "code_dim": 32,
-    "norm_groups": 4,
-    "connect_list": ["64", "128", "256"],
+    "norm_groups": 1,
+    "connect_list": ["64", "128", "256", "512"],
 }
 START_FACES: Final = 64
 VALIDATION_FACES: Final = 12
@@ -205,6 +206,7 @@ def _autoencoder(options: argparse.Namespace) -> None:
     training, validation = split_faces(options.faces)
     torch.manual_seed(options.seed)
     network = _network(options, loop)
+    start_as_copy(network)
     start = FacePairs(training, START_FACES, options.seed + 3, mixture=None)
     stage = AutoencoderStage(
         network,

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from codeformer.networks.codeformer import CodeFormer
-from codeformer.networks.vqgan import match_statistics, nearest_codes
+from codeformer.networks.vqgan import ResidualBlock, match_statistics, nearest_codes
 from codeformer.training.loop import Options
 from codeformer.training.losses import (
     PatchDiscriminator,
@@ -36,12 +36,69 @@ GUIDED_SHARE: Final = 0.6
 # Batches (degraded, clean), as `FacePairs` makes them.
 Pairs = Iterable[Sequence[Tensor]]
 
+_LEAKY_SLOPE: Final = 0.2
+# Large beside the features, so that the last norm is nearly the same for every picture.
+_ANCHOR: Final = 8.0
 _COMMITMENT: Final = 0.25
 _CODEBOOK_DECAY: Final = 0.98
 # Below this a code has not been chosen for about 200 steps.
 _DEAD_COUNT: Final = 0.02
 _KMEANS_ROUNDS: Final = 12
 _KMEANS_SAMPLE: Final = 40_000
+
+
+@torch.no_grad()
+def start_as_copy(network: CodeFormer) -> None:
+    """Sets a new network up to return its input at w = 1, so that training has only to improve on that.
+
+    All residual branches start at zero. Where the network is guided at full resolution, the picture and its
+    negative are led around the generator, and two constant channels fix the scale of the last norm.
+
+    Args:
+        network: new; led around only with one norm group and at least 8 base channels.
+    """
+    for module in network.modules():
+        if isinstance(module, ResidualBlock):
+            nn.init.zeros_(module.conv2.weight)
+            nn.init.zeros_(module.conv2.bias)
+    if str(network.resolution) not in network.fuse_convs_dict:
+        return
+    guide = network.fuse_convs_dict[str(network.resolution)]
+    stem, project, last_norm, last = (
+        network.encoder.blocks[0],
+        network.generator.blocks[network.generator.tap_blocks[network.resolution]].conv_out,
+        network.generator.blocks[-2],
+        network.generator.blocks[-1],
+    )
+    channels = last.weight.shape[1]
+    if last_norm.num_groups != 1 or channels < 8 or project is None:
+        return
+    picture, negative, anchors = slice(0, 3), slice(3, 6), slice(6, 8)
+    centre = torch.zeros(3, 3, 3, 3)
+    centre[:, :, 1, 1] = torch.eye(3)
+
+    stem.weight[picture] = centre
+    guide.encode_enc.conv_out.weight[picture] = 0
+    guide.encode_enc.conv_out.weight[picture, picture] = centre[:, :, 1:2, 1:2]
+    inner, outer = guide.shift[0], guide.shift[2]
+    for part, sign in ((picture, 1), (negative, -1)):
+        inner.weight[part] = 0
+        inner.weight[part, picture] = sign * centre
+    outer.weight.zero_()
+    for part, sign in ((picture, 1), (negative, -1)):
+        outer.weight[part, picture] = sign * centre / (1 + _LEAKY_SLOPE)
+        outer.weight[part, negative] = -sign * centre / (1 + _LEAKY_SLOPE)
+    guide.scale[2].weight.zero_()
+    for convolution in (stem, guide.encode_enc.conv_out, inner, outer, guide.scale[2], last):
+        convolution.bias.zero_()
+    guide.scale[2].bias[:6] = -1
+
+    project.weight[anchors] = 0
+    project.bias[anchors] = torch.tensor([_ANCHOR, -_ANCHOR])
+    last_norm.weight.fill_(_ANCHOR * (2 / channels) ** 0.5)
+    last.weight.zero_()
+    last.weight[:, picture] = centre / 2
+    last.weight[:, negative] = -centre / 2
 
 
 class AutoencoderStage:
