@@ -53,8 +53,8 @@ serve: $(VENV)/.runtime  ## Run the real Cog server on PORT (default 8080), with
 schema: $(VENV)/.runtime  ## Pin the predictor's input schema anew
 	$(PYTHON) -m scripts.write_schema tests/input_schema.json
 
-data: $(VENV)/.tools  ## Make data/1.jpg anew
-	$(PYTHON) data/make_portrait.py
+data: $(VENV)/.tools  ## Make the 100 benchmark pictures data/1.jpg ... data/100.jpg
+	$(PYTHON) -m data.make_pictures
 
 clean:  ## Remove the environment and caches
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache
