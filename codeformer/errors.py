@@ -130,3 +130,7 @@ class NonFiniteOutputError(CodeFormerError, ArithmeticError):
 
 class TrainingError(CodeFormerError, RuntimeError):
     """A training cannot start or go on."""
+
+
+class BenchmarkError(CodeFormerError, RuntimeError):
+    """A benchmark cannot start, go on, or trust what it measured."""

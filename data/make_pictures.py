@@ -189,7 +189,11 @@ def _place(kind: Kind, size_wh: tuple[int, int], frame: int, rng: np.random.Gene
             "cut": (0.3, 0.45),
             "far": (0.0, 0.0),
         }[kind]
-        face = rng.uniform(*small) if kind == "far" else max(small[0], short * rng.uniform(low, high))
+        face = (
+            rng.uniform(small[0], small[1])
+            if kind == "far"
+            else max(small[0], short * rng.uniform(low, high))
+        )
         x, y = rng.uniform(0.42, 0.58) * width, rng.uniform(0.4, 0.5) * height
         if kind == "far":
             x, y = rng.uniform(0.2, 0.8) * width, rng.uniform(0.3, 0.7) * height
@@ -273,7 +277,8 @@ def draw(recipe: Recipe) -> ImageU8:
     if recipe.frame:
         inner = picture[recipe.frame : height - recipe.frame, recipe.frame : width - recipe.frame]
         paper = (214, 226, 232) if recipe.tone != "grey" else (228, 228, 228)
-        picture = cv2.copyMakeBorder(inner, *[recipe.frame] * 4, cv2.BORDER_CONSTANT, value=paper)
+        edge = recipe.frame
+        picture = cv2.copyMakeBorder(inner, edge, edge, edge, edge, cv2.BORDER_CONSTANT, value=paper)
     return np.asarray(picture, dtype=np.uint8)
 
 
@@ -294,11 +299,11 @@ def _pasted(picture: ImageU8, face: Placement) -> ImageU8:
         _gained(head, face), matrix, size_wh, flags=cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE
     ).astype(np.float32)
     alpha = cv2.warpAffine(mask, matrix, size_wh)[:, :, None]
-    return np.rint(warped * alpha + picture * (1 - alpha)).astype(np.uint8)
+    return np.asarray(np.rint(warped * alpha + picture * (1 - alpha)), dtype=np.uint8)
 
 
 def _gained(picture: ImageU8, face: Placement) -> ImageU8:
-    return np.clip(np.rint(picture * np.array(face.gain_bgr)), 0, 255).astype(np.uint8)
+    return np.asarray(np.clip(np.rint(picture * np.array(face.gain_bgr)), 0, 255), dtype=np.uint8)
 
 
 def _cover(picture: ImageU8, size_wh: tuple[int, int]) -> ImageU8:

@@ -122,12 +122,13 @@ def test_a_new_network_returns_its_input_at_full_fidelity() -> None:
 def test_networks_that_cannot_start_as_a_copy_start_with_idle_residuals(config: dict[str, Any]) -> None:
     torch.manual_seed(0)
     network = CodeFormer(**{**SMALL, **config})
-    before = network.generator.blocks[-1].weight.clone()
+    last: Any = network.generator.blocks[-1]
+    before = last.weight.clone()
     start_as_copy(network)
     block = network.encoder.blocks[1]
     picture = torch.randn(1, 8, 8, 8)
     assert torch.equal(block(picture), picture)
-    assert torch.equal(network.generator.blocks[-1].weight, before)
+    assert torch.equal(last.weight, before)
 
 
 STAGES = ("autoencoder", "codes", "transform", "adversarial")

@@ -2,7 +2,7 @@
 
 The student sees pictures without labels and learns what the teacher says of them: at every anchor the score,
 where there may be a face the box and the landmarks, and on the way there the teacher's features. At first
-each block of the network works on the teacher's features, later on its own network's.
+each block of the network works on the teacher's features, then on more and more of its own network's.
 Method: Hinton et al., "Distilling the Knowledge in a Neural Network" (2015); Romero et al., "FitNets" (2015);
 the weighting of scores is that of Li et al., "Generalized Focal Loss" (2020).
 """
@@ -23,12 +23,13 @@ from codeformer.networks.retinaface import build_retinaface
 from codeformer.training.matching import Agreement
 
 BACKBONE: Final = "mobile0.25"
-# The share of training in which the blocks of the network learn side by side.
-GUIDED_SHARE: Final = 0.5
+# Up to the first share of training blocks learn side by side, from the second on as the network they are.
+GUIDED_SHARE: Final = 0.35
+ALONE_SHARE: Final = 0.75
 # The share of training in which the batch norms follow the batches.
-STATISTICS_SHARE: Final = 0.2
+STATISTICS_SHARE: Final = 0.01
 # Weight of the features' unlikeness once the network works on its own: the answers count then.
-_FEATURES_ALONE: Final = 0.02
+_FEATURES_ALONE: Final = 0.1
 # Boxes and landmarks matter where the teacher thinks of a face at all.
 _LIKELY: Final = 0.3
 
@@ -57,8 +58,8 @@ class DistillationStage:
         with torch.no_grad():
             true = _Answer(self._teacher, scenes)
             score = true.logits.softmax(dim=2)[..., 1]
-        guided = progress < GUIDED_SHARE
-        ours = _Answer(self.network, scenes, true if guided else None)
+        own = min(max((progress - GUIDED_SHARE) / (ALONE_SHARE - GUIDED_SHARE), 0.0), 1.0)
+        ours = _Answer(self.network, scenes, true, own)
         weight = torch.where(score > _LIKELY, score, 0)
         total = weight.sum().clamp(min=1)
         margin = ours.logits[..., 1] - ours.logits[..., 0]
@@ -76,7 +77,7 @@ class DistillationStage:
             "scores": (doubt.square() * surprise).sum() / total,
             "boxes": where_likely(ours.boxes, true.boxes),
             "landmarks": where_likely(ours.landmarks, true.landmarks),
-            "features": (1.0 if guided else _FEATURES_ALONE) * unlikeness,
+            "features": (1.0 if own < 1 else _FEATURES_ALONE) * unlikeness,
         }
 
     def score(self, network: nn.Module) -> float:
@@ -110,8 +111,9 @@ class _Answer:
     Args:
         network: a RetinaFace mobile0.25.
         scenes: (B, 3, H, W).
-        guide: another network's answer. Each block then starts from that network's features instead of those
-            of the block before it, so that all blocks learn at the same time.
+        guide: another network's answer, for blocks to start from instead of what comes before them, so that
+            all blocks learn at the same time.
+        own: the share of what comes before in what a block starts from, 0 to 1; the rest is the guide's.
 
     Attributes:
         blocks: what each block of the backbone puts out.
@@ -123,20 +125,27 @@ class _Answer:
         landmarks: offsets (B, A, 10).
     """
 
-    def __init__(self, network: Any, scenes: Tensor, guide: "_Answer | None" = None) -> None:
+    def __init__(
+        self, network: Any, scenes: Tensor, guide: "_Answer | None" = None, own: float = 1.0
+    ) -> None:
+        theirs = guide or self
+
+        def mixed(ours: Tensor, other: Tensor) -> Tensor:
+            return ours if own == 1 else other.lerp(ours, own) if own else other
+
         self.blocks: list[Tensor] = []
         self.levels: list[Tensor] = []
+        before = scenes
         for stage in (network.body.stage1, network.body.stage2, network.body.stage3):
             for block in stage:
-                before = (guide or self).blocks[len(self.blocks) - 1] if self.blocks else scenes
                 self.blocks.append(block(before))
+                before = mixed(self.blocks[-1], theirs.blocks[len(self.blocks) - 1])
             self.levels.append(self.blocks[-1])
-        self.pyramid: list[Tensor] = network.fpn((guide or self).levels)
+        self.pyramid: list[Tensor] = network.fpn(list(map(mixed, self.levels, theirs.levels)))
         modules = (network.ssh1, network.ssh2, network.ssh3)
-        self.context: list[Tensor] = [
-            module(level) for module, level in zip(modules, (guide or self).pyramid, strict=True)
-        ]
-        seen = (guide or self).context
+        levels = map(mixed, self.pyramid, theirs.pyramid)
+        self.context: list[Tensor] = [module(level) for module, level in zip(modules, levels, strict=True)]
+        seen = list(map(mixed, self.context, theirs.context))
         self.boxes = _heads(network.BboxHead, seen)
         self.logits = _heads(network.ClassHead, seen)
         self.landmarks = _heads(network.LandmarkHead, seen)

@@ -13,7 +13,7 @@ with a random w for each face.
 
 import copy
 from collections.abc import Iterable, Sequence
-from typing import Final
+from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
@@ -60,16 +60,14 @@ def start_as_copy(network: CodeFormer) -> None:
     for module in network.modules():
         if isinstance(module, ResidualBlock):
             nn.init.zeros_(module.conv2.weight)
-            nn.init.zeros_(module.conv2.bias)
+            nn.init.zeros_(module.conv2.bias)  # type: ignore[arg-type]
     if str(network.resolution) not in network.fuse_convs_dict:
         return
-    guide = network.fuse_convs_dict[str(network.resolution)]
-    stem, project, last_norm, last = (
-        network.encoder.blocks[0],
-        network.generator.blocks[network.generator.tap_blocks[network.resolution]].conv_out,
-        network.generator.blocks[-2],
-        network.generator.blocks[-1],
-    )
+    guide: Any = network.fuse_convs_dict[str(network.resolution)]
+    blocks: Any = network.generator.blocks
+    stem: Any = network.encoder.blocks[0]
+    project = blocks[network.generator.tap_blocks[network.resolution]].conv_out
+    last_norm, last = blocks[-2:]
     channels = last.weight.shape[1]
     if last_norm.num_groups != 1 or channels < 8 or project is None:
         return

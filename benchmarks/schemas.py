@@ -1,0 +1,221 @@
+"""JSON schemas of the reports; a test holds every committed report against them."""
+
+from typing import Any, Final
+
+Schema = dict[str, Any]
+
+_NUMBER: Final[Schema] = {"type": "number"}
+_COUNT: Final[Schema] = {"type": "integer", "minimum": 0}
+_TEXT: Final[Schema] = {"type": "string"}
+_TIME: Final[Schema] = {"type": "number", "minimum": 0}
+
+
+def _object(properties: Schema, *, optional: tuple[str, ...] = ()) -> Schema:
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": [name for name in properties if name not in optional],
+        "additionalProperties": False,
+    }
+
+
+def _map_of(values: Schema) -> Schema:
+    return {"type": "object", "additionalProperties": values}
+
+
+def _list_of(items: Schema, *, at_least: int = 0) -> Schema:
+    return {"type": "array", "items": items, "minItems": at_least}
+
+
+def _or_null(schema: Schema) -> Schema:
+    return {"anyOf": [schema, {"type": "null"}]}
+
+
+SUMMARY: Final = _object(
+    {
+        "count": {"type": "integer", "minimum": 1},
+        **dict.fromkeys(("avg", "p25", "p50", "p75", "p95", "p99", "min", "max"), _NUMBER),
+    }
+)
+_LATENCY: Final = _object({"ms": SUMMARY, "throughput_per_s": _TIME})
+_MACHINE: Final = _object(
+    {
+        "time": _TEXT,
+        "commit": _TEXT,
+        "device": _object(
+            {
+                "name": _TEXT,
+                "type": {"enum": ["cpu", "cuda"]},
+                "memory_gib": _NUMBER,
+                "capability": _TEXT,
+                "driver": _TEXT,
+                "cuda": _TEXT,
+            },
+            optional=("memory_gib", "capability", "driver", "cuda"),
+        ),
+        "cpu": _TEXT,
+        "cores": _COUNT,
+        "threads": _COUNT,
+        "load_average": _list_of(_TIME),
+        "platform": _TEXT,
+        "python": _TEXT,
+        "versions": _map_of(_TEXT),
+    }
+)
+_WEIGHTS: Final = _object({"name": _TEXT, "sha256": _map_of(_TEXT)})
+_CONFIGURATION: Final = _object(
+    {
+        "runtime_profile": {"enum": ["baseline", "fast", "max_speed"]},
+        "stability_mode": {"enum": ["safe", "optimized"]},
+        "compile_backend": {"enum": ["none", "eager", "aot_eager", "inductor"]},
+        "codeformer_fidelity": {"type": "number", "minimum": 0, "maximum": 1},
+    }
+)
+_FAILURE: Final = _object({"images": _list_of(_TEXT, at_least=1), "error": _TEXT, "count": _COUNT})
+_RATIOS: Final = _map_of(SUMMARY)
+
+
+def _report(kind: str, properties: Schema) -> Schema:
+    schema = _object({"kind": {"const": kind}, "machine": _MACHINE, "weights": _WEIGHTS, **properties})
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+_REQUESTS: Final = _report(
+    "requests",
+    {
+        "command": _TEXT,
+        "server": {"enum": ["cog", "direct"]},
+        "batch_size": {"type": "integer", "minimum": 1, "maximum": 4},
+        "warmup": _COUNT,
+        "repeats": {"type": "integer", "minimum": 1},
+        "images": _list_of(_object({"name": _TEXT, "width": _COUNT, "height": _COUNT}), at_least=1),
+        "setup_s": _TIME,
+        "profiles": _map_of(
+            _object(
+                {
+                    "configuration": _CONFIGURATION,
+                    "failures": _list_of(_FAILURE),
+                    "failed_requests": _COUNT,
+                    # Absent where every request failed.
+                    "round_totals": _LATENCY,
+                    "per_request": _LATENCY,
+                    "per_image": _LATENCY,
+                    "stages_ms": _map_of(SUMMARY),
+                    "faces": _COUNT,
+                },
+                optional=("round_totals", "per_request", "per_image", "stages_ms"),
+            )
+        ),
+        "ratios_to_first": _RATIOS,
+    },
+)
+
+_SINGLE_CASE: Final = _object(
+    {
+        "configuration": _CONFIGURATION,
+        "error": _or_null(_TEXT),
+        "setup_s": _or_null(_TIME),
+        "cold_ms": _or_null(_TIME),
+        "warm_ms": _or_null(SUMMARY),
+        "stages_ms": _map_of(SUMMARY),
+        "peak_memory_mib": _or_null(_TIME),
+        "peak_memory_of": {"enum": ["server processes", "GPU", None]},
+    }
+)
+_SINGLE_IMAGE: Final = _report(
+    "single_image",
+    {
+        "command": _TEXT,
+        "server": {"enum": ["cog", "direct"]},
+        "image": _object({"name": _TEXT, "width": _COUNT, "height": _COUNT}),
+        "warmup": _COUNT,
+        "repeats": {"type": "integer", "minimum": 1},
+        "cases": _map_of(_SINGLE_CASE),
+        "best_warm": _or_null(_TEXT),
+        "best_cold": _or_null(_TEXT),
+    },
+)
+
+_STAGE: Final = _object(
+    {
+        "ms": SUMMARY,
+        "gflop": _or_null(_TIME),
+        "mbytes": _or_null(_TIME),
+        "limit_ms": _or_null(_TIME),
+        "times_limit": _or_null(_TIME),
+    }
+)
+_STAGES: Final = _report(
+    "stages",
+    {
+        "command": _TEXT,
+        "warmup": _COUNT,
+        "repeats": {"type": "integer", "minimum": 1},
+        "ceilings": _object(
+            {"matmul_gflops": _map_of(_TIME), "copy_gbytes_per_s": _TIME},
+        ),
+        "cases": _list_of(
+            _object(
+                {
+                    "faces": _COUNT,
+                    "width": _COUNT,
+                    "height": _COUNT,
+                    "batch_size": _COUNT,
+                    "configurations": _map_of(
+                        _object(
+                            {
+                                "configuration": _CONFIGURATION,
+                                "total_ms": SUMMARY,
+                                "stages": _map_of(_STAGE),
+                                "peak_memory_mib": _or_null(_TIME),
+                            }
+                        )
+                    ),
+                    "ratios_to_first": _RATIOS,
+                }
+            ),
+            at_least=1,
+        ),
+    },
+)
+
+_SCORES: Final = _object({"psnr_db": SUMMARY, "ssim": SUMMARY, "niqe": _or_null(SUMMARY)})
+_QUALITY: Final = _report(
+    "quality",
+    {
+        "command": _TEXT,
+        "seed": _COUNT,
+        "degradation": {"enum": ["mild", "moderate", "heavy"]},
+        "images": _list_of(_TEXT, at_least=1),
+        "degraded": _SCORES,
+        "restored": _list_of(
+            _object(
+                {
+                    "configuration": _CONFIGURATION,
+                    "scores": _SCORES,
+                    "faces": _COUNT,
+                    "failures": _list_of(_FAILURE),
+                }
+            )
+        ),
+        "deviations": _list_of(
+            _object(
+                {
+                    "configuration": _CONFIGURATION,
+                    "against": _TEXT,
+                    "max_levels": _NUMBER,
+                    "mean_levels": _NUMBER,
+                    "psnr_db": _NUMBER,
+                    "equal_codes": _or_null({"type": "number", "minimum": 0, "maximum": 1}),
+                }
+            )
+        ),
+    },
+)
+
+SCHEMAS: Final[dict[str, Schema]] = {
+    "requests": _REQUESTS,
+    "single_image": _SINGLE_IMAGE,
+    "stages": _STAGES,
+    "quality": _QUALITY,
+}

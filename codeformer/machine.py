@@ -1,0 +1,68 @@
+"""What a number was measured with: commit, device, versions, load."""
+
+import os
+import platform
+import subprocess
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+_PACKAGES: Final = ("torch", "torchvision", "numpy", "opencv-python", "cog", "facexlib", "basicsr")
+_CPU_INFO: Final = Path("/proc/cpuinfo")
+
+
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """Everything that must stand beside a measured number, JSON types only.
+
+    Returns:
+        time (UTC), commit (with a + if files were changed since), device (name, driver and memory on CUDA),
+        cpu, cores, threads torch uses, load average when asked, python, versions of the packages.
+    """
+    described: dict[str, Any] = {"name": cpu_name(), "type": device.type}
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        described = {
+            "name": properties.name,
+            "type": "cuda",
+            "memory_gib": round(properties.total_memory / 2**30, 1),
+            "capability": f"{properties.major}.{properties.minor}",
+            "driver": _output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+            "cuda": str(torch.version.cuda),
+        }
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "device": described,
+        "cpu": cpu_name(),
+        "cores": os.cpu_count() or 0,
+        "threads": torch.get_num_threads(),
+        "load_average": [round(load, 2) for load in os.getloadavg()],
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in _PACKAGES},
+    }
+
+
+def cpu_name() -> str:
+    """The processor's own name where the system tells it, else its architecture."""
+    if _CPU_INFO.is_file():
+        for line in _CPU_INFO.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.machine()
+
+
+def commit() -> str:
+    """The commit of the code, with a + if files have been changed since; "unknown" outside a repository."""
+    folder = str(Path(__file__).parent)
+    return _output_of("git", "-C", folder, "describe", "--always", "--abbrev=12", "--dirty=+") or "unknown"
+
+
+def _output_of(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603
+    except (OSError, subprocess.CalledProcessError):
+        return ""
