@@ -5,7 +5,6 @@ nothing yet. `best_cold` answers that one soonest, `best_warm` the ones that fol
 """
 
 import argparse
-import fnmatch
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,29 +16,12 @@ if __package__ in (None, ""):  # run as a file: python benchmarks/bench_single_i
 from benchmarks import options as opt
 from benchmarks.measure import stage_times, summarise, write_report
 from benchmarks.server import Server, as_input, running_server
-from codeformer.errors import BenchmarkError, InputError
-from codeformer.plan import (
-    COMPILE_BACKENDS,
-    DEFAULT_FIDELITY,
-    RUNTIME_PROFILES,
-    available_device,
-    check_fidelity,
-)
+from codeformer.errors import BenchmarkError
+from codeformer.plan import DEFAULT_FIDELITY, available_device, check_fidelity
 from codeformer.weights.manifest import load_weight_set
 
 OUTPUT: Final = Path(__file__).with_name("last_bench_single_image.json")
 PROGRAM: Final = "benchmarks/bench_single_image.py"
-# In safe mode the backend is not used.
-CASES: Final[dict[str, dict[str, str]]] = {
-    f"{profile}/{mode}" + f"/{backend}" * (mode == "optimized"): {
-        "runtime_profile": profile,
-        "stability_mode": mode,
-        "compile_backend": backend,
-    }
-    for profile in RUNTIME_PROFILES
-    for mode, backends in (("safe", ("eager",)), ("optimized", COMPILE_BACKENDS))
-    for backend in backends
-}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,13 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--image", type=Path, default=opt.DATA / "1.jpg", metavar="FILE", help="default: data/1.jpg"
     )
-    parser.add_argument(
-        "--cases",
-        nargs="+",
-        default=["*"],
-        metavar="PATTERN",
-        help=f"configurations, by patterns such as 'fast/*' or '*/none'; all of: {', '.join(CASES)}",
-    )
+    opt.add_cases(parser, default=["*"])
     parser.add_argument("--codeformer-fidelity", type=float, default=DEFAULT_FIDELITY, metavar="W")
     opt.add_repetition(parser, warmup=1, repeats=5)
     opt.add_server(parser)
@@ -71,13 +47,10 @@ def _run(options: argparse.Namespace, command: str) -> int:
     check_fidelity(options.codeformer_fidelity)
     image = opt.describe_picture(options.image)
     weights = load_weight_set(options.weights)
-    names = [name for name in CASES if any(fnmatch.fnmatch(name, pattern) for pattern in options.cases)]
-    if not names:
-        raise InputError(f"--cases: {' '.join(options.cases)} matches none of {', '.join(CASES)}.")
+    chosen = opt.cases_of(options)
     cases: dict[str, dict[str, Any]] = {}
     kind = "direct"
-    for name in names:
-        settings = CASES[name] | {"codeformer_fidelity": options.codeformer_fidelity}
+    for name, settings in chosen.items():
         with running_server(
             options.port,
             kind=None if options.server == "auto" else options.server,

@@ -1,6 +1,7 @@
 """What the benchmark programs' command lines have in common."""
 
 import argparse
+import fnmatch
 import re
 import shlex
 import sys
@@ -16,6 +17,17 @@ ROOT: Final = Path(__file__).resolve().parents[1]
 DATA: Final = ROOT / "data"
 SUFFIXES: Final = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 PORT: Final = 6301
+# Every sensible configuration; in safe mode the backend is not used.
+CASES: Final[dict[str, dict[str, str]]] = {
+    f"{profile}/{mode}" + f"/{backend}" * (mode == "optimized"): {
+        "runtime_profile": profile,
+        "stability_mode": mode,
+        "compile_backend": backend,
+    }
+    for profile in RUNTIME_PROFILES
+    for mode, backends in (("safe", ("eager",)), ("optimized", COMPILE_BACKENDS))
+    for backend in backends
+}
 
 
 def positive(text: str) -> int:
@@ -77,6 +89,33 @@ def configuration(options: argparse.Namespace, profile: str) -> dict[str, Any]:
         "compile_backend": options.compile_backend,
         "codeformer_fidelity": options.codeformer_fidelity,
     }
+
+
+def add_cases(parser: argparse.ArgumentParser, *, default: list[str]) -> None:
+    """--cases, for programs that compare configurations of all kinds."""
+    parser.add_argument(
+        "--cases",
+        nargs="+",
+        default=default,
+        metavar="PATTERN",
+        help=f"or patterns such as 'fast/*', of {', '.join(CASES)}; default: {' '.join(default)}",
+    )
+
+
+def cases_of(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """The configurations asked for, in the order of the patterns.
+
+    Raises:
+        InputError: a pattern matches none.
+    """
+    chosen: dict[str, dict[str, Any]] = {}
+    for pattern in options.cases:
+        names = fnmatch.filter(CASES, pattern)
+        if not names:
+            raise InputError(f"--cases {pattern}: expected a pattern of some of {', '.join(CASES)}.")
+        for name in names:
+            chosen[name] = CASES[name] | {"codeformer_fidelity": options.codeformer_fidelity}
+    return chosen
 
 
 def add_repetition(parser: argparse.ArgumentParser, *, warmup: int, repeats: int) -> None:

@@ -179,7 +179,17 @@ _STAGES: Final = _report(
     },
 )
 
-_SCORES: Final = _object({"psnr_db": SUMMARY, "ssim": SUMMARY, "niqe": _or_null(SUMMARY)})
+_SCORES: Final = _object(
+    {
+        "psnr_db": SUMMARY,
+        "ssim": SUMMARY,
+        # Absent where no picture has a face, or none is large enough for NIQE.
+        "face_psnr_db": SUMMARY,
+        "face_ssim": SUMMARY,
+        "niqe": SUMMARY,
+    },
+    optional=("face_psnr_db", "face_ssim", "niqe"),
+)
 _QUALITY: Final = _report(
     "quality",
     {
@@ -187,6 +197,7 @@ _QUALITY: Final = _report(
         "seed": _COUNT,
         "degradation": {"enum": ["mild", "moderate", "heavy"]},
         "images": _list_of(_TEXT, at_least=1),
+        "clean_niqe": _or_null(SUMMARY),
         "degraded": _SCORES,
         "restored": _list_of(
             _object(
@@ -194,7 +205,6 @@ _QUALITY: Final = _report(
                     "configuration": _CONFIGURATION,
                     "scores": _SCORES,
                     "faces": _COUNT,
-                    "failures": _list_of(_FAILURE),
                 }
             )
         ),
@@ -202,7 +212,7 @@ _QUALITY: Final = _report(
             _object(
                 {
                     "configuration": _CONFIGURATION,
-                    "against": _TEXT,
+                    "against": _CONFIGURATION,
                     "max_levels": _NUMBER,
                     "mean_levels": _NUMBER,
                     "psnr_db": _NUMBER,

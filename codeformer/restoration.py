@@ -9,6 +9,7 @@ import functools
 from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch._dynamo import config as compiler_config
@@ -106,6 +107,21 @@ class FaceRestorer:
             raise NonFiniteOutputError(f"the restorer's output is not finite ({restored.dtype}).")
         self.has_restored = True
         return tensor_to_faces(restored)
+
+    @torch.inference_mode()
+    def codes(self, crops_bgr: ImageU8) -> npt.NDArray[np.int64]:
+        """The codes that `restore` would choose for a batch.
+
+        Args:
+            crops_bgr: (N, 512, 512, 3) uint8 BGR aligned faces.
+
+        Returns:
+            (N, T) indices of the codebook, row by row from the top left.
+        """
+        batch = faces_to_tensor(crops_bgr, self._device, channels_last=self._channels_last)
+        logits, _, _ = self._predict(batch)
+        chosen: npt.NDArray[np.int64] = logits.argmax(dim=2).cpu().numpy()
+        return chosen
 
 
 def match_gray(restored_bgr: ImageU8, crop_bgr: ImageU8) -> ImageU8:
