@@ -34,6 +34,7 @@ from codeformer.training.restorer import (
     AutoencoderStage,
     CodePredictionStage,
     TransformationStage,
+    positions_of,
     start_as_copy,
 )
 from codeformer.training.scenes import SCENE_SIDE, Scenes
@@ -55,8 +56,8 @@ SMALL: dict[str, Any] = {
 }
 
 
-class Pairs(Dataset[tuple[Tensor, Tensor]]):
-    """Smooth random pictures, and the same under noise."""
+class Pairs(Dataset[tuple[Tensor, Tensor, Tensor]]):
+    """Smooth random pictures, and the same under noise; whole ones."""
 
     def __init__(self, length: int) -> None:
         self._length = length
@@ -64,11 +65,11 @@ class Pairs(Dataset[tuple[Tensor, Tensor]]):
     def __len__(self) -> int:
         return self._length
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
         source = torch.Generator().manual_seed(index)
         coarse = torch.rand(1, 3, 4, 4, generator=source) * 1.6 - 0.8
         clean = torch.nn.functional.interpolate(coarse, size=SIDE, mode="bilinear")[0]
-        return clean + 0.2 * torch.randn(clean.shape, generator=source), clean
+        return clean + 0.2 * torch.randn(clean.shape, generator=source), clean, torch.tensor([0, 0])
 
 
 @pytest.fixture
@@ -104,31 +105,62 @@ def make_stage(name: str, options: Options) -> Any:
     )
 
 
-def test_a_new_network_returns_its_input_at_full_fidelity() -> None:
+LED: dict[str, Any] = {
+    **SMALL,
+    "latent_size": 256,
+    "channel_multipliers": [1, 2, 2, 3, 4],
+    "connect_list": ["128", "256"],
+    "norm_groups": 1,
+}
+
+
+def smooth_picture() -> Tensor:
+    """(1, 3, 256, 256) in [-1, 1], a face."""
+    small = cv2.resize(pictures.portrait()[:240, 100:340], (256, 256), interpolation=cv2.INTER_AREA)
+    return torch.from_numpy(small[:, :, ::-1].transpose(2, 0, 1) / 127.5 - 1).float()[None]
+
+
+def test_a_new_network_returns_a_reduced_copy_at_full_fidelity() -> None:
     torch.manual_seed(0)
-    network = CodeFormer(
-        **{**SMALL, "channel_multipliers": [1, 2, 2, 2], "connect_list": ["16", "32"], "norm_groups": 1}
-    )
+    network = CodeFormer(**LED)
     start_as_copy(network)
-    picture = torch.stack([Pairs(4)[index][1] for index in range(4)])
+    picture = smooth_picture()
+    half_size = torch.nn.functional.avg_pool2d(picture, 2)
+    expected = torch.nn.functional.interpolate(half_size, scale_factor=2.0, mode="bilinear")
     with torch.no_grad():
         whole, half, none = (network(picture, w=w, adain=True)[0] for w in (1.0, 0.5, 0.0))
-    assert float((whole - picture).abs().mean()) < 0.01
-    assert float((none - picture).abs().mean()) > 0.1
-    assert float((half - (whole + none) / 2).abs().mean()) < 0.02
+    inner = np.s_[..., 8:-8, 8:-8]
+    assert float((whole - expected)[inner].abs().mean()) < 0.02
+    assert float((whole - picture).abs().mean()) < 0.06
+    assert float((none - picture).abs().mean()) > 0.2
+    assert float((half - (whole + none) / 2)[inner].abs().mean()) < 0.05
 
 
-@pytest.mark.parametrize("config", [{}, {"norm_groups": 1}, {"norm_groups": 1, "connect_list": ["32"]}])
-def test_networks_that_cannot_start_as_a_copy_start_with_idle_residuals(config: dict[str, Any]) -> None:
+@pytest.mark.parametrize("change", [{"norm_groups": 32}, {"connect_list": ["256"]}, {"base_channels": 4}])
+def test_networks_that_cannot_start_as_a_copy_start_with_idle_branches(change: dict[str, Any]) -> None:
     torch.manual_seed(0)
-    network = CodeFormer(**{**SMALL, **config})
+    network = CodeFormer(**{**LED, **change})
     last: Any = network.generator.blocks[-1]
     before = last.weight.clone()
     start_as_copy(network)
-    block = network.encoder.blocks[1]
-    picture = torch.randn(1, 8, 8, 8)
+    block: Any = network.encoder.blocks[1]
+    picture = torch.randn(1, block.conv1.in_channels, 8, 8)
     assert torch.equal(block(picture), picture)
     assert torch.equal(last.weight, before)
+    with torch.no_grad():
+        none, whole = (network(smooth_picture(), w=w)[0] for w in (0.0, 1.0))
+    torch.testing.assert_close(none, whole)
+
+
+def test_crops_take_their_positions_along() -> None:
+    torch.manual_seed(0)
+    network = CodeFormer(**SMALL)
+    torch.nn.init.normal_(network.position_emb)
+    whole = positions_of(network, torch.tensor([[0, 0]]), network.resolution)
+    assert torch.equal(whole[0], network.position_emb)
+    # 4 x 4 cells of 8 px: the crop of 16 px at row 8 and column 16 covers rows 1 and 2, columns 2 and 3.
+    [part] = positions_of(network, torch.tensor([[8, 16]]), 16)
+    assert torch.equal(part, network.position_emb[[6, 7, 10, 11]])
 
 
 STAGES = ("autoencoder", "codes", "transform", "adversarial")
@@ -161,7 +193,7 @@ def test_a_resumed_training_ends_where_an_uninterrupted_one_does(name: str, opti
     resumed = dataclasses.replace(options, checkpoint=options.checkpoint.with_name("other.pt"))
 
     class Interrupted(Pairs):
-        def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
             if index >= 6 * options.batch:
                 raise KeyboardInterrupt
             return super().__getitem__(index)
@@ -310,25 +342,30 @@ def test_pairs_hang_on_seed_and_index_alone(face_folder: Path) -> None:
     files = sorted(face_folder.iterdir())
     pairs = FacePairs(files, 6, seed=1)
     for index in range(6):
-        degraded, clean = pairs[index]
+        degraded, clean, corner = pairs[index]
         assert degraded.shape == clean.shape == (3, 512, 512)
+        assert corner.tolist() == [0, 0]
         assert degraded.dtype == torch.float32
         assert -1 <= float(degraded.min()) <= float(degraded.max()) <= 1
-        for ours, theirs in zip(FacePairs(files, 99, seed=1)[index], (degraded, clean), strict=True):
+        for ours, theirs in zip(FacePairs(files, 99, seed=1)[index], pairs[index], strict=True):
             assert torch.equal(ours, theirs)
     assert not torch.equal(FacePairs(files, 6, seed=2)[0][1], pairs[0][1])
 
 
 def test_a_pair_is_one_face_before_and_after_its_degradation(face_folder: Path) -> None:
     pairs = FacePairs(sorted(face_folder.iterdir()), 12, seed=3, crop=256)
-    brightness = set()
+    brightness, corners = set(), set()
     for index in range(12):
-        degraded, clean = pairs[index]
+        degraded, clean, corner = pairs[index]
+        assert degraded.shape == (3, 256, 256)
+        corners.add(tuple(corner.tolist()))
         assert float((degraded - clean).abs().mean()) > 0.005
         coarse = [torch.nn.functional.avg_pool2d(part[None], 64) for part in (degraded, clean)]
         assert float((coarse[0] - coarse[1]).abs().mean()) < 0.08
         brightness.add(round(float(clean.mean()), 3))
     assert len(brightness) > 6
+    assert len(corners) > 6
+    assert all(0 <= start <= 256 and start % 32 == 0 for corner in corners for start in corner)
 
 
 def test_without_augmentation_faces_come_in_order(face_folder: Path) -> None:
@@ -340,7 +377,7 @@ def test_without_augmentation_faces_come_in_order(face_folder: Path) -> None:
 
 def test_pairs_are_rgb_and_degraded_only_where_asked(face_folder: Path) -> None:
     files = sorted(face_folder.iterdir())
-    degraded, clean = FacePairs(files, 1, seed=0, mixture=None, augment=False)[0]
+    degraded, clean, _ = FacePairs(files, 1, seed=0, mixture=None, augment=False)[0]
     assert torch.equal(degraded, clean)
     levels = (clean.permute(1, 2, 0).numpy()[:, :, ::-1] + 1) * 127.5
     np.testing.assert_allclose(levels, read_face(files[0]), atol=1e-3)

@@ -129,11 +129,12 @@ class CodeFormer(nn.Module):
         self._encoder_taps = {self.encoder.tap_blocks[size]: size for size in sizes}
         self._generator_taps = {self.generator.tap_blocks[size]: size for size in sizes}
 
-    def predict(self, x: Tensor) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
+    def predict(self, x: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
         """Degraded faces to codes: everything before the generator.
 
         Args:
             x: (B, 3, resolution, resolution) RGB in [-1, 1].
+            positions: for parts of faces, as in training, the embeddings of their tokens, (B, T, dim_embd).
 
         Returns:
             Code logits (B, side * side, codebook_size), the latent feature `lq_feat`
@@ -142,7 +143,7 @@ class CodeFormer(nn.Module):
         lq_feat, features = self.encode(x)
         tokens = self.feat_emb(lq_feat.flatten(2).transpose(1, 2))
         for layer in self.ft_layers:
-            tokens = layer(tokens, self.position_emb)
+            tokens = layer(tokens, self.position_emb if positions is None else positions)
         return self.idx_pred_layer(tokens), lq_feat, features
 
     def encode(self, x: Tensor) -> tuple[Tensor, dict[int, Tensor]]:

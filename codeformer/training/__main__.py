@@ -13,6 +13,7 @@ import cv2
 import torch
 from torch.utils.data import DataLoader
 
+from codeformer.alignment import FACE_SIZE
 from codeformer.detection import FaceDetector
 from codeformer.errors import CodeFormerError, InputError, TrainingError
 from codeformer.models import load_models
@@ -24,6 +25,7 @@ from codeformer.training.detector import BACKBONE, DistillationStage, load_teach
 from codeformer.training.evaluation import describe_machine, measure_detector, measure_restorer
 from codeformer.training.export import copy_network, export_network, write_manifest
 from codeformer.training.faces import (
+    CROP_GRID,
     TRAINING_MIXTURE,
     FacePairs,
     Mixture,
@@ -50,8 +52,8 @@ LITE: Final[dict[str, Any]] = {
     "n_layers": 3,
     "codebook_size": 512,
     "latent_size": 1024,
-    "base_channels": 16,
-    "channel_multipliers": [1, 2, 4, 4, 8],
+    "base_channels": 8,
+    "channel_multipliers": [1, 2, 8, 8, 16],
     "code_dim": 32,
     "norm_groups": 1,
     "connect_list": ["64", "128", "256", "512"],
@@ -93,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
             "stage 1: encoder, codebook and generator, on clean faces",
         ),
         ("codes", _codes, 1000, 2, 6e-4, "stage 2: the codes of degraded faces"),
-        ("transform", _transform, 5000, 1, 5e-4, "stage 3: restoration at every fidelity"),
+        ("transform", _transform, 5000, 3, 5e-4, "stage 3: restoration at every fidelity"),
     ):
         stage = commands.add_parser(name, help=text)
         _add_loop_options(stage, steps=steps, batch=batch, rate=rate)
@@ -109,6 +111,9 @@ def _parser() -> argparse.ArgumentParser:
         stage.add_argument("--compiled", action="store_true", help="compile: minutes at first, then faster")
         stage.set_defaults(command=command)
         if name == "transform":
+            stage.add_argument(
+                "--crop", type=_crop, default=256, metavar="PX", help="side of the crops, default 256"
+            )
             stage.add_argument(
                 "--adversarial", type=float, default=0.0, metavar="WEIGHT", help="of the adversarial term"
             )
@@ -170,6 +175,13 @@ def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text}")
+    return number
+
+
+def _crop(text: str) -> int:
+    number = int(text)
+    if not (0 < number <= FACE_SIZE and number % CROP_GRID == 0):
+        raise argparse.ArgumentTypeError(f"expected a multiple of {CROP_GRID} up to {FACE_SIZE}, got {text}")
     return number
 
 
@@ -247,7 +259,7 @@ def _transform(options: argparse.Namespace) -> None:
     )
     train(
         stage,
-        lambda count: FacePairs(training, count, options.seed + 2),
+        lambda count: FacePairs(training, count, options.seed + 2, crop=options.crop),
         loop,
         header=options.config,
     )

@@ -25,7 +25,7 @@ from codeformer.training.matching import Agreement
 BACKBONE: Final = "mobile0.25"
 # Up to the first share of training blocks learn side by side, from the second on as the network they are.
 GUIDED_SHARE: Final = 0.35
-ALONE_SHARE: Final = 0.75
+ALONE_SHARE: Final = 0.65
 # The share of training in which the batch norms follow the batches.
 STATISTICS_SHARE: Final = 0.01
 # Weight of the features' unlikeness once the network works on its own: the answers count then.

@@ -21,6 +21,8 @@ from codeformer.images import ImageU8, decode_image
 PICTURE_SUFFIXES: Final = (".jpg", ".jpeg", ".png", ".webp")
 # One face in this many is kept from training, to tell when to stop.
 VALIDATION_SHARE: Final = 30
+# Crops begin at multiples of this, where latent cells of every configuration do.
+CROP_GRID: Final = 32
 _EXPECTED: Final = f"expected an aligned {FACE_SIZE} px face"
 _REMEDY: Final = "`python -m codeformer.training align` makes them of photographs."
 
@@ -40,8 +42,10 @@ class Mixture:
 TRAINING_MIXTURE: Final = Mixture(((0.5, MODERATE), (0.3, HEAVY), (0.2, MILD)))
 
 
-class FacePairs(Dataset[tuple[Tensor, Tensor]]):
-    """Pairs (degraded, clean), each (3, size, size) float32 RGB in [-1, 1].
+class FacePairs(Dataset[tuple[Tensor, Tensor, Tensor]]):
+    """Pairs (degraded, clean), each (3, size, size) float32 RGB in [-1, 1], and their place in the face.
+
+    The place is (2,) int64: row and column of the top left corner in px, multiples of `CROP_GRID`.
 
     Item `i` depends on `seed` and `i` alone, so that a resumed training sees what an uninterrupted one
     would have seen.
@@ -50,7 +54,7 @@ class FacePairs(Dataset[tuple[Tensor, Tensor]]):
         files: aligned 512 px faces.
         length: number of pairs.
         seed: of sampling, augmentation and degradation.
-        crop: side of a random crop, in px; the whole face by default.
+        crop: side of a random crop in px, a multiple of `CROP_GRID`; the whole face by default.
         mixture: degradations to draw from; None for clean inputs.
         augment: choose faces at random, flip them, move them, change colours and borders; else they come in
             order, as they are.
@@ -79,7 +83,7 @@ class FacePairs(Dataset[tuple[Tensor, Tensor]]):
     def __len__(self) -> int:
         return self._length
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
         rng = np.random.default_rng((self._seed, index))
         chosen = int(rng.integers(len(self._files))) if self._augment else index % len(self._files)
         clean = read_face(self._files[chosen])
@@ -90,11 +94,10 @@ class FacePairs(Dataset[tuple[Tensor, Tensor]]):
             degraded = self._mixture.sample(rng).sample(rng).apply(clean, rng)
             if self._augment and rng.random() < 0.1:
                 clean, degraded = _beyond_border(clean, degraded, rng)
-        if self._crop < FACE_SIZE:
-            top, left = (int(start) for start in rng.integers(0, FACE_SIZE - self._crop, 2, endpoint=True))
-            window = np.s_[top : top + self._crop, left : left + self._crop]
-            clean, degraded = clean[window], degraded[window]
-        return to_tensor(degraded), to_tensor(clean)
+        cells = (FACE_SIZE - self._crop) // CROP_GRID
+        top, left = (int(start) * CROP_GRID for start in rng.integers(0, cells, 2, endpoint=True))
+        window = np.s_[top : top + self._crop, left : left + self._crop]
+        return to_tensor(degraded[window]), to_tensor(clean[window]), torch.tensor([top, left])
 
 
 def pictures_in(folder: Path) -> list[Path]:

@@ -19,8 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from codeformer.networks.codeformer import CodeFormer
-from codeformer.networks.vqgan import ResidualBlock, match_statistics, nearest_codes
+from codeformer.networks.codeformer import CodeFormer, ControllableFeatureTransform
+from codeformer.networks.vqgan import (
+    Downsample,
+    ResidualBlock,
+    Upsample,
+    match_statistics,
+    nearest_codes,
+)
 from codeformer.training.loop import Options
 from codeformer.training.losses import (
     PatchDiscriminator,
@@ -33,10 +39,14 @@ from codeformer.training.losses import (
 AUTOENCODER_CROP: Final = 256
 # The share of stage 1 in which the latents are drawn to principal components.
 GUIDED_SHARE: Final = 0.6
-# Batches (degraded, clean), as `FacePairs` makes them.
+# Batches (degraded, clean, corner), as `FacePairs` makes them.
 Pairs = Iterable[Sequence[Tensor]]
 
-_LEAKY_SLOPE: Final = 0.2
+# The size of the copy that training starts from: a face of 512 px under moderate degradation holds no more.
+COPY_SIZE: Final = 128
+_CENTRE: Final = torch.tensor([[0.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
+_AVERAGE: Final = torch.tensor([[0.25, 0.25, 0.0], [0.25, 0.25, 0.0], [0.0, 0.0, 0.0]])
+_SMOOTH: Final = torch.tensor([[1.0, 2.0, 1.0], [2.0, 4.0, 2.0], [1.0, 2.0, 1.0]]) / 16
 # Large beside the features, so that the last norm is nearly the same for every picture.
 _ANCHOR: Final = 8.0
 _COMMITMENT: Final = 0.25
@@ -49,54 +59,70 @@ _KMEANS_SAMPLE: Final = 40_000
 
 @torch.no_grad()
 def start_as_copy(network: CodeFormer) -> None:
-    """Sets a new network up to return its input at w = 1, so that training has only to improve on that.
+    """Sets a new network up to return a reduced copy of its input at w = 1: training starts from there.
 
-    All residual branches start at zero. Where the network is guided at full resolution, the picture and its
-    negative are led around the generator, and two constant channels fix the scale of the last norm.
+    All residual branches and guides start idle. Where the network is guided at 128 px and has one norm
+    group, the picture is led through it in three channels: reduced to 128 px by averages, taken over from
+    the encoder by the guide, enlarged again. Two constant channels fix the scale of the last norm. Little noise is
+    left in such a copy; the details it lacks are in the features of the other guides.
 
     Args:
-        network: new; led around only with one norm group and at least 8 base channels.
+        network: new; the picture is led through only with at least 8 channels everywhere.
     """
     for module in network.modules():
         if isinstance(module, ResidualBlock):
-            nn.init.zeros_(module.conv2.weight)
-            nn.init.zeros_(module.conv2.bias)  # type: ignore[arg-type]
-    if str(network.resolution) not in network.fuse_convs_dict:
+            _zero(module.conv2)
+        elif isinstance(module, ControllableFeatureTransform):
+            _zero(module.scale[2])
+            _zero(module.shift[2])
+    last_norm: Any = network.generator.blocks[-2]
+    channels = last_norm.num_channels
+    if str(COPY_SIZE) not in network.fuse_convs_dict or last_norm.num_groups != 1 or channels < 8:
         return
-    guide: Any = network.fuse_convs_dict[str(network.resolution)]
-    blocks: Any = network.generator.blocks
-    stem: Any = network.encoder.blocks[0]
-    project = blocks[network.generator.tap_blocks[network.resolution]].conv_out
-    last_norm, last = blocks[-2:]
-    channels = last.weight.shape[1]
-    if last_norm.num_groups != 1 or channels < 8 or project is None:
-        return
-    picture, negative, anchors = slice(0, 3), slice(3, 6), slice(6, 8)
-    centre = torch.zeros(3, 3, 3, 3)
-    centre[:, :, 1, 1] = torch.eye(3)
 
-    stem.weight[picture] = centre
-    guide.encode_enc.conv_out.weight[picture] = 0
-    guide.encode_enc.conv_out.weight[picture, picture] = centre[:, :, 1:2, 1:2]
-    inner, outer = guide.shift[0], guide.shift[2]
-    for part, sign in ((picture, 1), (negative, -1)):
-        inner.weight[part] = 0
-        inner.weight[part, picture] = sign * centre
-    outer.weight.zero_()
-    for part, sign in ((picture, 1), (negative, -1)):
-        outer.weight[part, picture] = sign * centre / (1 + _LEAKY_SLOPE)
-        outer.weight[part, negative] = -sign * centre / (1 + _LEAKY_SLOPE)
-    guide.scale[2].weight.zero_()
-    for convolution in (stem, guide.encode_enc.conv_out, inner, outer, guide.scale[2], last):
-        convolution.bias.zero_()
-    guide.scale[2].bias[:6] = -1
+    _lead(network.encoder.blocks[0], _CENTRE)
+    for block in list(network.encoder.blocks)[: network.encoder.tap_blocks[COPY_SIZE]]:
+        if isinstance(block, Downsample):
+            _lead(block.conv, _AVERAGE)
+    for block in [*network.encoder.blocks, *network.generator.blocks]:
+        if isinstance(block, ResidualBlock) and block.conv_out is not None:
+            _lead(block.conv_out, _CENTRE[1:2, 1:2])
+        elif isinstance(block, Upsample):
+            _lead(block.conv, _SMOOTH)
 
-    project.weight[anchors] = 0
-    project.bias[anchors] = torch.tensor([_ANCHOR, -_ANCHOR])
+    guide: Any = network.fuse_convs_dict[str(COPY_SIZE)]
+    _lead(guide.encode_enc.conv_out, _CENTRE[1:2, 1:2])
+    # The picture through LeakyReLU and back: leaky(x) - leaky(-x) = (1 + slope) x.
+    slope = guide.shift[1].negative_slope
+    for sign, channel in ((1, 0), (-1, 3)):
+        _lead(guide.shift[0], sign * _CENTRE, to=channel)
+        _lead(guide.shift[2], sign * _CENTRE / (1 + slope), source=channel, add=True)
+    guide.scale[2].bias[:3] = -1
+
+    project: Any = network.generator.blocks[network.generator.tap_blocks[network.resolution]]
+    last: Any = network.generator.blocks[-1]
+    _lead(project.conv_out, -_CENTRE[1:2, 1:2], to=3)
+    project.conv_out.weight[6:8] = 0
+    project.conv_out.bias[6:8] = torch.tensor([_ANCHOR, -_ANCHOR])
     last_norm.weight.fill_(_ANCHOR * (2 / channels) ** 0.5)
-    last.weight.zero_()
-    last.weight[:, picture] = centre / 2
-    last.weight[:, negative] = -centre / 2
+    _zero(last)
+    # The picture less its negative: whatever the norm takes for the mean goes out.
+    _lead(last, _CENTRE / 2)
+    _lead(last, -_CENTRE / 2, source=3, add=True)
+
+
+def _zero(convolution: Any) -> None:
+    convolution.weight.zero_()
+    convolution.bias.zero_()
+
+
+def _lead(convolution: Any, kernel: Tensor, *, source: int = 0, to: int = 0, add: bool = False) -> None:
+    """Makes three output channels of a convolution those of three input channels, through a kernel."""
+    if not add:
+        convolution.weight[to : to + 3] = 0
+        convolution.bias[to : to + 3] = 0
+    for channel in range(3):
+        convolution.weight[to + channel, source + channel] += kernel
 
 
 class AutoencoderStage:
@@ -150,7 +176,7 @@ class AutoencoderStage:
     def score(self, network: CodeFormer) -> float:
         """PSNR of clean faces through the codes, in dB."""
         results = []
-        for _, clean in self._validation:
+        for _, clean, _ in self._validation:
             latent, _ = network.encode(_as_layout(clean.to(self._options.device)))
             looked_up = network.quantize.lookup(network.quantize.nearest(latent), network.latent_side)
             results.append(psnr(network.decode(looked_up, {}, 0.0), clean.to(self._options.device)))
@@ -178,7 +204,7 @@ class CodePredictionStage:
         self._validation = validation
 
     def losses(self, batch: Sequence[Tensor], _progress: float, /) -> dict[str, Tensor]:
-        degraded, clean = (_as_layout(part) for part in batch)
+        degraded, clean = (_as_layout(part) for part in batch[:2])
         codes, code_features = self._teacher(clean)
         with self._options.autocast():
             logits, lq_feat, _ = self._predict(degraded)
@@ -231,13 +257,14 @@ class TransformationStage:
             self.critics.append(torch.optim.Adam(self.memory.parameters(), lr=2e-4, betas=(0.5, 0.99)))
 
     def losses(self, batch: Sequence[Tensor], _progress: float, /) -> dict[str, Tensor]:
-        degraded, clean = (_as_layout(part) for part in batch)
+        degraded, clean = (_as_layout(part) for part in batch[:2])
         codes, code_features = self._teacher(clean)
         w = self._random_fidelity(len(clean))
         with self._options.autocast():
-            logits, lq_feat, features = self._predict(degraded)
+            positions = positions_of(self.network, batch[2], clean.shape[2])
+            logits, lq_feat, features = self._predict(degraded, positions)
         lq_feat = lq_feat.float()
-        latent = self.network.quantize.lookup(logits.argmax(dim=2), self.network.latent_side)
+        latent = self.network.quantize.lookup(logits.argmax(dim=2), lq_feat.shape[2])
         latent = match_statistics(latent, lq_feat)
         with self._options.autocast():
             output = self._decode(latent, features, w)
@@ -252,11 +279,11 @@ class TransformationStage:
         return terms
 
     def _random_fidelity(self, count: int) -> Tensor:
-        """(count, 1, 1, 1): 25 % 0, 35 % 1, the rest between."""
+        """(count, 1, 1, 1): 15 % 0, 50 % 1, the rest between."""
         kind = torch.rand(count, 1, 1, 1)
         between = torch.rand(count, 1, 1, 1)
         w = torch.where(
-            kind < 0.25, torch.zeros_like(kind), torch.where(kind < 0.6, torch.ones_like(kind), between)
+            kind < 0.15, torch.zeros_like(kind), torch.where(kind < 0.65, torch.ones_like(kind), between)
         )
         return w.to(self._options.device)
 
@@ -279,6 +306,28 @@ class TransformationStage:
             for w in (0.0, 0.5, 1.0)
         ]
         return sum(scores) / len(scores)
+
+
+def positions_of(network: CodeFormer, corners: Tensor, side: int) -> Tensor:
+    """The position embeddings of crops.
+
+    Args:
+        network: whose.
+        corners: (B, 2), row and column of each crop in px, where latent cells begin.
+        side: of the crops in px.
+
+    Returns:
+        (B, T, dim_embd), T latent cells row by row.
+    """
+    cell = network.resolution // network.latent_side
+    grid = network.position_emb.view(network.latent_side, network.latent_side, -1)
+    count = side // cell
+    return torch.stack(
+        [
+            grid[row : row + count, column : column + count].flatten(0, 1)
+            for row, column in (corners // cell).tolist()
+        ]
+    )
 
 
 class CleanCodes:
@@ -398,6 +447,6 @@ def _as_layout(picture: Tensor) -> Tensor:
 def _restored_psnr(network: CodeFormer, pairs: Pairs, device: torch.device, *, fidelity: float) -> float:
     results = [
         psnr(network(_as_layout(degraded.to(device)), fidelity, adain=True)[0], clean.to(device))
-        for degraded, clean in pairs
+        for degraded, clean, _ in pairs
     ]
     return sum(results) / len(results)
