@@ -21,7 +21,7 @@ from benchmarks import options as opt
 from benchmarks.measure import read_report
 from codeformer.errors import BenchmarkError
 
-OUTPUT: Final = Path("benchmark_report.html")
+OUTPUT: Final = Path("output/benchmark_report.html")
 PRICES: Final = Path(__file__).with_name("prices.json")
 STAGES: Final = ("decode", "detect", "align", "restore", "parse", "paste", "encode")
 # Okabe and Ito's colours, told apart with every kind of sight.

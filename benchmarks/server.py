@@ -41,7 +41,7 @@ class Answer:
 
     Attributes:
         elapsed_ms: from sending to the last byte of the answer.
-        metrics: the server's, empty for a failed request.
+        metrics: the server's by dotted names, empty for a failed request.
         error: what went wrong, in the server's words; None for success.
     """
 
@@ -232,9 +232,20 @@ def _read_answer(reply: requests.Response, elapsed_ms: float) -> Answer:
     except ValueError:
         return Answer(elapsed_ms, error=f"HTTP {reply.status_code}: {reply.text[:500]}")
     if reply.status_code == 200 and body.get("status") == "succeeded":
-        return Answer(elapsed_ms, metrics=body.get("metrics") or {})
+        return Answer(elapsed_ms, metrics=_dotted(body.get("metrics") or {}))
     error = body.get("error") or body.get("detail") or body
     return Answer(elapsed_ms, error=f"HTTP {reply.status_code}: {error}")
+
+
+def _dotted(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Cog nests what the predictor names "timing.detect"; this is undone."""
+    names: dict[str, Any] = {}
+    for name, value in metrics.items():
+        if isinstance(value, Mapping):
+            names |= {f"{name}.{inner}": number for inner, number in _dotted(value).items()}
+        else:
+            names[name] = value
+    return names
 
 
 def _gpu_memory_mib(pids: Sequence[int]) -> float | None:

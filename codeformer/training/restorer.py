@@ -63,8 +63,8 @@ def start_as_copy(network: CodeFormer) -> None:
 
     All residual branches and guides start idle. Where the network is guided at 128 px and has one norm
     group, the picture is led through it in three channels: reduced to 128 px by averages, taken over from
-    the encoder by the guide, enlarged again. Two constant channels fix the scale of the last norm. Little noise is
-    left in such a copy; the details it lacks are in the features of the other guides.
+    the encoder by the guide, enlarged again. Two constant channels fix the scale of the last norm. Little
+    noise is left in such a copy; the details it lacks are in the features of the other guides.
 
     Args:
         network: new; the picture is led through only with at least 8 channels everywhere.
