@@ -9,7 +9,8 @@ move at the speed of a large copy.
 import argparse
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -55,6 +56,15 @@ _COPY_BYTES: Final = {"cpu": 2**28, "cuda": 2**31}
 _CEILING_REPEATS: Final = 7
 
 
+@dataclass(frozen=True)
+class Subject:
+    """A picture to measure on; `faces` is what every request must find in it, None before that is known."""
+
+    file: Path
+    size_wh: tuple[int, int]
+    faces: int | None
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the benchmark.
 
@@ -67,6 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--faces", nargs="+", type=opt.positive, default=[1], metavar="N", help="in each picture"
     )
     parser.add_argument("--sizes", nargs="+", type=_size, default=[(640, 832)], metavar="WxH")
+    parser.add_argument(
+        "--image-dir", type=Path, metavar="DIR", help="pictures of your own, instead of --faces and --sizes"
+    )
     parser.add_argument("--batch-sizes", nargs="+", type=int, choices=range(1, 5), default=[1], metavar="N")
     parser.add_argument("--codeformer-fidelity", type=float, default=DEFAULT_FIDELITY, metavar="W")
     opt.add_repetition(parser, warmup=2, repeats=7)
@@ -91,35 +104,27 @@ def _run(options: argparse.Namespace, command: str) -> int:
     _print_ceilings(ceilings)
     cases = []
     with tempfile.TemporaryDirectory(prefix="codeformer-bench-") as folder:
-        for size_wh in options.sizes:
-            for faces in options.faces:
-                picture = Path(folder) / f"{size_wh[0]}x{size_wh[1]}_{faces}.jpg"
-                picture.write_bytes(encode(picture_with(faces, size_wh), clean=True))
-                for batch_size in options.batch_sizes:
-                    calls = {
-                        name: partial(_serve, pipelines[name], settings, [picture] * batch_size, faces)
-                        for name, settings in configurations.items()
-                    }
-                    samples = interleave(calls, device, warmup=options.warmup, repeats=options.repeats)
-                    work = {
-                        name: stage_work(
-                            models, plan, size_wh, faces, batch_size, options.codeformer_fidelity
-                        )
-                        for name, plan in plans.items()
-                    }
-                    case = _case(samples, work, ceilings, configurations)
-                    for name, call in calls.items():
-                        with PeakMemory(device) as peak:
-                            call()
-                        case["configurations"][name]["peak_memory_mib"] = peak.mib and round(peak.mib, 1)
-                    case |= {
-                        "faces": faces,
-                        "width": size_wh[0],
-                        "height": size_wh[1],
-                        "batch_size": batch_size,
-                    }
-                    _print(case)
-                    cases.append(case)
+        for subject in _subjects(options, Path(folder), pipelines, configurations):
+            for batch_size in options.batch_sizes:
+                calls = {
+                    name: partial(_serve, pipelines[name], settings, subject, batch_size)
+                    for name, settings in configurations.items()
+                }
+                samples = interleave(calls, device, warmup=options.warmup, repeats=options.repeats)
+                work = {
+                    name: stage_work(models, plan, subject, batch_size, options.codeformer_fidelity)
+                    for name, plan in plans.items()
+                }
+                case = _case(samples, work, ceilings, configurations)
+                for name, call in calls.items():
+                    with PeakMemory(device) as peak:
+                        call()
+                    memory = None if peak.mib is None else round(peak.mib, 1)
+                    case["configurations"][name]["peak_memory_mib"] = memory
+                width, height = subject.size_wh
+                case |= {"faces": subject.faces, "width": width, "height": height, "batch_size": batch_size}
+                _print(case)
+                cases.append(case)
     body = {
         "command": command,
         "warmup": options.warmup,
@@ -138,19 +143,42 @@ def _plan_of(settings: Mapping[str, Any], device: torch.device) -> ExecutionPlan
     )
 
 
-def _serve(pipeline: Pipeline, settings: Mapping[str, Any], files: Sequence[Path], faces: int) -> Outcome:
+def _subjects(
+    options: argparse.Namespace,
+    folder: Path,
+    pipelines: Mapping[str, Pipeline],
+    configurations: Mapping[str, Mapping[str, Any]],
+) -> Iterator[Subject]:
+    """The pictures to measure on: the user's, or some drawn into a folder."""
+    if options.image_dir:
+        name = next(iter(pipelines))
+        for file in opt.pictures_in(options.image_dir):
+            picture = opt.describe_picture(file)
+            size_wh = (picture["width"], picture["height"])
+            outcome = _serve(pipelines[name], configurations[name], Subject(file, size_wh, None), 1)
+            yield Subject(file, size_wh, len(outcome.results[0].faces))
+        return
+    for size_wh in options.sizes:
+        for faces in options.faces:
+            file = folder / f"{size_wh[0]}x{size_wh[1]}_{faces}.jpg"
+            file.write_bytes(encode(picture_with(faces, size_wh), clean=True))
+            yield Subject(file, size_wh, faces)
+
+
+def _serve(pipeline: Pipeline, settings: Mapping[str, Any], subject: Subject, batch_size: int) -> Outcome:
     outcome = serve(
         pipeline,
-        files,
+        [subject.file] * batch_size,
         fidelity=settings["codeformer_fidelity"],
         runtime_profile=settings["runtime_profile"],
         stability_mode=settings["stability_mode"],
         compile_backend=settings["compile_backend"],
     )
-    if outcome.metrics["faces.restored"] != faces * len(files):
+    found = [len(result.faces) for result in outcome.results]
+    if subject.faces is not None and found != [subject.faces] * batch_size:
         raise BenchmarkError(
-            f"expected {faces} faces in each of {len(files)} pictures, the detector found "
-            f"{outcome.metrics['faces.restored']} altogether; ask for fewer --faces or larger --sizes."
+            f"expected {subject.faces} faces in each of {batch_size} pictures, found {found}; "
+            "ask for fewer --faces or larger --sizes."
         )
     return outcome
 
@@ -201,12 +229,7 @@ def _fastest_ms(call: Callable[[], Any], device: torch.device) -> float:
 
 
 def stage_work(
-    models: Models,
-    plan: ExecutionPlan,
-    size_wh: tuple[int, int],
-    faces: int,
-    batch_size: int,
-    fidelity: float,
+    models: Models, plan: ExecutionPlan, subject: Subject, batch_size: int, fidelity: float
 ) -> dict[str, dict[str, float]]:
     """The least work of each stage of a request: GFLOP per precision, or MB to move.
 
@@ -214,9 +237,9 @@ def stage_work(
         Stage to {"float32": GFLOP, "bfloat16": GFLOP, ...} or to {"mbytes": MB}.
     """
     half = str(plan.half_dtype or torch.float32).removeprefix("torch.")
-    crops = faces * batch_size
+    crops = (subject.faces or 0) * batch_size
     device = plan.device
-    blank = np.zeros((size_wh[1], size_wh[0], 3), np.uint8)
+    blank = np.zeros((subject.size_wh[1], subject.size_wh[0], 3), np.uint8)
     copy, _ = resize_for_detection(blank)
     scene = torch.zeros(1, 3, *copy.shape[:2], device=device)
     face = torch.zeros(1, 3, FACE_SIZE, FACE_SIZE, device=device)
