@@ -3,7 +3,7 @@
 Runs whole requests from file to JPEG, as the server does, on pictures with the faces and sizes asked for.
 `limit` is what a stage would take at the device's measured ceiling: its floating-point operations at the
 speed of a large matrix product, or, for stages without a network, the bytes that any way of doing it has to
-move at the speed of a large copy.
+move at the speed of a large copy on the host.
 """
 
 import argparse
@@ -24,7 +24,9 @@ if __package__ in (None, ""):  # run as a file: python benchmarks/bench_stages.p
 
 from benchmarks import options as opt
 from benchmarks.measure import (
+    Call,
     PeakMemory,
+    check_output,
     interleave,
     pair_ratios,
     stage_times,
@@ -35,8 +37,9 @@ from benchmarks.measure import (
 )
 from codeformer.alignment import FACE_SIZE
 from codeformer.detection import resize_for_detection
-from codeformer.errors import BenchmarkError
+from codeformer.errors import BenchmarkError, CodeFormerError
 from codeformer.images import ImageU8
+from codeformer.machine import describe_machine
 from codeformer.models import Models, load_models
 from codeformer.parsing import FaceParser
 from codeformer.pipeline import Pipeline
@@ -52,7 +55,7 @@ DEFAULT_CASES: Final = ["baseline/safe", "fast/optimized/none", "max_speed/optim
 FLOAT32: Final = "float32"
 # Large enough to reach the ceiling, small enough not to wait for it.
 _MATRIX_SIDE: Final = {"cpu": 2048, "cuda": 8192}
-_COPY_BYTES: Final = {"cpu": 2**28, "cuda": 2**31}
+_COPY_BYTES: Final = 2**28
 _CEILING_REPEATS: Final = 7
 
 
@@ -92,11 +95,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace, command: str) -> int:
     check_fidelity(options.codeformer_fidelity)
-    configurations = opt.cases_of(options)
+    configurations = opt.cases_at_fidelity(options)
     device = available_device(options.device)
     weights = load_weight_set(options.weights)
+    check_output(options.output)
+    machine = describe_machine(device)
     fetch_set(weights, progress=True)
     models = load_models(weights, device)
+    own_mib = _weights_mib(models)
     # A pipeline each: one process may use one compile backend, and these are compared.
     pipelines = {name: Pipeline(models, device) for name in configurations}
     plans = {name: _plan_of(settings, device) for name, settings in configurations.items()}
@@ -106,23 +112,31 @@ def _run(options: argparse.Namespace, command: str) -> int:
     with tempfile.TemporaryDirectory(prefix="codeformer-bench-") as folder:
         for subject in _subjects(options, Path(folder), pipelines, configurations):
             for batch_size in options.batch_sizes:
-                calls = {
-                    name: partial(_serve, pipelines[name], settings, subject, batch_size)
-                    for name, settings in configurations.items()
-                }
+                calls, failures = _working(
+                    {
+                        name: partial(_serve, pipelines[name], settings, subject, batch_size)
+                        for name, settings in configurations.items()
+                    }
+                )
                 samples = interleave(calls, device, warmup=options.warmup, repeats=options.repeats)
                 work = {
-                    name: stage_work(models, plan, subject, batch_size, options.codeformer_fidelity)
-                    for name, plan in plans.items()
+                    name: stage_work(models, plans[name], subject, batch_size, options.codeformer_fidelity)
+                    for name in calls
                 }
                 case = _case(samples, work, ceilings, configurations)
                 for name, call in calls.items():
-                    with PeakMemory(device) as peak:
+                    with PeakMemory(device, own_mib) as peak:
                         call()
                     memory = None if peak.mib is None else round(peak.mib, 1)
                     case["configurations"][name]["peak_memory_mib"] = memory
-                width, height = subject.size_wh
-                case |= {"faces": subject.faces, "width": width, "height": height, "batch_size": batch_size}
+                case |= {
+                    "picture": subject.file.name,
+                    "faces": subject.faces,
+                    "width": subject.size_wh[0],
+                    "height": subject.size_wh[1],
+                    "batch_size": batch_size,
+                    "failures": failures,
+                }
                 _print(case)
                 cases.append(case)
     body = {
@@ -132,9 +146,28 @@ def _run(options: argparse.Namespace, command: str) -> int:
         "ceilings": ceilings,
         "cases": cases,
     }
-    write_report(options.output, "stages", device, weights, body)
+    write_report(options.output, "stages", machine, weights, body)
     print(f"wrote {options.output}")
-    return 0
+    return int(any(case["failures"] for case in cases))
+
+
+def _working(calls: Mapping[str, Call]) -> tuple[dict[str, Call], dict[str, str]]:
+    """The calls that work, and what the others fail with."""
+    failures: dict[str, str] = {}
+    for name, call in calls.items():
+        try:
+            call()
+        except CodeFormerError as failure:
+            failures[name] = str(failure)
+    return {name: call for name, call in calls.items() if name not in failures}, failures
+
+
+def _weights_mib(models: Models) -> float:
+    """What one copy of the networks takes."""
+    adapters = (models.detector, models.restorer, models.masker)
+    networks = [adapter.network for adapter in adapters if hasattr(adapter, "network")]
+    parameters = (value for network in networks for value in network.state_dict().values())
+    return float(sum(value.numel() * value.element_size() for value in parameters)) / 2**20
 
 
 def _plan_of(settings: Mapping[str, Any], device: torch.device) -> ExecutionPlan:
@@ -204,7 +237,7 @@ def picture_with(faces: int, size_wh: tuple[int, int]) -> ImageU8:
 
 
 def measure_ceilings(device: torch.device, dtypes: Iterable[torch.dtype | None]) -> dict[str, Any]:
-    """What the device can do: GFLOP/s of a large matrix product per dtype, and GB/s of a large copy.
+    """GFLOP/s of a large matrix product on the device per dtype, and GB/s of a large copy on the host.
 
     The best of several: a ceiling is not a typical speed.
     """
@@ -215,11 +248,12 @@ def measure_ceilings(device: torch.device, dtypes: Iterable[torch.dtype | None])
     for name, dtype in wanted.items():
         a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
         gflops[name] = round(2 * side**3 / _fastest_ms(lambda a=a, b=b: a @ b, device) / 1e6, 1)  # type: ignore[misc]
-    source = torch.empty(_COPY_BYTES[device.type], dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
+    # Files, crops and paste-back are the host's work on every device.
+    source = np.ones(_COPY_BYTES, np.uint8)
+    target = np.empty_like(source)
     # Read once, written once.
-    gbytes = 2 * len(source) / _fastest_ms(lambda: target.copy_(source), device) / 1e6
-    return {"matmul_gflops": gflops, "copy_gbytes_per_s": round(gbytes, 2)}
+    gbytes = 2 * source.nbytes / _fastest_ms(lambda: np.copyto(target, source), torch.device("cpu")) / 1e6
+    return {"matmul_gflops": gflops, "host_copy_gbytes_per_s": round(gbytes, 2)}
 
 
 def _fastest_ms(call: Callable[[], Any], device: torch.device) -> float:
@@ -280,7 +314,7 @@ def _case(
     configurations: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
     times = {name: [elapsed for elapsed, _ in rounds] for name, rounds in samples.items()}
-    first, *others = times
+    first, *others = times or [""]
     return {
         "configurations": {
             name: {
@@ -307,7 +341,7 @@ def _limit(
     operations = {name: amount for name, amount in work.items() if name != "mbytes"}
     limit_ms = sum(amount / ceilings["matmul_gflops"][name] * 1e3 for name, amount in operations.items())
     if mbytes is not None:
-        limit_ms = mbytes / ceilings["copy_gbytes_per_s"]
+        limit_ms = mbytes / ceilings["host_copy_gbytes_per_s"]
     return {
         "gflop": round(sum(operations.values()), 3) if operations else None,
         "mbytes": mbytes and round(mbytes, 3),
@@ -325,10 +359,12 @@ def _size(text: str) -> tuple[int, int]:
 
 def _print_ceilings(ceilings: Mapping[str, Any]) -> None:
     speeds = ", ".join(f"{name} {speed:,.0f} GFLOP/s" for name, speed in ceilings["matmul_gflops"].items())
-    print(f"ceilings: {speeds}, copy {ceilings['copy_gbytes_per_s']:.1f} GB/s")
+    print(f"ceilings: {speeds}, copy {ceilings['host_copy_gbytes_per_s']:.1f} GB/s")
 
 
 def _print(case: Mapping[str, Any]) -> None:
+    for name, failure in case["failures"].items():
+        print(f"\n{name} failed: {failure}")
     print(
         f"\n{case['width']}x{case['height']}, {case['faces']} faces, {case['batch_size']} pictures a request"
     )
@@ -343,7 +379,7 @@ def _print(case: Mapping[str, Any]) -> None:
                 else ""
             )
             print(f"    {stage:8} {row['ms']['p50']:9.2f} ms  {gap}")
-    first = next(iter(case["configurations"]))
+    first = next(iter(case["configurations"]), "")
     for name, ratio in case["ratios_to_first"].items():
         print(f"  {name} / {first}: {ratio['p50']:.3f} ({ratio['p25']:.3f} to {ratio['p75']:.3f})")
 

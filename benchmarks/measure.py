@@ -18,7 +18,6 @@ from jsonschema import Draft202012Validator
 
 from benchmarks.schemas import SCHEMAS
 from codeformer.errors import BenchmarkError
-from codeformer.machine import describe_machine
 from codeformer.weights.manifest import WeightSet
 
 PERCENTILES: Final = {"p25": 25, "p50": 50, "p75": 75, "p95": 95, "p99": 99}
@@ -31,11 +30,11 @@ def summarise(samples: Sequence[float]) -> dict[str, float | int]:
     """Count, mean, quartiles, p95, p99 (linear interpolation) and extremes, in the samples' unit.
 
     Raises:
-        ValueError: there are no samples.
+        ValueError: there are no samples, or one is not finite.
     """
-    if not samples:
-        raise ValueError("no samples to summarise.")
     values = np.asarray(samples, dtype=np.float64)
+    if not values.size or not np.isfinite(values).all():
+        raise ValueError(f"expected finite samples, at least one; got {list(samples)[:10]}.")
     points = np.percentile(values, list(PERCENTILES.values()))
     return {
         "count": len(samples),
@@ -107,26 +106,34 @@ def stage_times(metrics: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, flo
 
 
 class PeakMemory:
-    """The most memory a call holds: of the GPU where there is one, else of this process.
+    """The most memory that is held during a call: of the GPU where there is one, else of this process.
 
     Use: `with PeakMemory(device) as peak: ...`, then `peak.mib`; None where the system does not tell.
+
+    Args:
+        device: where the call works.
+        own_mib: what the call's own networks take. On a GPU this much is counted for what was held before,
+            whatever else was there; on a CPU the whole process counts.
     """
 
     mib: float | None = None
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, own_mib: float = 0.0) -> None:
         self._device = device
+        self._own_mib = own_mib
 
     def __enter__(self) -> "PeakMemory":
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
+            self._before_mib = torch.cuda.memory_allocated(self._device) / 2**20
         else:
             self._can_reset = _reset_peak_rss()
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._device.type == "cuda":
-            self.mib = torch.cuda.max_memory_allocated(self._device) / 2**20
+            peak_mib = torch.cuda.max_memory_allocated(self._device) / 2**20
+            self.mib = peak_mib - self._before_mib + self._own_mib
         elif self._can_reset:
             self.mib = peak_rss_mib([psutil.Process().pid])
 
@@ -162,15 +169,31 @@ def describe_weights(weight_set: WeightSet) -> dict[str, Any]:
     }
 
 
+def check_output(path: Path) -> None:
+    """Fails before the work, not after it, where a report cannot be written.
+
+    Raises:
+        BenchmarkError: the file or its folder cannot be made.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab"):
+            pass
+        if path.stat().st_size == 0:
+            path.unlink()
+    except OSError as cause:
+        raise BenchmarkError(f"{path}: cannot be written ({cause.strerror}); change --output.") from cause
+
+
 def write_report(
-    path: Path, kind: str, device: torch.device, weights: WeightSet, body: Mapping[str, Any]
+    path: Path, kind: str, machine: Mapping[str, Any], weights: WeightSet, body: Mapping[str, Any]
 ) -> None:
     """Writes a report as strict JSON, with all that must stand beside it.
 
     Args:
         path: the file.
         kind: its schema's name.
-        device: that was measured on.
+        machine: from `describe_machine`, asked before the work began.
         weights: the set that was used.
         body: the measurements.
 
@@ -179,7 +202,7 @@ def write_report(
     """
     report = {
         "kind": kind,
-        "machine": describe_machine(device),
+        "machine": dict(machine),
         "weights": describe_weights(weights),
         **body,
     }

@@ -4,6 +4,7 @@ import argparse
 import fnmatch
 import re
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -102,20 +103,25 @@ def add_cases(parser: argparse.ArgumentParser, *, default: list[str]) -> None:
     )
 
 
-def cases_of(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """The configurations asked for, in the order of the patterns.
+def cases_of(patterns: Sequence[str]) -> dict[str, dict[str, str]]:
+    """The configurations that patterns ask for, in their order.
 
     Raises:
         InputError: a pattern matches none.
     """
-    chosen: dict[str, dict[str, Any]] = {}
-    for pattern in options.cases:
+    chosen: dict[str, dict[str, str]] = {}
+    for pattern in patterns:
         names = fnmatch.filter(CASES, pattern)
         if not names:
             raise InputError(f"--cases {pattern}: expected a pattern of some of {', '.join(CASES)}.")
-        for name in names:
-            chosen[name] = CASES[name] | {"codeformer_fidelity": options.codeformer_fidelity}
+        chosen |= {name: CASES[name] for name in names}
     return chosen
+
+
+def cases_at_fidelity(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """The configurations of --cases, with --codeformer-fidelity."""
+    fidelity = {"codeformer_fidelity": options.codeformer_fidelity}
+    return {name: case | fidelity for name, case in cases_of(options.cases).items()}
 
 
 def add_repetition(parser: argparse.ArgumentParser, *, warmup: int, repeats: int) -> None:
@@ -169,12 +175,18 @@ def describe_picture(file: Path) -> dict[str, Any]:
 
 
 def run(program: Callable[[], int]) -> int:
-    """A program's exit status; errors of ours become a line on the error stream."""
+    """A program's exit status; errors of ours become a line on the error stream.
+
+    SIGTERM ends the program as an exception does, so that no server is left behind.
+    """
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         return program()
     except CodeFormerError as failure:
         print(f"error: {failure}", file=sys.stderr)
         return 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def command_line(program: str, arguments: Sequence[str] | None) -> str:

@@ -14,16 +14,17 @@ from typing import Any, Final
 import numpy as np
 
 from benchmarks import options as opt
-from benchmarks.measure import summarise, write_report
+from benchmarks.measure import check_output, summarise, write_report
 from codeformer.alignment import align_faces, make_working_copy
 from codeformer.basicsr_compat import import_basicsr
 from codeformer.degradation import HEAVY, MILD, MODERATE, DegradationRange
 from codeformer.detection import FaceDetector
 from codeformer.errors import InputError
 from codeformer.images import ImageU8, decode_image
+from codeformer.machine import describe_machine
 from codeformer.models import Models, load_models
 from codeformer.pipeline import Pipeline, RestoredImage
-from codeformer.plan import ExecutionPlan, available_device, check_fidelity, resolve_plan
+from codeformer.plan import available_device, check_fidelity, resolve_plan, torch_switches
 from codeformer.weights.download import fetch_set
 from codeformer.weights.manifest import load_weight_set
 
@@ -63,8 +64,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace, command: str) -> int:
     fidelities = [check_fidelity(w) for w in options.fidelities]
-    settings = _settings(options)
+    against = "baseline/safe" if options.against == "baseline" else options.against
+    if against and against not in opt.CASES:
+        raise InputError(f"--against {against}: expected one of {', '.join(opt.CASES)}.")
+    settings = opt.cases_of([against, *options.cases] if against else options.cases)
+    check_output(options.output)
     device = available_device(options.device)
+    machine = describe_machine(device)
     weights = load_weight_set(options.weights)
     files = opt.pictures_in(options.reference)[: options.limit]
     fetch_set(weights, progress=True)
@@ -101,29 +107,15 @@ def _run(options: argparse.Namespace, command: str) -> int:
             }
             _print(f"{name} w={fidelity:g}", row["scores"])
             report["restored"].append(row)
-        if options.against:
-            report["deviations"] += _deviations(outputs, settings, options.against, fidelity)
-    if options.against:
+        if against:
+            report["deviations"] += _deviations(outputs, settings, against, fidelity)
+    if against:
         _add_codes(report["deviations"], models, spoilt, device)
         for row in report["deviations"]:
             _print_deviation(row)
-    write_report(options.output, "quality", device, weights, report)
+    write_report(options.output, "quality", machine, weights, report)
     print(f"wrote {options.output}")
     return 0
-
-
-def _settings(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """The cases, the one to compare with first."""
-    if options.against == "baseline":
-        options.against = "baseline/safe"
-    if options.against:
-        options.cases = [options.against, *options.cases]
-    # Each fidelity is set where it is used.
-    options.codeformer_fidelity = 0.0
-    settings = opt.cases_of(options)
-    if options.against and options.against not in settings:
-        raise InputError(f"--against {options.against}: expected one of {', '.join(opt.CASES)}.")
-    return settings
 
 
 def _read(file: Path) -> ImageU8:
@@ -138,7 +130,9 @@ def _read(file: Path) -> ImageU8:
 def _face_boxes(detector: FaceDetector, picture: ImageU8) -> list[Box]:
     height, width = picture.shape[:2]
     boxes = []
-    for face in detector.detect([picture])[0]:
+    with torch_switches(cudnn_benchmark=False):
+        [faces] = detector.detect([picture])
+    for face in faces:
         left, top = np.floor(face.box_xyxy[:2]).astype(int).clip(0)
         right, bottom = np.ceil(face.box_xyxy[2:]).astype(int).clip(None, (width, height))
         # SSIM looks through a window of 11 px.
@@ -182,6 +176,8 @@ def _niqe_of(pictures: Sequence[ImageU8]) -> dict[str, float | int] | None:
         for picture in pictures
         if min(picture.shape[:2]) >= _SMALLEST_FOR_NIQE
     ]
+    # Flat pictures have no statistics.
+    numbers = [number for number in numbers if np.isfinite(number)]
     return summarise(numbers) if numbers else None
 
 
@@ -220,21 +216,28 @@ def _add_codes(
     crops = []
     for picture in spoilt:
         working = make_working_copy(picture)
-        faces, _ = align_faces(working, models.detector.detect([working.image_bgr])[0])
+        with torch_switches(cudnn_benchmark=False):
+            [found] = models.detector.detect([working.image_bgr])
+        faces, _ = align_faces(working, found)
         crops += [face.crop_bgr[None] for face in faces]
     if not crops:
         return
-    known: dict[tuple[bool, str | None], np.ndarray] = {}
+    stacked = np.concatenate(crops)
+    known: dict[tuple[object, ...], np.ndarray] = {}
 
     def codes(case: Mapping[str, Any]) -> np.ndarray:
-        plan: ExecutionPlan = resolve_plan(
+        plan = resolve_plan(
             case["runtime_profile"], case["stability_mode"], case["compile_backend"], device=device
         )
-        # What code prediction depends on: it is in float32 in every profile.
-        key = (plan.optimized, plan.compile_backend)
+        # All that code prediction depends on: it is in float32 in every profile.
+        key = (plan.optimized, plan.compile_backend, plan.micro_batch, plan.cudnn_benchmark)
         if key not in known:
             restorer = (models.optimized(plan.compile_backend) if plan.optimized else models).restorer
-            known[key] = np.concatenate([restorer.codes(crop) for crop in crops])
+            with torch_switches(cudnn_benchmark=plan.cudnn_benchmark):
+                batches = range(0, len(stacked), plan.micro_batch)
+                known[key] = np.concatenate(
+                    [restorer.codes(stacked[start : start + plan.micro_batch]) for start in batches]
+                )
         return known[key]
 
     for row in rows:

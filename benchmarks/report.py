@@ -160,12 +160,13 @@ def _requests(report: Report, name: str, prices: Prices) -> Section:
             f"{name}_latency.png": plot_latency(latencies, "ms per image, over HTTP"),
             f"{name}_stages.png": plot_stages(
                 {
-                    label: {stage: summary["p50"] for stage, summary in profile["stages_ms"].items()}
+                    label: _medians(profile["stages_ms"])
                     for label, profile in report["profiles"].items()
                     if "stages_ms" in profile
                 },
                 "median ms of a request",
             ),
+            **_cost_plot(name, latencies, prices),
         }
         if latencies
         else {},
@@ -174,37 +175,53 @@ def _requests(report: Report, name: str, prices: Prices) -> Section:
 
 def _single_image(report: Report, name: str, prices: Prices) -> Section:
     hour = prices.of(report["machine"])
-    good = {label: case for label, case in report["cases"].items() if case["warm_ms"]}
+    good = {label: case for label, case in report["cases"].items() if "warm_ms" in case}
     latencies = [
         Latency(
-            label, case["warm_ms"], 1e3 / case["warm_ms"]["avg"], 0, cost_of(case["warm_ms"]["avg"], hour)
+            label,
+            case["warm_ms"],
+            1e3 / case["warm_ms"]["avg"],
+            len(case["errors"]),
+            cost_of(case["warm_ms"]["avg"], hour),
         )
         for label, case in good.items()
     ]
     rows = [
         [
             *_latency_row(latency),
-            f"{good[latency.label]['cold_ms']:,.0f}",
-            f"{good[latency.label]['setup_s']:.1f}",
+            f"{good[latency.label]['cold_ms']['p50']:,.0f}",
+            f"{good[latency.label]['setup_s']['p50']:.1f}",
             _or_dash(good[latency.label]["peak_memory_mib"], "{:,.0f}"),
+            good[latency.label]["peak_memory_of"] or "",
         ]
         for latency in latencies
     ]
     image = report["image"]
     notes = [
         _sentence(
-            f"{image['name']}, {image['width']} x {image['height']} px, a fresh server for each",
+            f"{image['name']}, {image['width']} x {image['height']} px",
+            f"{report['starts']} fresh servers for each configuration",
             f"{report['repeats']} requests after the first and {report['warmup']} to warm up",
         ),
         f"Fastest when warm: {report['best_warm']}. Fastest from cold: {report['best_cold']}.",
     ]
-    notes += [f"{label} failed: {case['error']}" for label, case in report["cases"].items() if case["error"]]
+    notes += [
+        f"{label} failed: {error}" for label, case in report["cases"].items() for error in case["errors"]
+    ]
     return Section(
         "One picture, cold and warm",
         [*notes, *_provenance(report)],
-        [*_latency_header(prices), "first request, ms", "setup, s", "peak memory, MiB"],
+        [*_latency_header(prices), "first request, ms", "setup, s", "peak memory, MiB", "of"],
         rows,
-        {f"{name}_latency.png": plot_latency(latencies, "ms, warm, over HTTP")} if latencies else {},
+        {
+            f"{name}_latency.png": plot_latency(latencies, "ms, warm, over HTTP"),
+            f"{name}_stages.png": plot_stages(
+                {label: _medians(case["stages_ms"]) for label, case in good.items()}, "median ms of a request"
+            ),
+            **_cost_plot(name, latencies, prices),
+        }
+        if latencies
+        else {},
     )
 
 
@@ -213,13 +230,14 @@ def _stages(report: Report, name: str, prices: Prices) -> Section:
     rows: list[Row] = []
     breakdown = {}
     for case in report["cases"]:
-        place = f"{case['width']} x {case['height']}, {case['faces']} faces, batch {case['batch_size']}"
+        place = f"{case['picture']}, {case['width']} x {case['height']}, {case['faces']} faces, "
+        place += f"batch {case['batch_size']}"
         for label, result in case["configurations"].items():
             total = result["total_ms"]
             breakdown[f"{label}\n{place}"] = {
                 stage: row["ms"]["p50"] for stage, row in result["stages"].items()
             }
-            cost = cost_of(total["p50"] / case["batch_size"], hour)
+            cost = cost_of(total["avg"] / case["batch_size"], hour)
             memory = _or_dash(result["peak_memory_mib"], "{:,.0f} MiB")
             rows.append(
                 [place, label, "whole request", *_spread(total), "", "", memory, _or_dash(cost, "{:.3f}")]
@@ -236,13 +254,20 @@ def _stages(report: Report, name: str, prices: Prices) -> Section:
             ]
     ceilings = report["ceilings"]
     speeds = ", ".join(f"{kind} {speed:,.0f} GFLOP/s" for kind, speed in ceilings["matmul_gflops"].items())
+    failures = [
+        f"{label} failed: {failure}"
+        for case in report["cases"]
+        for label, failure in case["failures"].items()
+    ]
     notes = [
         _sentence(
             f"In process, {report['repeats']} rounds after {report['warmup']} to warm up",
             "configurations in turns",
-            f"ceilings: {speeds} in a matrix product, {ceilings['copy_gbytes_per_s']:.1f} GB/s in a copy",
+            f"ceilings: {speeds} in a matrix product",
+            f"{ceilings['host_copy_gbytes_per_s']:.1f} GB/s in a copy on the host",
         )
     ]
+    notes += failures
     plots = {f"{name}_stages.png": plot_stages(breakdown, "median ms of a request")}
     for axis, title in (("faces", "faces"), ("megapixels", "megapixels")):
         if lines := _scaling(report["cases"], axis):
@@ -360,6 +385,18 @@ def plot_stages(breakdown: Mapping[str, Mapping[str, float]], unit: str) -> Figu
     return figure
 
 
+def plot_costs(costs: Mapping[str, float], currency: str) -> Figure:
+    """A bar for each configuration: what 1000 images cost."""
+    figure, axes = _figure(1.2 + 0.4 * len(costs))
+    labels = list(costs)[::-1]
+    bars = axes.barh(labels, [costs[label] for label in labels], color=COLOURS[2], height=0.6)
+    axes.bar_label(bars, fmt="%.3f", padding=3)
+    axes.set_xlabel(f"{currency} per {_IMAGES_PRICED} images, on a machine that does nothing else")
+    axes.margins(x=0.12)
+    axes.grid(axis="x", alpha=0.3)
+    return figure
+
+
 def plot_scaling(lines: Mapping[str, Sequence[tuple[float, float]]], axis: str) -> Figure:
     """Time per image over faces or megapixels."""
     figure, axes = _figure(4.2)
@@ -396,6 +433,16 @@ def render(sections: Sequence[Section], pictures: Mapping[str, bytes]) -> str:
         table = f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
         body.append(f'<div class="table">{table}</div>')
     return _PAGE.replace("BODY", "\n".join(body))
+
+
+def _medians(stages: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    return {stage: summary["p50"] for stage, summary in stages.items()}
+
+
+def _cost_plot(name: str, latencies: Sequence[Latency], prices: Prices) -> dict[str, Figure]:
+    """The plot of costs by file name, if the device has a price."""
+    costs = {latency.label: latency.cost for latency in latencies if latency.cost is not None}
+    return {f"{name}_cost.png": plot_costs(costs, prices.currency)} if costs else {}
 
 
 def _cells(row: Row) -> str:

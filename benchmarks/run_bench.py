@@ -16,9 +16,10 @@ if __package__ in (None, ""):  # run as a file: python benchmarks/run_bench.py
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import options as opt
-from benchmarks.measure import pair_ratios, rotated, stage_times, summarise, write_report
+from benchmarks.measure import check_output, pair_ratios, rotated, stage_times, summarise, write_report
 from benchmarks.server import Answer, as_input, running_server
 from codeformer.errors import InputError
+from codeformer.machine import describe_machine
 from codeformer.plan import available_device, check_fidelity
 from codeformer.weights.manifest import load_weight_set
 
@@ -35,22 +36,23 @@ class Tally:
     Attributes:
         requests: the good ones, as (number of images, answer).
         rounds: for each round its total in ms, None if a request of it failed.
-        failures: how often each error came, by the names of its pictures and its text.
+        failures: how often each error came, by the names of its pictures and its text, warm-up included.
     """
 
     requests: list[tuple[int, Answer]] = field(default_factory=list)
     rounds: list[float | None] = field(default_factory=list)
     failures: Counter[tuple[tuple[str, ...], str]] = field(default_factory=Counter)
 
-    def add_round(self, answers: Sequence[tuple[Sequence[Path], Answer]]) -> None:
-        """Counts one round's answers; failed ones count as failures and nowhere else."""
+    def add_round(self, answers: Sequence[tuple[Sequence[Path], Answer]], *, counts: bool) -> None:
+        """Counts one round's answers. Failures count always, and as nothing else; times only if asked to."""
         for files, answer in answers:
-            if answer.error is None:
-                self.requests.append((len(files), answer))
-            else:
+            if answer.error is not None:
                 self.failures[tuple(file.name for file in files), answer.error] += 1
-        whole = all(answer.error is None for _, answer in answers)
-        self.rounds.append(sum(answer.elapsed_ms for _, answer in answers) if whole else None)
+            elif counts:
+                self.requests.append((len(files), answer))
+        if counts:
+            whole = all(answer.error is None for _, answer in answers)
+            self.rounds.append(sum(answer.elapsed_ms for _, answer in answers) if whole else None)
 
     def report(self, images: int) -> dict[str, Any]:
         """The profile's part of the report; a round is `images` images."""
@@ -96,6 +98,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace, command: str) -> int:
     check_fidelity(options.codeformer_fidelity)
+    check_output(options.output)
+    machine = describe_machine(available_device(None))
     files = options.images or opt.pictures_in(options.image_dir or opt.DATA)
     if missing := [str(file) for file in files if not file.is_file()]:
         raise InputError(f"--images: no such file: {', '.join(missing)}.")
@@ -131,7 +135,7 @@ def _run(options: argparse.Namespace, command: str) -> int:
         },
         "ratios_to_first": _ratios(tallies),
     }
-    write_report(options.output, "requests", available_device(None), weights, report)
+    write_report(options.output, "requests", machine, weights, report)
     _print(report)
     print(f"wrote {options.output}")
     return int(any(tally.failures for tally in tallies.values()))
@@ -149,14 +153,16 @@ def _measure(
             # Within a round too: the first to see a picture pays for its size.
             for name in rotated(names, turn + number):
                 answers[name].append((request, ask(name, request)))
-        if turn >= options.warmup:
-            for name in names:
-                tallies[name].add_round(answers[name])
-        counted = "warm-up" if turn < options.warmup else f"round {turn - options.warmup + 1}"
-        times = "  ".join(
-            f"{name} {sum(answer.elapsed_ms for _, answer in answers[name]) / 1e3:.2f} s" for name in names
-        )
-        print(f"{counted}: {times}")
+        counts = turn >= options.warmup
+        for name in names:
+            tallies[name].add_round(answers[name], counts=counts)
+        title = f"round {turn - options.warmup + 1}" if counts else "warm-up"
+        print(f"{title}: {'  '.join(f'{name} {_progress(answers[name])}' for name in names)}")
+
+
+def _progress(answers: Sequence[tuple[Sequence[Path], Answer]]) -> str:
+    failed = sum(answer.error is not None for _, answer in answers)
+    return f"{failed} failed" if failed else f"{sum(answer.elapsed_ms for _, answer in answers) / 1e3:.2f} s"
 
 
 def _latency(samples: Sequence[float], items: int) -> dict[str, Any]:

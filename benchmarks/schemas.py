@@ -113,14 +113,16 @@ _REQUESTS: Final = _report(
 _SINGLE_CASE: Final = _object(
     {
         "configuration": _CONFIGURATION,
-        "error": _or_null(_TEXT),
-        "setup_s": _or_null(_TIME),
-        "cold_ms": _or_null(_TIME),
-        "warm_ms": _or_null(SUMMARY),
+        "errors": _list_of(_TEXT),
+        # Absent where every start failed.
+        "setup_s": SUMMARY,
+        "cold_ms": SUMMARY,
+        "warm_ms": SUMMARY,
         "stages_ms": _map_of(SUMMARY),
         "peak_memory_mib": _or_null(_TIME),
         "peak_memory_of": {"enum": ["server processes", "GPU", None]},
-    }
+    },
+    optional=("setup_s", "cold_ms", "warm_ms", "stages_ms"),
 )
 _SINGLE_IMAGE: Final = _report(
     "single_image",
@@ -128,6 +130,7 @@ _SINGLE_IMAGE: Final = _report(
         "command": _TEXT,
         "server": {"enum": ["cog", "direct"]},
         "image": _object({"name": _TEXT, "width": _COUNT, "height": _COUNT}),
+        "starts": {"type": "integer", "minimum": 1},
         "warmup": _COUNT,
         "repeats": {"type": "integer", "minimum": 1},
         "cases": _map_of(_SINGLE_CASE),
@@ -152,15 +155,17 @@ _STAGES: Final = _report(
         "warmup": _COUNT,
         "repeats": {"type": "integer", "minimum": 1},
         "ceilings": _object(
-            {"matmul_gflops": _map_of(_TIME), "copy_gbytes_per_s": _TIME},
+            {"matmul_gflops": _map_of(_TIME), "host_copy_gbytes_per_s": _TIME},
         ),
         "cases": _list_of(
             _object(
                 {
+                    "picture": _TEXT,
                     "faces": _COUNT,
                     "width": _COUNT,
                     "height": _COUNT,
                     "batch_size": _COUNT,
+                    "failures": _map_of(_TEXT),
                     "configurations": _map_of(
                         _object(
                             {

@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -32,6 +33,7 @@ _STOP_S: Final = 20.0
 # How long a failed request may keep the worker after its answer.
 _BUSY_S: Final = 30.0
 _TAIL_CHARACTERS: Final = 4000
+_DEAD: Final = ("SETUP_FAILED", "DEFUNCT")
 _MIME_TYPES: Final = {".png": "image/png", ".webp": "image/webp", ".bmp": "image/bmp", ".tif": "image/tiff"}
 
 
@@ -65,34 +67,54 @@ class Server:
         self, process: subprocess.Popen[bytes], port: int, log: Path, kind: ServerKind, setup_s: float
     ) -> None:
         self._process = process
-        self._url = f"http://{HOST}:{port}/predictions"
+        self._port = port
         self._log = log
         self._session = requests.Session()
+        # A proxy is for other hosts.
+        self._session.trust_env = False
         self.kind = kind
         self.setup_s = setup_s
 
     def predict(self, inputs: Mapping[str, Any], timeout_s: float) -> Answer:
-        """Sends a request and waits for its answer.
+        """Sends a request and waits for its answer, or until the server has got over its lateness.
 
         Raises:
-            BenchmarkError: the server is gone.
+            BenchmarkError: the server is gone, or does not come to an end with a late request.
         """
+        url = f"http://{HOST}:{self._port}/predictions"
+        body = json.dumps({"input": dict(inputs)}).encode()
+        headers = {"Content-Type": "application/json"}
         deadline = time.monotonic() + _BUSY_S
         while True:
             started = time.perf_counter()
             try:
-                reply = self._session.post(self._url, json={"input": dict(inputs)}, timeout=timeout_s)
+                reply = self._session.post(url, data=body, headers=headers, timeout=timeout_s)
             except requests.Timeout:
-                return Answer(_since(started), error=f"no answer within {timeout_s:g} s (--timeout-sec)")
-            except requests.ConnectionError as cause:
+                late = Answer(_since(started), error=f"no answer within {timeout_s:g} s (--timeout-sec)")
+                self._wait_until_idle(max(timeout_s, _BUSY_S))
+                return late
+            except requests.RequestException as cause:
                 raise BenchmarkError(
                     f"the server does not answer any more ({type(cause).__name__}); the end of its log:\n"
                     f"{tail(self._log)}"
                 ) from cause
             elapsed_ms = _since(started)
+            if reply.status_code == 503:
+                raise BenchmarkError(f"the server can serve no more; the end of its log:\n{tail(self._log)}")
             if reply.status_code != 409 or time.monotonic() > deadline:
                 return _read_answer(reply, elapsed_ms)
             time.sleep(_POLL_S)
+
+    def _wait_until_idle(self, limit_s: float) -> None:
+        deadline = time.monotonic() + limit_s
+        while time.monotonic() < deadline:
+            state, _ = _health(self._session, self._port)
+            if state == "READY":
+                return
+            if state in _DEAD:
+                break
+            time.sleep(_POLL_S)
+        raise BenchmarkError(f"the server does not get over a late request:\n{tail(self._log)}")
 
     def peak_memory_mib(self) -> tuple[float, str] | tuple[None, None]:
         """The most memory the server has held so far, and of what: the GPU or its processes."""
@@ -123,24 +145,34 @@ def running_server(
         port: a free one.
         kind: "cog" for `cog serve` in Docker, "direct" for Cog's server in this environment; None takes
             the first that is possible here.
-        weights: the weight set; None for the server's own choice. Docker takes the image's.
-        deadline_s: how long to wait until it is ready.
+        weights: the weight set; None for the server's own choice, the only one in Docker.
+        deadline_s: how long to wait until it is ready; `cog serve` may have to build the image first.
 
     Raises:
-        BenchmarkError: the port is in use, the server cannot be started, its setup fails, or it is not
-            ready in time; shows the server's own words.
+        BenchmarkError: the port is in use, the server cannot be started, its setup fails, it is not ready in
+            time, or does not give the port back; shows the server's own words.
     """
     check_port(port)
-    kind = kind or ("cog" if shutil.which("cog") and shutil.which("docker") else "direct")
+    kind = server_kind(kind)
+    if kind == "cog" and weights:
+        raise BenchmarkError(
+            "--weights: an image serves its own weights; leave it out, or use --server direct."
+        )
     with tempfile.TemporaryDirectory(prefix="codeformer-bench-") as folder:
         log = Path(folder) / "server.log"
         started = time.monotonic()
-        process = _start(kind, port, weights, log)
+        process = _start(kind, port, weights, Path(folder), log)
         try:
             _wait(process, port, log, started + deadline_s)
             yield Server(process, port, log, kind, time.monotonic() - started)
         finally:
-            _stop(process)
+            _stop(process, port, kind)
+    _wait_until_free(port)
+
+
+def server_kind(wanted: ServerKind | None) -> ServerKind:
+    """The way to start a server that was asked for, else the first one possible here."""
+    return wanted or ("cog" if shutil.which("cog") and shutil.which("docker") else "direct")
 
 
 def check_port(port: int) -> None:
@@ -171,7 +203,9 @@ def tail(log: Path) -> str:
         return "(no log)"
 
 
-def _start(kind: ServerKind, port: int, weights: str | None, log: Path) -> subprocess.Popen[bytes]:
+def _start(
+    kind: ServerKind, port: int, weights: str | None, folder: Path, log: Path
+) -> subprocess.Popen[bytes]:
     environment = dict(os.environ)
     if kind == "cog":
         command = ["cog", "serve", "-p", str(port)]
@@ -183,9 +217,15 @@ def _start(kind: ServerKind, port: int, weights: str | None, log: Path) -> subpr
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}",
             "PORT": str(port),
             "COG_PREDICT_TYPE_STUB": "predict.py:Predictor",
+            # What another server has compiled would make this one's start look fast.
+            "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
+            "TRITON_CACHE_DIR": str(folder / "triton"),
         }
         if weights:
-            environment["CODEFORMER_WEIGHTS"] = weights
+            # A folder is meant as seen from here, not from where the server runs.
+            environment["CODEFORMER_WEIGHTS"] = (
+                str(Path(weights).resolve()) if Path(weights).is_dir() else weights
+            )
     with log.open("wb") as output:
         try:
             return subprocess.Popen(  # noqa: S603
@@ -199,31 +239,61 @@ def _start(kind: ServerKind, port: int, weights: str | None, log: Path) -> subpr
 
 def _wait(process: subprocess.Popen[bytes], port: int, log: Path, deadline: float) -> None:
     state = "no answer"
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            raise BenchmarkError(f"the server ended with status {process.returncode}:\n{tail(log)}")
-        with contextlib.suppress(requests.RequestException, ValueError):
-            health = requests.get(f"http://{HOST}:{port}/health-check", timeout=5).json()
-            state = str(health.get("status"))
+    with requests.Session() as session:
+        session.trust_env = False
+        while time.monotonic() < deadline:
+            if process.poll() is not None:
+                raise BenchmarkError(f"the server ended with status {process.returncode}:\n{tail(log)}")
+            state, own_log = _health(session, port)
             if state == "READY":
                 return
-            if state == "SETUP_FAILED":
-                own = str((health.get("setup") or {}).get("logs") or "").strip()[-_TAIL_CHARACTERS:]
-                raise BenchmarkError(f"the server's setup failed:\n{own or tail(log)}")
-        time.sleep(_POLL_S)
+            if state in _DEAD:
+                raise BenchmarkError(f"the server's setup failed ({state}):\n{own_log or tail(log)}")
+            time.sleep(_POLL_S)
     raise BenchmarkError(f"the server was not ready in time ({state}):\n{tail(log)}")
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Ends the server's whole process group, first kindly."""
+def _health(session: requests.Session, port: int) -> tuple[str, str]:
+    """The server's state in its own word, and the end of its setup's log."""
+    try:
+        health = session.get(f"http://{HOST}:{port}/health-check", timeout=5).json()
+    except (requests.RequestException, ValueError):
+        return "no answer", ""
+    log = str((health.get("setup") or {}).get("logs") or "")
+    return str(health.get("status")), log.strip()[-_TAIL_CHARACTERS:]
+
+
+def _stop(process: subprocess.Popen[bytes], port: int, kind: ServerKind) -> None:
+    """Ends the server and all that it has started, first kindly."""
+    if kind == "cog":
+        # The container is no child of ours: it has to end itself.
+        with contextlib.suppress(requests.RequestException):
+            requests.post(f"http://{HOST}:{port}/shutdown", timeout=5)
+    family = [psutil.Process(process.pid)] if process.poll() is None else []
+    family += [child for parent in family for child in parent.children(recursive=True)]
     for number in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, number)
+        for member in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.send_signal(number)
+        _, family = psutil.wait_procs(family, _STOP_S)
+        if not family:
+            break
+    process.wait(_STOP_S)
+
+
+def _wait_until_free(port: int) -> None:
+    deadline = time.monotonic() + _STOP_S
+    while True:
         try:
-            process.wait(_STOP_S)
-        except subprocess.TimeoutExpired:
-            continue
-        return
+            check_port(port)
+        except BenchmarkError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(_POLL_S)
+        else:
+            return
 
 
 def _read_answer(reply: requests.Response, elapsed_ms: float) -> Answer:
@@ -255,8 +325,13 @@ def _gpu_memory_mib(pids: Sequence[int]) -> float | None:
         lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout  # noqa: S603
     except (OSError, subprocess.CalledProcessError):
         return None
-    rows = [line.split(",") for line in lines.splitlines() if "," in line]
-    held = [float(row[1]) for row in rows if row[0].strip().isdigit() and int(row[0]) in set(pids)]
+    rows = [line.split(",") for line in lines.splitlines() if line.count(",") == 1]
+    # Where processes must not see each other's memory, the column holds words.
+    held = [
+        float(memory)
+        for pid, memory in rows
+        if pid.strip().isdigit() and int(pid) in set(pids) and memory.strip().replace(".", "", 1).isdigit()
+    ]
     return sum(held) if held else None
 
 

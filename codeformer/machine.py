@@ -4,13 +4,15 @@ import os
 import platform
 import subprocess
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 
 _PACKAGES: Final = ("torch", "torchvision", "numpy", "opencv-python", "cog", "facexlib", "basicsr")
+# Results are written one after another, and are no reason to distrust the next.
+_NOT_CODE: Final = (":!benchmarks/results", ":!docs", ":!*.md", ":!weights/*/scores.json")
 _CPU_INFO: Final = Path("/proc/cpuinfo")
 
 
@@ -42,7 +44,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "load_average": [round(load, 2) for load in os.getloadavg()],
         "platform": platform.platform(),
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in _PACKAGES},
+        "versions": {name: _version(name) for name in _PACKAGES},
     }
 
 
@@ -56,9 +58,18 @@ def cpu_name() -> str:
 
 
 def commit() -> str:
-    """The commit of the code, with a + if files have been changed since; "unknown" outside a repository."""
-    folder = str(Path(__file__).parent)
-    return _output_of("git", "-C", folder, "describe", "--always", "--abbrev=12", "--dirty=+") or "unknown"
+    """The commit of the code, with a + if code has been changed since; "unknown" outside a repository."""
+    folder = str(Path(__file__).resolve().parents[1])
+    name = _output_of("git", "-C", folder, "rev-parse", "--short=12", "HEAD")
+    changed = _output_of("git", "-C", folder, "status", "--porcelain", "--", ".", *_NOT_CODE)
+    return (name + "+" * bool(changed)) if name else "unknown"
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def _output_of(*command: str) -> str:

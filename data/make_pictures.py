@@ -22,7 +22,7 @@ from tqdm import tqdm
 from codeformer.degradation import HEAVY, MILD, MODERATE, Degradation
 from codeformer.images import ImageU8
 
-FOLDER: Final = Path(__file__).parent
+FOLDER: Final = Path(__file__).resolve().parent
 COUNT: Final = 100
 SEED: Final = 2022
 # Written by the plan of this module, whichever pictures are made.
@@ -125,6 +125,8 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=COUNT, help=f"how many, default {COUNT}")
     parser.add_argument("--clean", action="store_true", help="unspoilt, as references for benchmarks.quality")
     options = parser.parse_args()
+    if options.output.resolve() == FOLDER and (options.clean or options.count != COUNT):
+        parser.error("--clean and --count write other pictures than data/ holds: name another --output.")
     recipes = [plan(number) for number in range(1, options.count + 1)]
     if options.clean:
         recipes = [replace(recipe, degradation=None) for recipe in recipes]

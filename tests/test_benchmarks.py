@@ -1,8 +1,11 @@
 """Benchmarks: the numbers they make of samples, what they say of faults, and what is committed."""
 
 import argparse
+import contextlib
 import http.server
 import json
+import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -30,9 +33,10 @@ from benchmarks.measure import (
     write_report,
 )
 from benchmarks.schemas import SCHEMAS
-from benchmarks.server import check_port, running_server
+from benchmarks.server import as_input, check_port, running_server
 from codeformer.errors import BenchmarkError, InputError
 from codeformer.images import encode_jpeg
+from codeformer.machine import describe_machine
 from codeformer.weights.manifest import load_weight_set
 from tests import pictures
 from tests.conftest import CPU
@@ -52,8 +56,9 @@ def test_summaries_are_those_of_the_statistics_module() -> None:
     for name, rank in (("p25", 25), ("p75", 75), ("p95", 95), ("p99", 99)):
         assert summary[name] == pytest.approx(hundredths[rank - 1], abs=1e-3)
     assert (summary["min"], summary["max"]) == pytest.approx((min(samples), max(samples)), abs=1e-3)
-    with pytest.raises(ValueError, match="no samples"):
-        summarise([])
+    for samples in ([], [1.0, float("nan")]):
+        with pytest.raises(ValueError, match="finite samples"):
+            summarise(samples)
 
 
 def test_compared_calls_take_turns_and_each_begins_a_round() -> None:
@@ -181,17 +186,88 @@ def test_a_failed_setup_shows_the_servers_own_error(tmp_path: Path) -> None:
 
 
 def test_a_server_that_is_never_ready_is_given_up(blind_weights: Path) -> None:
-    before = children()
+    port = free_port()
     with (
         pytest.raises(BenchmarkError, match="not ready in time"),
-        running_server(free_port(), kind="direct", weights=str(blind_weights), deadline_s=0.3),
+        running_server(port, kind="direct", weights=str(blind_weights), deadline_s=0.3),
     ):
         pytest.fail("the server is ready")
-    assert children() <= before
+    assert not servers_on(port)
 
 
-def children() -> set[int]:
-    return {child.pid for child in psutil.Process().children(recursive=True)}
+def servers_on(port: int) -> list[psutil.Process]:
+    """Processes that were started to listen there, wherever they hang in the tree."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("PORT") == str(port) and process.pid != os.getpid():
+                found.append(process)
+    return found
+
+
+@pytest.mark.slow
+def test_a_server_that_dies_says_so_and_leaves_nothing_behind(blind_weights: Path, folder: Path) -> None:
+    port = free_port()
+    with running_server(port, kind="direct", weights=str(blind_weights), deadline_s=120) as server:
+        inputs = {"images": [as_input(folder / "1.jpg")]}
+        good = server.predict(inputs, 60)
+        assert good.error is None
+        assert good.metrics["timing.detect"] > 0
+        family = servers_on(port)
+        # The server and its worker.
+        assert len(family) >= 2
+        memory, of = server.peak_memory_mib()
+        assert memory is not None
+        assert memory > 100
+        assert of in {"server processes", "GPU"}
+        for process in family:
+            process.kill()
+        with pytest.raises(BenchmarkError, match="server"):
+            server.predict(inputs, 60)
+    assert not servers_on(port)
+
+
+@pytest.mark.slow
+def test_the_next_request_after_a_late_one_meets_an_idle_server(blind_weights: Path, folder: Path) -> None:
+    port = free_port()
+    with running_server(port, kind="direct", weights=str(blind_weights), deadline_s=120) as server:
+        inputs = {"images": [as_input(folder / "10.jpg")] * 4}
+        late = server.predict(inputs, 0.002)
+        assert "no answer within" in str(late.error)
+        assert server.predict(inputs, 60).error is None
+
+
+@pytest.mark.slow
+def test_a_benchmark_that_is_terminated_ends_its_server(blind_weights: Path, folder: Path) -> None:
+    port = free_port()
+    command = [sys.executable, "benchmarks/run_bench.py", "--images", str(folder / "1.jpg")]
+    command += ["--server", "direct", "--port", str(port), "--weights", str(blind_weights)]
+    command += ["--repeats", "100000", "--output", str(folder / "never.json")]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as benchmark:
+        deadline = time.monotonic() + 120
+        while len(servers_on(port)) < 2 and time.monotonic() < deadline:
+            time.sleep(0.2)
+        benchmark.terminate()
+        assert benchmark.wait(60) == 128 + signal.SIGTERM
+    assert not servers_on(port)
+    assert not (folder / "never.json").exists()
+
+
+def test_an_image_serves_its_own_weights(blind_weights: Path) -> None:
+    with (
+        pytest.raises(BenchmarkError, match="--weights"),
+        running_server(free_port(), kind="cog", weights=str(blind_weights)),
+    ):
+        pytest.fail("started")
+
+
+def test_an_output_that_cannot_be_written_is_said_before_the_work(
+    folder: Path, blind_weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    arguments = ["--images", str(folder / "1.jpg"), "--weights", str(blind_weights)]
+    assert run_bench.main([*arguments, "--output", str(tmp_path / "file" / "out.json")]) == 1
+    assert "cannot be written" in capsys.readouterr().err
 
 
 def run(arguments: list[str], output: Path) -> tuple[int, dict[str, Any]]:
@@ -308,15 +384,16 @@ def test_a_single_picture_finds_its_fastest_configurations(
     output = tmp_path / "single.json"
     arguments = ["--image", str(folder / "1.jpg"), "--cases", "baseline/safe", "max_speed/optimized/none"]
     arguments += ["--weights", str(blind_weights), "--server", "direct", "--port", str(free_port())]
-    status = bench_single_image.main([*arguments, "--repeats", "2", "--warmup", "0", "--output", str(output)])
+    arguments += ["--starts", "2", "--repeats", "2", "--warmup", "0", "--output", str(output)]
+    status = bench_single_image.main(arguments)
     result = read_report(output)
     assert status == 0
     assert list(result["cases"]) == ["baseline/safe", "max_speed/optimized/none"]
     for case in result["cases"].values():
-        assert case["error"] is None
-        assert case["setup_s"] > 0.5
-        assert case["cold_ms"] > 0
-        assert case["warm_ms"]["count"] == 2
+        assert case["errors"] == []
+        assert case["setup_s"]["min"] > 0.5
+        assert case["cold_ms"]["count"] == 2
+        assert case["warm_ms"]["count"] == 4
         assert case["peak_memory_mib"] > 100
     medians = {name: case["warm_ms"]["p50"] for name, case in result["cases"].items()}
     assert result["best_warm"] == min(medians, key=lambda name: medians[name])
@@ -330,7 +407,8 @@ def test_a_configuration_that_fails_is_no_winner(folder: Path, blind_weights: Pa
     arguments += ["--weights", str(blind_weights), "--server", "direct", "--port", str(free_port())]
     assert bench_single_image.main([*arguments, "--output", str(output)]) == 1
     result = read_report(output)
-    assert "no answer within" in result["cases"]["baseline/safe"]["error"]
+    [error] = result["cases"]["baseline/safe"]["errors"]
+    assert "no answer within" in error
     assert result["best_warm"] is None
     assert result["best_cold"] is None
 
@@ -361,6 +439,7 @@ def test_stages_are_measured_beside_their_limits(tiny_weights: Path, tmp_path: P
     result = read_report(output)
     assert result["ceilings"]["matmul_gflops"]["float32"] > 1
     assert [case["faces"] for case in result["cases"]] == [1, 2]
+    assert all(case["failures"] == {} for case in result["cases"])
     one, two = (case["configurations"]["baseline/safe"] for case in result["cases"])
     for configuration in (one, two):
         stages = configuration["stages"]
@@ -469,7 +548,9 @@ def test_reports_that_break_their_schema_are_refused(tmp_path: Path, blind_weigh
     with pytest.raises(BenchmarkError, match="machine"):
         check_report(lacking, tmp_path)
     with pytest.raises(BenchmarkError):
-        write_report(tmp_path / "x.json", "requests", CPU, load_weight_set(blind_weights), {})
+        write_report(
+            tmp_path / "x.json", "requests", describe_machine(CPU), load_weight_set(blind_weights), {}
+        )
     assert not (tmp_path / "x.json").exists()
 
 
@@ -501,7 +582,7 @@ def test_the_page_is_whole_and_shows_what_was_measured(tmp_path: Path) -> None:
 def test_failures_and_odd_names_are_shown_as_text(tmp_path: Path) -> None:
     data = sample_report("single_image")
     name = next(iter(data["cases"]))
-    data["cases"][name] |= {"error": "<script>alert(1)</script>", "warm_ms": None, "cold_ms": None}
+    data["cases"][name]["errors"] = ["<script>alert(1)</script>"]
     (tmp_path / "x.json").write_text(json.dumps(data))
     assert report.main([str(tmp_path / "x.json"), "--output", str(tmp_path / "x.html")]) == 0
     html = (tmp_path / "x.html").read_text()

@@ -16,13 +16,14 @@ from torch.utils.data import DataLoader
 from codeformer.alignment import FACE_SIZE
 from codeformer.detection import FaceDetector
 from codeformer.errors import CodeFormerError, InputError, TrainingError
+from codeformer.machine import describe_machine
 from codeformer.models import load_models
 from codeformer.networks.codeformer import CodeFormer
 from codeformer.networks.retinaface import build_retinaface
 from codeformer.plan import available_device
 from codeformer.training.align import aligned_faces
 from codeformer.training.detector import BACKBONE, DistillationStage, load_teacher
-from codeformer.training.evaluation import describe_machine, measure_detector, measure_restorer
+from codeformer.training.evaluation import measure_detector, measure_restorer
 from codeformer.training.export import copy_network, export_network, write_manifest
 from codeformer.training.faces import (
     CROP_GRID,
@@ -309,7 +310,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         raise InputError("expected --faces, or --photographs with --teacher, or all three.")
     device = available_device(options.device)
     models = load_models(load_weight_set(options.weights), device)
-    scores: dict[str, Any] = {"weights": options.weights, **describe_machine(device)}
+    scores: dict[str, Any] = {"weights": options.weights, "machine": describe_machine(device)}
     if options.faces:
         files = pictures_in(options.faces)
         scores["faces"] = len(files)

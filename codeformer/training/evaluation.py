@@ -1,14 +1,11 @@
 """Scores of a weight set on pictures it was not trained on, through the adapters that serve requests."""
 
-import platform
-import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import cv2
 import numpy as np
-import torch
 
 from codeformer.basicsr_compat import import_basicsr
 from codeformer.degradation import HEAVY, MODERATE, DegradationRange
@@ -93,27 +90,6 @@ def measure_detector(detector: FaceDetector, teacher: FaceDetector, files: Seque
         "pictures_without_faces": without_faces,
         "found_in_pictures_without_faces": found_in_them,
     }
-
-
-def describe_machine(device: torch.device) -> dict[str, str]:
-    """What the scores were measured with."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})"
-    return {
-        "device": name,
-        "torch": torch.__version__,
-        "opencv": cv2.__version__,
-        "numpy": np.__version__,
-        "commit": _commit(),
-    }
-
-
-def _commit() -> str:
-    """The commit of the code, with a + if files have been changed since."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=12", "--dirty=+"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def denoise_and_sharpen(face_bgr: ImageU8) -> ImageU8:

@@ -21,7 +21,7 @@ from codeformer.images import ImageU8, decode_image
 PICTURE_SUFFIXES: Final = (".jpg", ".jpeg", ".png", ".webp")
 # One face in this many is kept from training, to tell when to stop.
 VALIDATION_SHARE: Final = 30
-# Crops begin at multiples of this, where latent cells of every configuration do.
+# Crops begin at multiples of this, where latent cells of up to so many px do.
 CROP_GRID: Final = 32
 _EXPECTED: Final = f"expected an aligned {FACE_SIZE} px face"
 _REMEDY: Final = "`python -m codeformer.training align` makes them of photographs."

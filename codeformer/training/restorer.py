@@ -67,7 +67,8 @@ def start_as_copy(network: CodeFormer) -> None:
     noise is left in such a copy; the details it lacks are in the features of the other guides.
 
     Args:
-        network: new; the picture is led through only with at least 8 channels everywhere.
+        network: new; the picture is led through only with at least 8 channels at full resolution, and more
+            below.
     """
     for module in network.modules():
         if isinstance(module, ResidualBlock):
@@ -77,7 +78,13 @@ def start_as_copy(network: CodeFormer) -> None:
             _zero(module.shift[2])
     last_norm: Any = network.generator.blocks[-2]
     channels = last_norm.num_channels
-    if str(COPY_SIZE) not in network.fuse_convs_dict or last_norm.num_groups != 1 or channels < 8:
+    project: Any = network.generator.blocks[network.generator.tap_blocks[network.resolution]]
+    if (
+        str(COPY_SIZE) not in network.fuse_convs_dict
+        or last_norm.num_groups != 1
+        or channels < 8
+        or project.conv_out is None
+    ):
         return
 
     _lead(network.encoder.blocks[0], _CENTRE)
@@ -99,7 +106,6 @@ def start_as_copy(network: CodeFormer) -> None:
         _lead(guide.shift[2], sign * _CENTRE / (1 + slope), source=channel, add=True)
     guide.scale[2].bias[:3] = -1
 
-    project: Any = network.generator.blocks[network.generator.tap_blocks[network.resolution]]
     last: Any = network.generator.blocks[-1]
     _lead(project.conv_out, -_CENTRE[1:2, 1:2], to=3)
     project.conv_out.weight[6:8] = 0
@@ -122,7 +128,7 @@ def _lead(convolution: Any, kernel: Tensor, *, source: int = 0, to: int = 0, add
         convolution.weight[to : to + 3] = 0
         convolution.bias[to : to + 3] = 0
     for channel in range(3):
-        convolution.weight[to + channel, source + channel] += kernel
+        convolution.weight[to + channel, source + channel] += kernel.to(convolution.weight)
 
 
 class AutoencoderStage:
