@@ -2,7 +2,7 @@
 
 The student sees pictures without labels and learns what the teacher says of them: at every anchor the score,
 where there may be a face the box and the landmarks, and on the way there the teacher's features. At first
-each block of the network works on the teacher's features, then on more and more of its own network's.
+each unit of the network works on the teacher's features, then on more and more of its own network's.
 Method: Hinton et al., "Distilling the Knowledge in a Neural Network" (2015); Romero et al., "FitNets" (2015);
 the weighting of scores is that of Li et al., "Generalized Focal Loss" (2020).
 """
@@ -23,9 +23,11 @@ from codeformer.networks.retinaface import build_retinaface
 from codeformer.training.matching import Agreement
 
 BACKBONE: Final = "mobile0.25"
-# Up to the first share of training blocks learn side by side, from the second on as the network they are.
-GUIDED_SHARE: Final = 0.35
-ALONE_SHARE: Final = 0.65
+# Up to the first share of training units learn side by side, from the second on as the network they are.
+GUIDED_SHARE: Final = 0.5
+ALONE_SHARE: Final = 0.75
+# Convolution, norm, activation.
+_UNIT: Final = 3
 # The share of training in which the batch norms follow the batches.
 STATISTICS_SHARE: Final = 0.01
 # Weight of the features' unlikeness once the network works on its own: the answers count then.
@@ -111,12 +113,12 @@ class _Answer:
     Args:
         network: a RetinaFace mobile0.25.
         scenes: (B, 3, H, W).
-        guide: another network's answer, for blocks to start from instead of what comes before them, so that
-            all blocks learn at the same time.
-        own: the share of what comes before in what a block starts from, 0 to 1; the rest is the guide's.
+        guide: another network's answer, for units to start from instead of what comes before them, so that
+            all units learn at the same time.
+        own: the share of what comes before in what a unit starts from, 0 to 1; the rest is the guide's.
 
     Attributes:
-        blocks: what each block of the backbone puts out.
+        units: what each unit of the backbone puts out: a convolution with norm and activation.
         levels: what each stage of the backbone puts out.
         pyramid: the levels of the feature pyramid.
         context: what the context module of each level puts out.
@@ -133,14 +135,15 @@ class _Answer:
         def mixed(ours: Tensor, other: Tensor) -> Tensor:
             return ours if own == 1 else other.lerp(ours, own) if own else other
 
-        self.blocks: list[Tensor] = []
+        self.units: list[Tensor] = []
         self.levels: list[Tensor] = []
         before = scenes
         for stage in (network.body.stage1, network.body.stage2, network.body.stage3):
             for block in stage:
-                self.blocks.append(block(before))
-                before = mixed(self.blocks[-1], theirs.blocks[len(self.blocks) - 1])
-            self.levels.append(self.blocks[-1])
+                for start in range(0, len(block), _UNIT):
+                    self.units.append(block[start : start + _UNIT](before))
+                    before = mixed(self.units[-1], theirs.units[len(self.units) - 1])
+            self.levels.append(self.units[-1])
         self.pyramid: list[Tensor] = network.fpn(list(map(mixed, self.levels, theirs.levels)))
         modules = (network.ssh1, network.ssh2, network.ssh3)
         levels = map(mixed, self.pyramid, theirs.pyramid)
@@ -153,7 +156,7 @@ class _Answer:
     @property
     def features(self) -> list[Tensor]:
         """All features, each (B, C, h, w)."""
-        return [*self.blocks, *self.pyramid, *self.context]
+        return [*self.units, *self.pyramid, *self.context]
 
 
 def _heads(heads: Any, features: Sequence[Tensor]) -> Tensor:
