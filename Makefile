@@ -9,7 +9,7 @@ PORT ?= 8080
 FLAGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help predict test lint typecheck format serve schema data clean
+.PHONY: help predict test lint typecheck format serve schema data bench clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -55,6 +55,11 @@ schema: $(VENV)/.runtime  ## Pin the predictor's input schema anew
 
 data: $(VENV)/.tools  ## Make the 100 benchmark pictures data/1.jpg ... data/100.jpg
 	$(PYTHON) -m data.make_pictures
+
+bench: $(VENV)/.tools  ## Measure profiles and stages on data/, and write output/benchmark_report.html
+	$(PYTHON) benchmarks/run_bench.py
+	$(PYTHON) benchmarks/bench_stages.py
+	$(PYTHON) -m benchmarks.report benchmarks/last_bench.json benchmarks/last_bench_stages.json
 
 clean:  ## Remove the environment and caches
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache

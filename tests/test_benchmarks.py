@@ -21,7 +21,7 @@ import pytest
 import torch
 from skimage.metrics import peak_signal_noise_ratio
 
-from benchmarks import bench_single_image, bench_stages, options, quality, report, run_bench
+from benchmarks import bench_single_image, bench_stages, full_size, options, quality, report, run_bench
 from benchmarks.measure import (
     PeakMemory,
     check_report,
@@ -37,6 +37,8 @@ from benchmarks.server import as_input, check_port, running_server
 from codeformer.errors import BenchmarkError, InputError
 from codeformer.images import encode_jpeg
 from codeformer.machine import describe_machine
+from codeformer.models import load_models
+from codeformer.parsing import FaceParser
 from codeformer.weights.manifest import load_weight_set
 from tests import pictures
 from tests.conftest import CPU
@@ -619,3 +621,15 @@ def test_pictures_that_are_none_are_named(tmp_path: Path) -> None:
     (tmp_path / "1.jpg").write_text("no picture")
     with pytest.raises(InputError, match=r"1\.jpg"):
         options.describe_picture(tmp_path / "1.jpg")
+
+
+@pytest.mark.slow
+def test_a_full_size_set_has_the_official_shapes(tmp_path: Path, blind_weights: Path) -> None:
+    assert full_size.main([str(tmp_path / "full"), "--detector-from", str(blind_weights)]) == 0
+    weight_set = load_weight_set(tmp_path / "full")
+    models = load_models(weight_set, CPU)
+    assert sum(value.numel() for value in models.restorer.network.parameters()) == pytest.approx(
+        94.1e6, rel=1e-3
+    )
+    assert isinstance(models.masker, FaceParser)
+    assert dict(weight_set.files())["detector"].sha256 == load_weight_set(blind_weights).detector.sha256

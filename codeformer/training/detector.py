@@ -24,8 +24,8 @@ from codeformer.training.matching import Agreement
 
 BACKBONE: Final = "mobile0.25"
 # Up to the first share of training units learn side by side, from the second on as the network they are.
-GUIDED_SHARE: Final = 0.5
-ALONE_SHARE: Final = 0.75
+GUIDED_SHARE: Final = 0.85
+ALONE_SHARE: Final = 0.95
 # Convolution, norm, activation.
 _UNIT: Final = 3
 # The share of training in which the batch norms follow the batches.
