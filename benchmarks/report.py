@@ -149,7 +149,7 @@ def _requests(report: Report, name: str, prices: Prices) -> Section:
             _settings(first),
         )
     ]
-    notes += [f"Ratio of round totals, {_ratio(name, report)}." for name in report["ratios_to_first"]]
+    notes += [f"Ratio request by request, {_ratio(name, report)}." for name in report["ratios_to_first"]]
     notes += [f"{label}: every request failed." for label in failed]
     return Section(
         "Requests over HTTP, time per image",

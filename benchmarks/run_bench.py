@@ -35,12 +35,12 @@ class Tally:
 
     Attributes:
         requests: the good ones, as (number of images, answer).
-        rounds: for each round its total in ms, None if a request of it failed.
+        rounds: for each round the times of its requests in ms, None for one that failed.
         failures: how often each error came, by the names of its pictures and its text, warm-up included.
     """
 
     requests: list[tuple[int, Answer]] = field(default_factory=list)
-    rounds: list[float | None] = field(default_factory=list)
+    rounds: list[list[float | None]] = field(default_factory=list)
     failures: Counter[tuple[tuple[str, ...], str]] = field(default_factory=Counter)
 
     def add_round(self, answers: Sequence[tuple[Sequence[Path], Answer]], *, counts: bool) -> None:
@@ -51,8 +51,7 @@ class Tally:
             elif counts:
                 self.requests.append((len(files), answer))
         if counts:
-            whole = all(answer.error is None for _, answer in answers)
-            self.rounds.append(sum(answer.elapsed_ms for _, answer in answers) if whole else None)
+            self.rounds.append([answer.elapsed_ms if answer.error is None else None for _, answer in answers])
 
     def report(self, images: int) -> dict[str, Any]:
         """The profile's part of the report; a round is `images` images."""
@@ -64,7 +63,8 @@ class Tally:
             "failed_requests": self.failures.total(),
             "faces": sum(int(answer.metrics.get("faces.restored", 0)) for _, answer in self.requests),
         }
-        if totals := [total for total in self.rounds if total is not None]:
+        whole = [[time for time in times if time is not None] for times in self.rounds if None not in times]
+        if totals := [sum(times) for times in whole]:
             report["round_totals"] = _latency(totals, images * len(totals))
         if self.requests:
             times = [answer.elapsed_ms for _, answer in self.requests]
@@ -170,13 +170,13 @@ def _latency(samples: Sequence[float], items: int) -> dict[str, Any]:
 
 
 def _ratios(tallies: Mapping[str, Tally]) -> dict[str, dict[str, float | int]]:
-    """Round totals of each profile to the first one's, where both rounds were without failure."""
-    first, *others = tallies
+    """Times of each profile to the first one's, request by request, where both succeeded."""
+    first, *others = ([time for times in tally.rounds for time in times] for tally in tallies.values())
     ratios = {}
-    for name in others:
+    for name, times in zip(list(tallies)[1:], others, strict=True):
         pairs = [
             (ours, theirs)
-            for ours, theirs in zip(tallies[name].rounds, tallies[first].rounds, strict=True)
+            for ours, theirs in zip(times, first, strict=True)
             if ours is not None and theirs is not None
         ]
         if pairs:

@@ -33,7 +33,7 @@ from benchmarks.measure import (
     write_report,
 )
 from benchmarks.schemas import SCHEMAS
-from benchmarks.server import as_input, check_port, running_server
+from benchmarks.server import Answer, as_input, check_port, running_server
 from codeformer.errors import BenchmarkError, InputError
 from codeformer.images import encode_jpeg
 from codeformer.machine import describe_machine
@@ -76,6 +76,27 @@ def test_ratios_are_taken_round_by_round() -> None:
     # A slow minute hits both: the ratio does not see it.
     assert pair_ratios([1.0, 10.0, 2.0], [2.0, 20.0, 4.0])["p50"] == 0.5
     assert pair_ratios([1.0, 10.0, 2.0], [2.0, 20.0, 4.0])["max"] == 0.5
+
+
+def test_a_failed_request_leaves_its_round_and_its_pair_out() -> None:
+    file = Path("1.jpg")
+
+    def tally(*rounds: list[float | None]) -> run_bench.Tally:
+        made = run_bench.Tally()
+        for times in rounds:
+            answers = [Answer(time or 9e9, error=None if time else "no") for time in times]
+            made.add_round([([file], answer) for answer in answers], counts=True)
+        return made
+
+    first, second = tally([10.0, 20.0], [30.0, 40.0]), tally([5.0, None], [15.0, 10.0])
+    assert first.report(2)["round_totals"]["ms"]["count"] == 2
+    assert second.report(2)["round_totals"]["ms"]["avg"] == 25
+    assert second.report(2)["per_request"]["ms"]["max"] == 15
+    assert second.report(2)["failed_requests"] == 1
+    ratios = run_bench._ratios({"first": first, "second": second})["second"]
+    assert (ratios["count"], ratios["min"], ratios["p50"], ratios["max"]) == (3, 0.25, 0.5, 0.5)
+    second.add_round([([file], Answer(1.0, error="late"))], counts=False)
+    assert second.report(2)["failed_requests"] == 2
 
 
 def test_times_are_the_calls_times() -> None:
@@ -313,7 +334,7 @@ def test_a_run_reports_rounds_requests_and_images(
         stages = profile["stages_ms"]
         assert set(stages) >= {"decode", "detect", "encode", "total"}
         assert stages["total"]["avg"] <= profile["per_request"]["ms"]["avg"]
-    assert result["ratios_to_first"]["max_speed"]["count"] == 2
+    assert result["ratios_to_first"]["max_speed"]["count"] == 4
     assert result["machine"]["commit"] != "unknown"
     assert "p95" in capsys.readouterr().out
 
