@@ -230,7 +230,7 @@ def _stages(report: Report, name: str, prices: Prices) -> Section:
     rows: list[Row] = []
     breakdown = {}
     for case in report["cases"]:
-        place = f"{case['picture']}, {case['width']} x {case['height']}, {case['faces']} faces, "
+        place = f"{case['picture']}, {case['width']} x {case['height']}, {_faces(case)}, "
         place += f"batch {case['batch_size']}"
         for label, result in case["configurations"].items():
             total = result["total_ms"]
@@ -290,7 +290,7 @@ def _scaling(cases: Iterable[Mapping[str, Any]], axis: str) -> dict[str, list[tu
         fixed, at = (
             (f"{case['width']} x {case['height']}", case["faces"])
             if axis == "faces"
-            else (f"{case['faces']} faces", pixels)
+            else (_faces(case), pixels)
         )
         for label, result in case["configurations"].items():
             time = result["total_ms"]["p50"] / case["batch_size"]
@@ -399,13 +399,17 @@ def plot_costs(costs: Mapping[str, float], currency: str) -> Figure:
 
 def plot_scaling(lines: Mapping[str, Sequence[tuple[float, float]]], axis: str) -> Figure:
     """Time per image over faces or megapixels."""
-    figure, axes = _figure(4.2)
+    figure, axes = _figure(4.2 + 0.12 * len(lines))
     for number, (label, points) in enumerate(lines.items()):
-        axes.plot(*zip(*points, strict=True), marker="o", label=label, color=COLOURS[number % len(COLOURS)])
+        again, colour = divmod(number, len(COLOURS))
+        style = ("-", "--", ":")[again % 3]
+        axes.plot(*zip(*points, strict=True), marker="o", label=label, color=COLOURS[colour], linestyle=style)
     axes.set_xlabel(axis)
     axes.set_ylabel("median ms per image")
     axes.set_ylim(bottom=0)
-    axes.legend(frameon=False, fontsize="small")
+    if axis == "faces":
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    figure.legend(frameon=False, fontsize="small", loc="outside lower center", ncols=2)
     axes.grid(alpha=0.3)
     return figure
 
@@ -433,6 +437,10 @@ def render(sections: Sequence[Section], pictures: Mapping[str, bytes]) -> str:
         table = f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
         body.append(f'<div class="table">{table}</div>')
     return _PAGE.replace("BODY", "\n".join(body))
+
+
+def _faces(case: Mapping[str, Any]) -> str:
+    return f"{case['faces']} face{'s' * (case['faces'] != 1)}"
 
 
 def _medians(stages: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
@@ -522,7 +530,7 @@ _PAGE: Final = """<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Benchmark report</title>
 <style>
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 80rem; margin: 2rem auto; padding: 0 1rem; }
 h2 { margin-top: 3rem; border-bottom: 1px solid #ccc; }
 p { margin: 0.4rem 0; }
 img { display: block; max-width: 100%; margin: 1rem 0; }
