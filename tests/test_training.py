@@ -659,4 +659,6 @@ def test_the_commands_from_faces_to_a_weight_set(
         ["evaluate", "--weights", target, "--faces", str(tmp_path / "held_out"), "--photographs",
          str(tmp_path / "held_out"), "--teacher", str(teacher), "--output", str(scores), "--device", "cpu"]
     ) == 0  # fmt: skip
-    assert set(json.loads(scores.read_text())) >= {"restorer", "detector", "torch", "device"}
+    written = json.loads(scores.read_text())
+    assert set(written) == {"weights", "machine", "faces", "restorer", "detector"}
+    assert torch.__version__.startswith(written["machine"]["versions"]["torch"])
