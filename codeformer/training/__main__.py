@@ -119,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
                 "--adversarial", type=float, default=0.0, metavar="WEIGHT", help="of the adversarial term"
             )
     detector = commands.add_parser("detector", help="a small detector from a trained one of the same build")
-    _add_loop_options(detector, steps=3000, batch=4, rate=2e-3)
+    _add_loop_options(detector, steps=3000, batch=4, rate=3e-2)
     detector.add_argument(
         "--teacher", type=Path, required=True, metavar="FILE", help="RetinaFace mobile0.25 checkpoint"
     )
