@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import torch
 
 from benchmarks import options as opt
 from benchmarks.measure import check_output, summarise, write_report
-from codeformer.alignment import align_faces, make_working_copy
+from codeformer.alignment import align_faces, crop_face, make_working_copy
 from codeformer.basicsr_compat import import_basicsr
 from codeformer.degradation import HEAVY, MILD, MODERATE, DegradationRange
 from codeformer.detection import FaceDetector
@@ -219,13 +220,13 @@ def _add_codes(
         with torch_switches(cudnn_benchmark=False):
             [found] = models.detector.detect([working.image_bgr])
         faces, _ = align_faces(working, found)
-        crops += [face.crop_bgr[None] for face in faces]
+        crops += [crop_face(working.image_bgr, face.working_to_face) for face in faces]
     if not crops:
         return
-    stacked = np.concatenate(crops)
-    known: dict[tuple[object, ...], np.ndarray] = {}
+    stacked = torch.from_numpy(np.stack(crops)).to(device)
+    known: dict[tuple[object, ...], torch.Tensor] = {}
 
-    def codes(case: Mapping[str, Any]) -> np.ndarray:
+    def codes(case: Mapping[str, Any]) -> torch.Tensor:
         plan = resolve_plan(
             case["runtime_profile"], case["stability_mode"], case["compile_backend"], device=device
         )
@@ -235,13 +236,15 @@ def _add_codes(
             restorer = (models.optimized(plan.compile_backend) if plan.optimized else models).restorer
             with torch_switches(cudnn_benchmark=plan.cudnn_benchmark):
                 batches = range(0, len(stacked), plan.micro_batch)
-                known[key] = np.concatenate(
+                known[key] = torch.cat(
                     [restorer.codes(stacked[start : start + plan.micro_batch]) for start in batches]
                 )
         return known[key]
 
     for row in rows:
-        row["equal_codes"] = round(float((codes(row["configuration"]) == codes(row["against"])).mean()), 6)
+        row["equal_codes"] = round(
+            float((codes(row["configuration"]) == codes(row["against"])).double().mean()), 6
+        )
 
 
 def _print(name: str, row: Mapping[str, Any]) -> None:

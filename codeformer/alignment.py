@@ -80,10 +80,10 @@ class Face:
 
 @dataclass(frozen=True)
 class AlignedFace:
-    """A face and its aligned crop, (512, 512, 3) uint8 BGR in the face frame."""
+    """A face and where its crop is cut: a (2, 3) float64 transform from the working copy."""
 
     face: Face
-    crop_bgr: ImageU8
+    working_to_face: FloatArray
 
 
 def make_working_copy(image_bgr: ImageU8) -> WorkingCopy:
@@ -97,7 +97,7 @@ def make_working_copy(image_bgr: ImageU8) -> WorkingCopy:
 
 
 def align_faces(working: WorkingCopy, detections: Sequence[Detection]) -> tuple[list[AlignedFace], list[str]]:
-    """Cuts every alignable face out of the working copy.
+    """Finds the place of every alignable face's crop.
 
     Args:
         working: the copy the detections come from.
@@ -118,7 +118,7 @@ def align_faces(working: WorkingCopy, detections: Sequence[Detection]) -> tuple[
             skipped.append("landmarks that are not those of a face")
             continue
         face = _face_in_picture(detection, working_to_face, working.working_to_picture)
-        aligned.append(AlignedFace(face, crop_face(working.image_bgr, working_to_face)))
+        aligned.append(AlignedFace(face, working_to_face))
     return aligned, skipped
 
 

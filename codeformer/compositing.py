@@ -8,10 +8,12 @@ from typing import Final
 
 import cv2
 import numpy as np
+import numpy.typing as npt
 
 from codeformer.alignment import FACE_SIZE, FloatArray, transform_points
 from codeformer.images import ImageU8
-from codeformer.parsing import MaskF32
+
+MaskF32 = npt.NDArray[np.float32]
 
 # Pixels around the warped square, so that filters meet only zeros at the region's edge.
 _MARGIN: Final = 3
@@ -50,10 +52,14 @@ def paste_face(
 
 def soften_square(hard: MaskF32) -> MaskF32:
     """Shrinks and blurs a warped square mask (H, W) by a twentieth of its side, to (H, W) float32."""
-    edge = int(float(hard.sum(dtype=np.float64)) ** 0.5) // 20
-    element = 2 * edge or _SMALLEST_ELEMENT
-    core = _erode(hard, element)
-    return np.asarray(cv2.GaussianBlur(core, (2 * edge + 1, 2 * edge + 1), 0), dtype=np.float32)
+    element, kernel = erosion_sizes(float(hard.sum(dtype=np.float64)))
+    return np.asarray(cv2.GaussianBlur(_erode(hard, element), (kernel, kernel), 0), dtype=np.float32)
+
+
+def erosion_sizes(area: float) -> tuple[int, int]:
+    """Sides in px of the erosion element and of the Gaussian kernel for a warped square of this area."""
+    edge = int(area**0.5) // 20
+    return 2 * edge or _SMALLEST_ELEMENT, 2 * edge + 1
 
 
 def region_of_interest(face_to_picture: FloatArray, width: int, height: int) -> tuple[int, int, int, int]:

@@ -124,6 +124,17 @@ class InferenceError(CodeFormerError, RuntimeError):
         super().__init__(f"{stage} failed on {where}: {cause}")
 
 
+class DeviceMemoryError(InferenceError):
+    """A stage did not fit into the device's memory, not even for a single face; attributes as above."""
+
+    def __init__(self, stage: str, where: str, cause: str) -> None:
+        super().__init__(
+            stage,
+            where,
+            f"{cause} There is too little memory: send smaller pictures, or free memory of the device.",
+        )
+
+
 class NonFiniteOutputError(CodeFormerError, ArithmeticError):
     """A network answered with NaN or infinity; in half precision a float32 pass may still succeed."""
 

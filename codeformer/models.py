@@ -1,6 +1,5 @@
 """The three networks of a weight set, behind their adapters, as a plan wants them."""
 
-import copy
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from codeformer.alignment import FACE_SIZE
 from codeformer.detection import FaceDetector
 from codeformer.errors import BackendConflictError, ManifestError
 from codeformer.networks.codeformer import CodeFormer
+from codeformer.networks.inference import for_inference
 from codeformer.networks.parsenet import FaceParsingNetwork
 from codeformer.networks.retinaface import build_retinaface
 from codeformer.parsing import FaceMasker, FaceParser, TemplateMask
@@ -33,22 +33,20 @@ class Models:
     masker: FaceMasker
 
     def optimized(self, compile_backend: str | None) -> "Models":
-        """Channels-last copies, compiled with the given `torch.compile` backend unless it is None.
+        """Copies rewritten for inference, compiled with the given `torch.compile` backend unless it is None.
 
         Copies, so that the originals stay as they are for requests in safe mode. The detector is not
         compiled: its input has another size for every shape of picture.
         """
-
-        def copied(network: Any) -> Any:
-            return copy.deepcopy(network).to(memory_format=torch.channels_last)
-
         masker = self.masker
         if isinstance(masker, FaceParser):
-            masker = FaceParser(copied(masker.network), channels_last=True, compile_backend=compile_backend)
+            masker = FaceParser(
+                for_inference(masker.network), channels_last=True, compile_backend=compile_backend
+            )
         return Models(
-            detector=FaceDetector(copied(self.detector.network), channels_last=True),
+            detector=FaceDetector(for_inference(self.detector.network), channels_last=True),
             restorer=FaceRestorer(
-                copied(self.restorer.network), channels_last=True, compile_backend=compile_backend
+                for_inference(self.restorer.network), channels_last=True, compile_backend=compile_backend
             ),
             masker=masker,
         )

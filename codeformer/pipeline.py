@@ -3,26 +3,33 @@
 Data flows one way: picture, working copy, detections, aligned crops, restored crops, masks, picture.
 """
 
+import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import cv2
 import numpy as np
-import numpy.typing as npt
 import torch
+from torch import Tensor
 from torch._dynamo.exc import FailOnRecompileLimitHit
 
 from codeformer.alignment import AlignedFace, Face, align_faces, make_working_copy
+from codeformer.canvas import Canvas, DeviceCanvas, HostCanvas
 from codeformer.clock import Stage, StageClock
-from codeformer.compositing import paste_face
-from codeformer.errors import ImageError, InferenceError, NonFiniteOutputError, OptionError
+from codeformer.errors import (
+    DeviceMemoryError,
+    ImageError,
+    InferenceError,
+    NonFiniteOutputError,
+    OptionError,
+)
 from codeformer.images import ImageU8, check_size, is_gray
+from codeformer.memory import batch_size_for, is_out_of_memory, release_cached_memory
 from codeformer.models import Models, ModelStore, load_models
-from codeformer.parsing import MaskF32
 from codeformer.plan import (
     DEFAULT_FIDELITY,
     ExecutionPlan,
@@ -55,6 +62,8 @@ class RestoredImage:
             is the time that passed.
         float32_retries: batches with faces of this picture whose half-precision output, of the restorer or
             the parser, was not finite and that ran again in float32.
+        memory_retries: batches with faces of this picture that did not fit into the device's memory and ran
+            again in smaller ones.
     """
 
     image_bgr: ImageU8
@@ -62,6 +71,7 @@ class RestoredImage:
     skipped_faces: tuple[str, ...]
     elapsed_ms: Mapping[str, float]
     float32_retries: int
+    memory_retries: int
 
 
 @dataclass(frozen=True)
@@ -144,14 +154,28 @@ class Pipeline:
             InputError: an option or a picture is unusable.
             InferenceError: a stage failed; names picture, face and cause.
         """
+        return list(self.restore_each(images, fidelity, plan))
+
+    def restore_each(
+        self,
+        images: Sequence[ImageU8],
+        fidelity: float = DEFAULT_FIDELITY,
+        plan: ExecutionPlan | None = None,
+    ) -> Iterator[RestoredImage]:
+        """As `restore`, but gives each result as soon as it is there; arguments are checked at once."""
         fidelity = check_fidelity(fidelity)
         if plan is None:
             plan = resolve_plan(device=self.device)
         self.check(plan)
         for index, image in enumerate(images, start=1):
             _check_array(image, index)
+        return self._run(images, fidelity, plan)
+
+    def _run(
+        self, images: Sequence[ImageU8], fidelity: float, plan: ExecutionPlan
+    ) -> Iterator[RestoredImage]:
         with self._store.models_for(plan) as models:
-            return _Request(images, fidelity, plan, models).run()
+            yield from _Request(images, fidelity, plan, models).run()
 
 
 class _Request:
@@ -166,29 +190,21 @@ class _Request:
         self._models = models
         self._clock = StageClock(plan.device)
         self._skipped: list[list[str]] = [[] for _ in images]
+        self._canvases: list[Canvas | None] = [None for _ in images]
         self._float32_retries = [0] * len(images)
+        self._memory_retries = [0] * len(images)
 
-    def run(self) -> list[RestoredImage]:
+    def run(self) -> Iterator[RestoredImage]:
+        """The results, each as soon as its last face is in."""
         # Pictures differ in size, and each new size would cost the detector cuDNN's trials.
         with torch_switches(cudnn_benchmark=False):
             jobs = self._find_faces()
-        canvases = [image.copy() for image in self._images]
-        with torch_switches(cudnn_benchmark=self._plan.cudnn_benchmark):
-            for start in range(0, len(jobs), self._plan.micro_batch):
-                batch = jobs[start : start + self._plan.micro_batch]
-                faces = self._restore(batch)
-                masks = self._parse(batch, faces)
-                self._paste(batch, faces, masks, canvases)
-        return [
-            RestoredImage(
-                image_bgr=canvas,
-                faces=tuple(job.aligned.face for job in jobs if job.picture == picture),
-                skipped_faces=tuple(self._skipped[picture]),
-                elapsed_ms=self._clock.elapsed_ms(picture),
-                float32_retries=self._float32_retries[picture],
-            )
-            for picture, canvas in enumerate(canvases)
-        ]
+        finished = 0
+        for done in self._work_off(jobs):
+            in_work = jobs[done].picture if done < len(jobs) else len(self._images)
+            for picture in range(finished, in_work):
+                yield self._result(picture, jobs)
+            finished = in_work
 
     def _find_faces(self) -> list[_FaceJob]:
         pictures = range(len(self._images))
@@ -201,15 +217,58 @@ class _Request:
         for picture, (copy, found) in enumerate(zip(working, detections, strict=True)):
             with self._stage("align", [picture], _name_pictures([picture])):
                 aligned, self._skipped[picture] = align_faces(copy, found)
-                gray = bool(aligned) and is_gray(self._images[picture])
+                gray = False
+                if aligned:
+                    image = self._images[picture]
+                    gray = is_gray(image)
+                    kind = DeviceCanvas if self._plan.device_pixels else HostCanvas
+                    self._canvases[picture] = kind(image, copy, self._plan.device)
             for reason in self._skipped[picture]:
                 logger.warning("image %d: a face was left as it is: %s", picture + 1, reason)
             jobs += [_FaceJob(picture, number, face, gray) for number, face in enumerate(aligned, start=1)]
         return jobs
 
-    def _restore(self, batch: Sequence[_FaceJob]) -> ImageU8:
-        with self._stage("restore", [job.picture for job in batch], _name_faces(batch)):
-            crops = np.stack([job.aligned.crop_bgr for job in batch])
+    def _work_off(self, jobs: Sequence[_FaceJob]) -> Iterator[int]:
+        """Takes all faces through the networks and into their pictures; yields how many are in."""
+        size = batch_size_for(self._plan)
+        done = 0
+        yield done
+        while done < len(jobs):
+            batch = jobs[done : done + size]
+            restored = self._through_networks(batch)
+            if restored is None:
+                release_cached_memory(self._plan.device)
+                size = len(batch) // 2
+                continue
+            self._paste(batch, *restored)
+            done += len(batch)
+            yield done
+
+    @torch.inference_mode()
+    def _through_networks(self, batch: Sequence[_FaceJob]) -> tuple[Tensor, Sequence[Tensor | None]] | None:
+        """Restored faces and their masks; None for a batch that did not fit into memory, but may in parts."""
+        try:
+            with torch_switches(cudnn_benchmark=self._plan.cudnn_benchmark):
+                faces = self._restore(batch)
+                return faces, self._parse(batch, faces)
+        except DeviceMemoryError as cause:
+            if len(batch) == 1:
+                raise
+            logger.warning("%s Trying half as many faces at a time.", cause)
+        for picture in {job.picture for job in batch}:
+            self._memory_retries[picture] += 1
+        return None
+
+    def _restore(self, batch: Sequence[_FaceJob]) -> Tensor:
+        pictures = [job.picture for job in batch]
+        with self._stage("align", pictures, _name_faces(batch)):
+            crops = torch.cat(
+                [
+                    self._canvas(picture).crops([job.aligned for job in jobs])
+                    for picture, jobs in itertools.groupby(batch, key=lambda job: job.picture)
+                ]
+            )
+        with self._stage("restore", pictures, _name_faces(batch)):
             faces = self._with_float32_retry(
                 batch,
                 lambda dtype: self._models.restorer.restore(crops, self._fidelity, half_dtype=dtype),
@@ -219,7 +278,7 @@ class _Request:
                     faces[index] = match_gray(faces[index], crops[index])
         return faces
 
-    def _parse(self, batch: Sequence[_FaceJob], faces: ImageU8) -> Sequence[MaskF32 | None]:
+    def _parse(self, batch: Sequence[_FaceJob], faces: Tensor) -> Sequence[Tensor | None]:
         if not self._plan.parse_faces:
             return [None] * len(batch)
         with self._stage("parse", [job.picture for job in batch], _name_faces(batch)):
@@ -229,8 +288,8 @@ class _Request:
         return list(masks)
 
     def _with_float32_retry(
-        self, batch: Sequence[_FaceJob], run: Callable[[torch.dtype | None], npt.NDArray[Any]]
-    ) -> npt.NDArray[Any]:
+        self, batch: Sequence[_FaceJob], run: Callable[[torch.dtype | None], Tensor]
+    ) -> Tensor:
         """Runs a network in the plan's precision, and in float32 if that was half and overflowed."""
         try:
             return run(self._plan.half_dtype)
@@ -242,16 +301,33 @@ class _Request:
             self._float32_retries[picture] += 1
         return run(None)
 
-    def _paste(
-        self,
-        batch: Sequence[_FaceJob],
-        faces: ImageU8,
-        masks: Sequence[MaskF32 | None],
-        canvases: Sequence[ImageU8],
-    ) -> None:
+    @torch.inference_mode()
+    def _paste(self, batch: Sequence[_FaceJob], faces: Tensor, masks: Sequence[Tensor | None]) -> None:
         for job, face, mask in zip(batch, faces, masks, strict=True):
             with self._stage("paste", [job.picture], _name_faces([job])):
-                paste_face(canvases[job.picture], face, job.aligned.face.face_to_picture, mask)
+                self._canvas(job.picture).paste(face, job.aligned.face.face_to_picture, mask)
+
+    def _canvas(self, picture: int) -> Canvas:
+        canvas = self._canvases[picture]
+        if canvas is None:
+            raise AssertionError(f"picture {picture} has faces and no canvas")
+        return canvas
+
+    def _result(self, picture: int, jobs: Sequence[_FaceJob]) -> RestoredImage:
+        canvas, self._canvases[picture] = self._canvases[picture], None
+        if canvas is None:
+            image = self._images[picture].copy()
+        else:
+            with self._stage("paste", [picture], _name_pictures([picture])):
+                image = canvas.to_image()
+        return RestoredImage(
+            image_bgr=image,
+            faces=tuple(job.aligned.face for job in jobs if job.picture == picture),
+            skipped_faces=tuple(self._skipped[picture]),
+            elapsed_ms=self._clock.elapsed_ms(picture),
+            float32_retries=self._float32_retries[picture],
+            memory_retries=self._memory_retries[picture],
+        )
 
     @contextmanager
     def _stage(self, stage: Stage, pictures: Sequence[int], where: str) -> Iterator[None]:
@@ -260,7 +336,8 @@ class _Request:
             with self._clock.measure(stage, pictures):
                 yield
         except _STAGE_ERRORS as cause:
-            raise InferenceError(stage, where, f"{type(cause).__name__}: {cause}") from cause
+            kind = DeviceMemoryError if is_out_of_memory(cause) else InferenceError
+            raise kind(stage, where, f"{type(cause).__name__}: {cause}") from cause
 
 
 def _name_pictures(pictures: Sequence[int]) -> str:

@@ -34,13 +34,15 @@ class ExecutionPlan:
 
     Attributes:
         device: where the networks run.
-        micro_batch: faces per forward pass, at least 1.
+        micro_batch: faces per forward pass, at least 1; fewer where memory is short.
         batch_detection: pictures of one size share a detector pass.
         half_dtype: the decoder's and the parser's dtype under autocast; None keeps float32. Code
             prediction and detection are float32 in every plan, since a flipped code is another face.
         parse_faces: whether the face parser limits the paste to the face.
         optimized: whether the request uses the process's optimized networks, in channels-last layout.
         compile_backend: the `torch.compile` backend of the optimized networks, None for no compilation.
+        device_pixels: whether crops and paste-back are computed on the device, to within a level, or on the
+            host by OpenCV, as upstream computes them.
         cudnn_benchmark: whether cuDNN may choose algorithms by trial, where inputs keep their size.
     """
 
@@ -51,6 +53,7 @@ class ExecutionPlan:
     parse_faces: bool
     optimized: bool
     compile_backend: str | None
+    device_pixels: bool
     cudnn_benchmark: bool
 
 
@@ -97,6 +100,7 @@ def resolve_plan(
         parse_faces=runtime_profile != "max_speed",
         optimized=optimized,
         compile_backend=compile_backend if optimized and compile_backend != "none" else None,
+        device_pixels=batched and device.type == "cuda",
         cudnn_benchmark=optimized,
     )
 

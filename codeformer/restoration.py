@@ -1,21 +1,18 @@
 """Face restoration: the adapter around CodeFormer.
 
 It owns the network's input convention (RGB in [-1, 1], 512 px), its precision, and the way back to
-pictures. Method: Zhou et al., "Towards Robust Blind Face Restoration with Codebook Lookup
-Transformer" (2022).
+pictures. Crops and faces are uint8 BGR tensors on the network's device. Method: Zhou et al., "Towards
+Robust Blind Face Restoration with Codebook Lookup Transformer" (2022).
 """
 
 import functools
 from typing import Any, Final
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch._dynamo import config as compiler_config
 
 from codeformer.errors import NonFiniteOutputError
-from codeformer.images import ImageU8
 from codeformer.networks.codeformer import CodeFormer
 
 LUMA_RGB: Final = (0.2989, 0.5870, 0.1140)
@@ -24,21 +21,20 @@ LUMA_RGB: Final = (0.2989, 0.5870, 0.1140)
 RECOMPILE_LIMIT: Final = 64
 
 
-def faces_to_tensor(faces_bgr: ImageU8, device: torch.device, *, channels_last: bool) -> Tensor:
-    """(N, S, S, 3) uint8 BGR to (N, 3, S, S) float32 RGB in [-1, 1] on `device`."""
-    batch = torch.from_numpy(faces_bgr).to(device).flip(3).permute(0, 3, 1, 2)
+def faces_to_batch(faces_bgr: Tensor, *, channels_last: bool) -> Tensor:
+    """(N, S, S, 3) uint8 BGR to (N, 3, S, S) float32 RGB in [-1, 1], on the same device."""
+    batch = faces_bgr.flip(3).permute(0, 3, 1, 2)
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    return batch.to(dtype=torch.float32, memory_format=layout).div_(255.0).sub_(0.5).div_(0.5)
+    return batch.to(dtype=torch.float32, memory_format=layout, copy=True).div_(255.0).sub_(0.5).div_(0.5)
 
 
-def tensor_to_faces(batch_rgb: Tensor) -> ImageU8:
+def batch_to_faces(batch_rgb: Tensor) -> Tensor:
     """(N, 3, S, S) RGB, nominally in [-1, 1], to (N, S, S, 3) uint8 BGR.
 
     Clamped, scaled and rounded in float32, whatever the input's dtype.
     """
-    levels = batch_rgb.float().clamp(-1.0, 1.0).add(1.0).mul(127.5).round_()
-    faces: ImageU8 = levels.to(torch.uint8).permute(0, 2, 3, 1).flip(3).contiguous().cpu().numpy()
-    return faces
+    levels = batch_rgb.float().clamp(-1.0, 1.0).add_(1.0).mul_(127.5).round_()
+    return levels.to(torch.uint8).permute(0, 2, 3, 1).flip(3).contiguous()
 
 
 def maybe_compiled(function: Any, backend: str | None) -> Any:
@@ -64,6 +60,7 @@ class FaceRestorer:
         compile_backend: compile both halves of the network with this `torch.compile` backend.
 
     Attributes:
+        device: where the network is.
         has_restored: whether a batch has come through, and a compiled network has so proven to work.
     """
 
@@ -72,16 +69,14 @@ class FaceRestorer:
     ) -> None:
         self.network = network
         self.has_restored = False
-        self._device = next(network.parameters()).device
+        self.device = next(network.parameters()).device
         self._channels_last = channels_last
         self._is_compiled = compile_backend is not None
         self._predict = maybe_compiled(network.predict, compile_backend)
         self._generate = maybe_compiled(network.generate, compile_backend)
 
     @torch.inference_mode()
-    def restore(
-        self, crops_bgr: ImageU8, fidelity: float, *, half_dtype: torch.dtype | None = None
-    ) -> ImageU8:
+    def restore(self, crops_bgr: Tensor, fidelity: float, *, half_dtype: torch.dtype | None = None) -> Tensor:
         """Restores one batch.
 
         Codes are predicted in float32 always; only the generator runs in half precision.
@@ -97,34 +92,34 @@ class FaceRestorer:
         Raises:
             NonFiniteOutputError: the network's answer holds NaN or infinity.
         """
-        batch = faces_to_tensor(crops_bgr, self._device, channels_last=self._channels_last)
+        batch = faces_to_batch(crops_bgr, channels_last=self._channels_last)
         # A tensor keeps the compiled graph the same for every fidelity above 0.
-        w = torch.tensor(fidelity, device=self._device) if self._is_compiled and fidelity > 0 else fidelity
+        w = torch.tensor(fidelity, device=self.device) if self._is_compiled and fidelity > 0 else fidelity
         logits, lq_feat, features = self._predict(batch)
-        with torch.autocast(self._device.type, dtype=half_dtype, enabled=half_dtype is not None):
+        with torch.autocast(self.device.type, dtype=half_dtype, enabled=half_dtype is not None):
             restored = self._generate(logits, lq_feat, features, w, adain=True)
         if not bool(torch.isfinite(restored).all()):
             raise NonFiniteOutputError(f"the restorer's output is not finite ({restored.dtype}).")
         self.has_restored = True
-        return tensor_to_faces(restored)
+        return batch_to_faces(restored)
 
     @torch.inference_mode()
-    def codes(self, crops_bgr: ImageU8) -> npt.NDArray[np.int64]:
+    def codes(self, crops_bgr: Tensor) -> Tensor:
         """The codes that `restore` would choose for a batch.
 
         Args:
             crops_bgr: (N, 512, 512, 3) uint8 BGR aligned faces.
 
         Returns:
-            (N, T) indices of the codebook, row by row from the top left.
+            (N, T) int64 indices of the codebook, row by row from the top left.
         """
-        batch = faces_to_tensor(crops_bgr, self._device, channels_last=self._channels_last)
+        batch = faces_to_batch(crops_bgr, channels_last=self._channels_last)
         logits, _, _ = self._predict(batch)
-        chosen: npt.NDArray[np.int64] = logits.argmax(dim=2).cpu().numpy()
-        return chosen
+        codes: Tensor = logits.argmax(dim=2)
+        return codes
 
 
-def match_gray(restored_bgr: ImageU8, crop_bgr: ImageU8) -> ImageU8:
+def match_gray(restored_bgr: Tensor, crop_bgr: Tensor) -> Tensor:
     """Takes invented colour out of a face of a grey picture.
 
     The restored face becomes its luma in all channels, and each channel gets the mean and standard
@@ -132,14 +127,14 @@ def match_gray(restored_bgr: ImageU8, crop_bgr: ImageU8) -> ImageU8:
 
     Args:
         restored_bgr: (512, 512, 3) uint8 BGR.
-        crop_bgr: (512, 512, 3) uint8 BGR, the face before restoration.
+        crop_bgr: (512, 512, 3) uint8 BGR, the face before restoration, on the same device.
 
     Returns:
         (512, 512, 3) uint8 BGR.
     """
-    luma = restored_bgr[:, :, ::-1].astype(np.float64) @ np.array(LUMA_RGB)
-    normalised = (luma - luma.mean()) / np.sqrt(luma.var() + 1e-5)
-    crop = crop_bgr.astype(np.float64)
-    crop_std = np.sqrt(crop.var(axis=(0, 1)) + 1e-5)
-    matched = normalised[:, :, None] * crop_std + crop.mean(axis=(0, 1))
-    return np.asarray(np.clip(np.rint(matched), 0, 255), dtype=np.uint8)
+    luma = restored_bgr.double() @ restored_bgr.new_tensor(LUMA_RGB[::-1], dtype=torch.float64)
+    normalised = (luma - luma.mean()) / (luma.var(correction=0) + 1e-5).sqrt()
+    crop = crop_bgr.double()
+    crop_std = (crop.var(dim=(0, 1), correction=0) + 1e-5).sqrt()
+    matched = normalised[:, :, None] * crop_std + crop.mean(dim=(0, 1))
+    return matched.round_().clamp_(0, 255).to(torch.uint8)

@@ -2,17 +2,21 @@
 
 import numpy as np
 import numpy.typing as npt
+import torch
+
+Picture = npt.NDArray[np.uint8] | torch.Tensor
 
 
 def assert_pictures_close(
-    actual: npt.NDArray[np.uint8],
-    expected: npt.NDArray[np.uint8],
+    actual: Picture,
+    expected: Picture,
     *,
     mean: float,
     within: int,
     share: float = 1.0,
 ) -> None:
     """At most `mean` levels of mean error, and at least `share` of the values within `within` levels."""
+    actual, expected = (np.asarray(torch.as_tensor(picture).cpu()) for picture in (actual, expected))
     assert actual.shape == expected.shape, f"shape {actual.shape}, expected {expected.shape}"
     error = np.abs(actual.astype(np.int16) - expected)
     histogram = np.bincount(error.ravel(), minlength=1)

@@ -3,6 +3,7 @@
 import cv2
 import numpy as np
 import pytest
+import torch
 
 from codeformer.alignment import crop_face, invert
 from codeformer.compositing import paste_face, region_of_interest, soften_square
@@ -51,7 +52,9 @@ def test_pastes_as_upstream_does(name: str, kind: str) -> None:
     golden = shared.geometry()[f"{name}.jpg"]
     picture = shared.photo(f"{name}.jpg")
     labels = np.load(shared.path_of("goldens/label_map.npz"))
-    mask = soften_labels(labels[labels.files[0]]) if kind == "parse" else None
+    mask = (
+        soften_labels(torch.from_numpy(labels[labels.files[0]]).long()).numpy() if kind == "parse" else None
+    )
     canvas = picture.copy()
     for affine, inverse in zip(golden["affine"], golden["inverse_affine"], strict=True):
         crop = crop_face(picture, np.array(affine))
@@ -78,7 +81,7 @@ def test_the_region_of_interest_gives_the_full_frames_pixels(
     picture: np.ndarray, face: np.ndarray, place: str, with_mask: bool
 ) -> None:
     matrix = PLACES[place]
-    mask = np.ascontiguousarray(TemplateMask().masks(face[None])[0]) if with_mask else None
+    mask = TemplateMask().masks(torch.from_numpy(face[None]))[0].numpy() if with_mask else None
     canvas = picture.copy()
     paste_face(canvas, face, matrix, mask)
     expected, soft = paste_full_frame(picture, face, matrix, mask)

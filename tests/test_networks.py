@@ -11,10 +11,10 @@ from codeformer.basicsr_compat import import_basicsr, register_codeformer
 from codeformer.networks.codeformer import CodeFormer
 from codeformer.networks.parsenet import FaceParsingNetwork
 from codeformer.networks.retinaface import build_retinaface
-from codeformer.restoration import faces_to_tensor
+from codeformer.restoration import faces_to_batch
 from tests import shared
 from tests.compare import relative_error
-from tests.conftest import CPU, TINY_CONFIG, make_tiny_restorer
+from tests.conftest import TINY_CONFIG, make_tiny_restorer
 
 FACES = ("face_0143", "face_0342")
 
@@ -36,7 +36,7 @@ def test_every_tensor_has_the_checkpoints_name_shape_and_dtype(name: str, build:
 
 
 def face_batch(name: str) -> torch.Tensor:
-    return faces_to_tensor(shared.photo(f"{name}.png")[None], CPU, channels_last=False)
+    return faces_to_batch(torch.from_numpy(shared.photo(f"{name}.png")[None]), channels_last=False)
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from codeformer import Pipeline, resolve_plan
 from codeformer.detection import Detection, FaceDetector
 from codeformer.errors import (
     BackendConflictError,
+    DeviceMemoryError,
     ImageError,
     InferenceError,
     NonFiniteOutputError,
@@ -40,6 +41,18 @@ class ReplayingDetector:
 
     def detect(self, images_bgr: Sequence[np.ndarray], *, batched: bool = True) -> list[list[Detection]]:
         return [self._found for _ in images_bgr]
+
+
+def on_device(pipeline: Pipeline, device: torch.device) -> Pipeline:
+    models = pipeline._store._reference
+    return Pipeline(
+        Models(
+            FaceDetector(models.detector.network.to(device)),
+            FaceRestorer(models.restorer.network.to(device)),
+            models.masker,
+        ),
+        device,
+    )
 
 
 def replaying(models: Models, name: str) -> Pipeline:
@@ -127,8 +140,8 @@ def test_faces_of_small_pictures_land_where_they_were(
     detector: FaceDetector, photos: list[np.ndarray]
 ) -> None:
     class Identity(FaceRestorer):
-        def restore(self, crops_bgr: np.ndarray, fidelity: float, **_: object) -> np.ndarray:
-            return crops_bgr
+        def restore(self, crops_bgr: torch.Tensor, fidelity: float, **_: object) -> torch.Tensor:
+            return crops_bgr.clone()
 
     pipeline = Pipeline(Models(detector, Identity(make_tiny_restorer()), TemplateMask()), CPU)
     for photo, result in zip(photos, pipeline.restore(photos), strict=True):
@@ -256,11 +269,11 @@ class FailingRestorer(FaceRestorer):
         super().__init__(make_tiny_restorer())
         self.calls = 0
 
-    def restore(self, *arguments: Any, **options: Any) -> np.ndarray:
+    def restore(self, crops_bgr: torch.Tensor, fidelity: float, **options: Any) -> torch.Tensor:
         self.calls += 1
         if self.calls == self.fails_at:
             raise self.failure
-        return super().restore(*arguments, **options)
+        return super().restore(crops_bgr, fidelity, **options)
 
 
 @pytest.mark.parametrize(
@@ -279,6 +292,69 @@ def test_a_failure_names_picture_face_and_cause_and_the_next_request_works(
     assert raised.value.stage == "restore"
     assert str(failure) in str(raised.value)
     assert [len(result.faces) for result in pipeline.restore(photos)] == [4, 1, 0, 1]
+
+
+class RestorerWithLittleMemory(FaceRestorer):
+    """Holds so many faces at a time."""
+
+    holds = 1
+
+    def __init__(self) -> None:
+        super().__init__(make_tiny_restorer())
+        self.batches: list[int] = []
+
+    def restore(self, crops_bgr: torch.Tensor, fidelity: float, **options: Any) -> torch.Tensor:
+        self.batches.append(len(crops_bgr))
+        if len(crops_bgr) > self.holds:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return super().restore(crops_bgr, fidelity, **options)
+
+
+def test_a_batch_that_does_not_fit_is_halved_and_nothing_is_lost(
+    detector: FaceDetector, photos: list[np.ndarray]
+) -> None:
+    restorer = RestorerWithLittleMemory()
+    pipeline = Pipeline(Models(detector, restorer, TemplateMask()), CPU)
+    plan = dataclasses.replace(resolve_plan("fast", device=CPU), micro_batch=6)
+    results = pipeline.restore(photos, plan=plan)
+    assert restorer.batches == [6, 3, 1, 1, 1, 1, 1, 1]
+    assert [result.memory_retries for result in results] == [2, 1, 0, 1]
+    whole = Pipeline(Models(detector, FaceRestorer(make_tiny_restorer()), TemplateMask()), CPU).restore(
+        photos
+    )
+    for halved, expected in zip(images(results), images(whole), strict=True):
+        np.testing.assert_array_equal(halved, expected)
+    restorer.holds = 0
+    with pytest.raises(DeviceMemoryError, match=r"image 1 face 1: .*too little memory"):
+        pipeline.restore(photos, plan=plan)
+
+
+@pytest.mark.parametrize("profile", ["fast", "max_speed"])
+def test_pixels_on_the_device_equal_those_on_the_host(
+    tiny_pipeline: Pipeline, photos: list[np.ndarray], profile: str, device: torch.device
+) -> None:
+    tiny_pipeline = on_device(tiny_pipeline, device)
+    plan = dataclasses.replace(resolve_plan(profile, device=device), half_dtype=None, device_pixels=False)
+    before = [photo.copy() for photo in photos]
+    host = images(tiny_pipeline.restore(photos, plan=plan))
+    there = images(tiny_pipeline.restore(photos, plan=dataclasses.replace(plan, device_pixels=True)))
+    for ours, expected, photo, untouched in zip(there, host, photos, before, strict=True):
+        # The random network turns a level's difference of a crop into more.
+        assert_pictures_close(ours, expected, mean=0.1, within=3, share=0.997)
+        np.testing.assert_array_equal(photo, untouched)
+
+
+def test_results_come_as_soon_as_their_last_face_is_in(
+    detector: FaceDetector, photos: list[np.ndarray]
+) -> None:
+    restorer = RestorerWithLittleMemory()
+    pipeline = Pipeline(Models(detector, restorer, TemplateMask()), CPU)
+    results = pipeline.restore_each(photos)
+    faces_restored = []
+    for _ in photos:
+        next(results)
+        faces_restored.append(len(restorer.batches))
+    assert faces_restored == [4, 5, 5, 6]
 
 
 def test_a_non_finite_face_is_a_failure(detector: FaceDetector) -> None:

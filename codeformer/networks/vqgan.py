@@ -30,6 +30,11 @@ def conv3x3(in_channels: int, out_channels: int) -> nn.Conv2d:
     return nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
 
 
+def _silu(x: Tensor) -> Tensor:
+    """In place where no gradient needs the input: half the memory traffic."""
+    return F.silu(x, inplace=not torch.is_grad_enabled())
+
+
 class ResidualBlock(nn.Module):
     """Two normalised 3 x 3 convolutions beside a (projected) identity; (B, C, H, W) to (B, C', H, W)."""
 
@@ -42,9 +47,10 @@ class ResidualBlock(nn.Module):
         self.conv_out = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x: Tensor) -> Tensor:
-        residual = self.conv1(F.silu(self.norm1(x)))
-        residual = self.conv2(F.silu(self.norm2(residual)))
-        return residual + (x if self.conv_out is None else self.conv_out(x))
+        residual = self.conv1(_silu(self.norm1(x)))
+        residual = self.conv2(_silu(self.norm2(residual)))
+        identity = x if self.conv_out is None else self.conv_out(x)
+        return residual + identity if torch.is_grad_enabled() else residual.add_(identity)
 
 
 class AttentionBlock(nn.Module):
@@ -59,12 +65,15 @@ class AttentionBlock(nn.Module):
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        normed = self.norm(x)
-        q, k, v = (
-            project(normed).flatten(2).transpose(1, 2).unsqueeze(1) for project in (self.q, self.k, self.v)
-        )
-        attended = F.scaled_dot_product_attention(q, k, v)
-        return x + self.proj_out(attended.squeeze(1).transpose(1, 2).reshape(x.shape))
+        positions = self.norm(x).flatten(2).transpose(1, 2)
+        q, k, v = (_project(positions, layer).unsqueeze(1) for layer in (self.q, self.k, self.v))
+        attended = F.scaled_dot_product_attention(q, k, v).squeeze(1)
+        return x + _project(attended, self.proj_out).transpose(1, 2).reshape(x.shape)
+
+
+def _project(positions: Tensor, layer: nn.Conv2d) -> Tensor:
+    """A 1 x 1 convolution of positions (B, H * W, C): on small maps a matrix product is much faster."""
+    return F.linear(positions, layer.weight.flatten(1), layer.bias)
 
 
 class Downsample(nn.Module):

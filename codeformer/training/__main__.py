@@ -96,10 +96,11 @@ def _parser() -> argparse.ArgumentParser:
             "stage 1: encoder, codebook and generator, on clean faces",
         ),
         ("codes", _codes, 1000, 2, 6e-4, "stage 2: the codes of degraded faces"),
-        ("transform", _transform, 5000, 3, 5e-4, "stage 3: restoration at every fidelity"),
+        ("transform", _transform, 5000, 3, 1e-3, "stage 3: restoration at every fidelity"),
     ):
         stage = commands.add_parser(name, help=text)
-        _add_loop_options(stage, steps=steps, batch=batch, rate=rate)
+        optimiser = "muon" if name == "transform" else "adamw"
+        _add_loop_options(stage, steps=steps, batch=batch, rate=rate, optimiser=optimiser)
         stage.add_argument("--faces", type=Path, required=True, metavar="DIR", help="aligned 512 px faces")
         stage.add_argument(
             "--config",
@@ -153,11 +154,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_loop_options(parser: argparse.ArgumentParser, *, steps: int, batch: int, rate: float) -> None:
+def _add_loop_options(
+    parser: argparse.ArgumentParser, *, steps: int, batch: int, rate: float, optimiser: str = "adamw"
+) -> None:
     parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="where checkpoints are kept")
     parser.add_argument("--steps", type=_positive, default=steps, help=f"of the whole stage, default {steps}")
     parser.add_argument("--batch", type=_positive, default=batch, help=f"default {batch}")
     parser.add_argument("--learning-rate", type=float, default=rate, help=f"default {rate:g}")
+    parser.add_argument(
+        "--optimiser", choices=["adamw", "muon"], default=optimiser, help=f"default {optimiser}"
+    )
     parser.add_argument("--seed", type=_count, default=0)
     parser.add_argument("--device", help="cuda or cpu; default: cuda where there is one")
     parser.add_argument("--workers", type=_count, default=1, help="processes that prepare samples, default 1")
@@ -211,6 +217,7 @@ def _loop_options(options: argparse.Namespace, stage: str) -> Options:
         workers=options.workers,
         save_every=options.save_every,
         patience=options.patience,
+        optimiser=options.optimiser,
     )
 
 

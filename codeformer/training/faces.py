@@ -39,7 +39,7 @@ class Mixture:
         return self.ranges[int(chosen)][1]
 
 
-TRAINING_MIXTURE: Final = Mixture(((0.5, MODERATE), (0.3, HEAVY), (0.2, MILD)))
+TRAINING_MIXTURE: Final = Mixture(((0.6, MODERATE), (0.2, HEAVY), (0.2, MILD)))
 
 
 class FacePairs(Dataset[tuple[Tensor, Tensor, Tensor]]):

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Generic, Protocol, TypeVar
+from typing import Any, Final, Generic, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,8 @@ AVERAGE_DECAY: Final = 0.998
 WARM_UP_SHARE: Final = 0.03
 FINAL_LEARNING_RATE_SHARE: Final = 0.02
 MAX_GRADIENT_NORM: Final = 1.0
+# Kernels with fewer rows or columns, such as those to and from colours, stay with AdamW.
+_SMALLEST_MATRIX: Final = 6
 
 _REMEDY: Final = "use a lower --learning-rate, and go on from the last checkpoint."
 
@@ -47,6 +49,7 @@ class Options:
         workers: processes that prepare samples.
         save_every: steps between validations, each of which also writes the checkpoint.
         patience: validations without a better score after which a stage stops; 0 for never.
+        optimiser: of the network, adamw or muon.
     """
 
     checkpoint: Path
@@ -60,6 +63,7 @@ class Options:
     workers: int = 1
     save_every: int = 200
     patience: int = 0
+    optimiser: Literal["adamw", "muon"] = "adamw"
 
     def autocast(self) -> torch.autocast:
         """The context to run networks in."""
@@ -135,6 +139,92 @@ def train(
     return run.average
 
 
+def adamw(network: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov and Hutter, 2019) for all trainable parameters."""
+    return _adamw([p for p in network.parameters() if p.requires_grad], learning_rate)
+
+
+def _adamw(parameters: list[nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
+    group = {"params": parameters, "initial_lr": learning_rate}
+    return torch.optim.AdamW([group], lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
+
+
+class MuonWithAdamW:
+    """Muon (Jordan et al., 2024) for the matrices of convolutions and linear layers, AdamW for the rest.
+
+    Muon makes every direction of a matrix move at the same speed. Restoration learns two to three times as
+    much from a step. Its rate is meant as AdamW's would be; AdamW's share is half of it.
+
+    Args:
+        network: what to train; convolutions in channels-last or in the usual layout.
+        learning_rate: of the matrices.
+    """
+
+    def __init__(self, network: nn.Module, learning_rate: float) -> None:
+        matrices = [
+            layer.weight
+            for layer in network.modules()
+            if isinstance(layer, (nn.Conv2d, nn.Linear))
+            and layer.weight.requires_grad
+            and min(layer.weight.shape[0], layer.weight[0].numel()) >= _SMALLEST_MATRIX
+        ]
+        chosen = {id(weight) for weight in matrices}
+        rest = [p for p in network.parameters() if p.requires_grad and id(p) not in chosen]
+        # torch's Muon takes matrices only: views of the kernels, (C', everything else).
+        self._pairs = [(weight, nn.Parameter(_as_matrix(weight.data))) for weight in matrices]
+        self._parts = (
+            torch.optim.Muon(
+                [{"params": [matrix for _, matrix in self._pairs], "initial_lr": learning_rate}],
+                lr=learning_rate,
+                weight_decay=0.0,
+                adjust_lr_fn="match_rms_adamw",
+            ),
+            _adamw(rest, learning_rate / 2),
+        )
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The groups of both, as a torch optimiser has them."""
+        return [group for part in self._parts for group in part.param_groups]
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One step of both."""
+        for weight, matrix in self._pairs:
+            matrix.grad = None if weight.grad is None else _as_matrix(_laid_out_as(weight.grad, weight))
+        for part in self._parts:
+            part.step()
+
+    def zero_grad(self) -> None:
+        """Forgets all gradients."""
+        for weight, matrix in self._pairs:
+            weight.grad = matrix.grad = None
+        self._parts[1].zero_grad()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The states of both."""
+        return {"muon": self._parts[0].state_dict(), "adamw": self._parts[1].state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes up a state again."""
+        for part, name in zip(self._parts, ("muon", "adamw"), strict=True):
+            part.load_state_dict(state_dict[name])
+
+
+def _as_matrix(kernel: Tensor) -> Tensor:
+    """A kernel (C', C, ...) as a matrix (C', N) over the same memory, in whatever order it lies there."""
+    if kernel.is_contiguous():
+        return kernel.view(len(kernel), -1)
+    return kernel.movedim(1, -1).view(len(kernel), -1)
+
+
+def _laid_out_as(gradient: Tensor, weight: Tensor) -> Tensor:
+    return torch.empty_like(weight).copy_(gradient) if gradient.stride() != weight.stride() else gradient
+
+
+_OPTIMISERS: Final[dict[str, Callable[[nn.Module, float], Any]]] = {"adamw": adamw, "muon": MuonWithAdamW}
+
+
 class _Run(Generic[NetworkT]):
     """A stage on its way: networks, optimiser, counters, and their file."""
 
@@ -143,11 +233,14 @@ class _Run(Generic[NetworkT]):
         self._options = options
         self._header = dict(header)
         # What a stage cannot change half-way: its samples follow from these, its state from the critics.
-        self._recipe = {"seed": options.seed, "batch": options.batch, "critics": len(stage.critics)}
+        self._recipe = {
+            "seed": options.seed,
+            "batch": options.batch,
+            "critics": len(stage.critics),
+            "optimiser": options.optimiser,
+        }
         self._parameters = [p for p in stage.network.parameters() if p.requires_grad]
-        self._optimiser = torch.optim.AdamW(
-            self._parameters, lr=options.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4
-        )
+        self._optimiser = _OPTIMISERS[options.optimiser](stage.network, options.learning_rate)
         self.average = copy.deepcopy(stage.network).eval()
         self.step = 0
         self._best, self._stale, self._trained_s = -math.inf, 0, 0.0
@@ -167,12 +260,12 @@ class _Run(Generic[NetworkT]):
         # Random numbers of a step follow from its number, in a resumed training as well.
         torch.manual_seed((self._options.seed << 32) + self.step)
         for group in self._optimiser.param_groups:
-            group["lr"] = self._options.learning_rate * _learning_rate_share(progress)
+            group["lr"] = group["initial_lr"] * _learning_rate_share(progress)
         terms = self._stage.losses(batch, progress)
         loss = torch.stack(list(terms.values())).sum()
         if not bool(torch.isfinite(loss)):
             raise TrainingError(f"the loss at step {self.step} is {float(loss.detach())}; {_REMEDY}")
-        self._optimiser.zero_grad(set_to_none=True)
+        self._optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         norm = nn.utils.clip_grad_norm_(self._parameters, MAX_GRADIENT_NORM)
         if not bool(torch.isfinite(norm)):

@@ -1,0 +1,68 @@
+"""How much fits into memory, what to do when it did not, and the C library's allocator."""
+
+import ctypes
+import logging
+import sys
+from typing import Any, Final
+
+import torch
+
+from codeformer.plan import ExecutionPlan
+
+logger = logging.getLogger(__name__)
+
+# From glibc's malloc.h.
+_M_TRIM_THRESHOLD: Final = -1
+_M_MMAP_THRESHOLD: Final = -3
+_LARGEST: Final = 2**31 - 1
+
+# Of the official networks, for one face in float32, measured on a CPU (benchmarks/NOTES.md), and rounded up.
+BYTES_PER_FACE: Final = 900 * 2**20
+# The rest is for fragments, and for pictures.
+_USABLE_SHARE: Final = 0.8
+
+
+def batch_size_for(plan: ExecutionPlan) -> int:
+    """Faces per forward pass: the plan's, or fewer where the GPU's free memory holds fewer; at least 1."""
+    if plan.device.type != "cuda":
+        return plan.micro_batch
+    free, _ = torch.cuda.mem_get_info(plan.device)
+    # What torch keeps for reuse is free for this purpose.
+    free += torch.cuda.memory_reserved(plan.device) - torch.cuda.memory_allocated(plan.device)
+    return max(1, min(plan.micro_batch, int(free * _USABLE_SHARE) // BYTES_PER_FACE))
+
+
+def is_out_of_memory(failure: BaseException) -> bool:
+    """Whether an error says that host or device had no memory left."""
+    # On the CPU torch raises a RuntimeError that only its text tells from others.
+    return isinstance(failure, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(failure, RuntimeError) and "can't allocate memory" in str(failure)
+    )
+
+
+def release_cached_memory(device: torch.device) -> None:
+    """Gives the memory that torch keeps for reuse back to the device."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def keep_freed_memory() -> bool:
+    """Lets this process keep the memory that large tensors free, for those that follow.
+
+    glibc gives every block over 32 MB back to the system at once. A feature map at full resolution is
+    67 MB: each one begins with 16 000 page faults, which take longer than computing it. The process then
+    holds its peak memory until it ends; benchmarks/NOTES.md has the measurements.
+
+    Returns:
+        Whether the allocator took the settings; False where it is not glibc's.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    library: Any = ctypes.CDLL(None)
+    if not hasattr(library, "mallopt") or not hasattr(library, "gnu_get_libc_version"):
+        return False
+    taken = bool(library.mallopt(_M_MMAP_THRESHOLD, _LARGEST)) and bool(
+        library.mallopt(_M_TRIM_THRESHOLD, _LARGEST)
+    )
+    logger.debug("keeping freed memory: %s", taken)
+    return taken

@@ -1,0 +1,104 @@
+"""Networks rewritten for inference: the same functions, up to rounding, in fewer operations.
+
+Batch norms become part of the convolution before them. A convolution after doubling by repetition becomes
+the transposed convolution it is, at 4/9 of the work: each doubled pixel occurs in four neighbouring windows,
+whose weights can be added up beforehand (Shi et al., "Is the deconvolution layer the same as a convolutional
+layer?", 2016). Layers that do nothing, and copy everything, are dropped.
+"""
+
+import copy
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from facexlib.parsing.parsenet import ConvLayer
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from codeformer.networks.vqgan import Upsample
+
+NetworkT = TypeVar("NetworkT", bound=nn.Module)
+
+
+def for_inference(network: NetworkT) -> NetworkT:
+    """A channels-last copy with the same answers, for evaluation only; the original stays as it is.
+
+    Args:
+        network: a CodeFormer, a RetinaFace or a face parser, in evaluation mode.
+    """
+    rewritten: Any = copy.deepcopy(network)
+    _rewrite(rewritten)
+    channels_last: NetworkT = rewritten.requires_grad_(False).to(memory_format=torch.channels_last)
+    return channels_last
+
+
+class TransposedUpsample(nn.Module):
+    """Doubles height and width and convolves, as `Upsample` does, in one transposed convolution.
+
+    Args:
+        convolution: 3 x 3, with a bias or without.
+        reflect: the doubled picture is padded by its reflection, not by zeros.
+    """
+
+    def __init__(self, convolution: nn.Conv2d, *, reflect: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(_doubled_kernel(convolution.weight.data))
+        self.bias = convolution.bias
+        self._reflect = reflect
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to (B, C', 2 H, 2 W)."""
+        if self._reflect:
+            # The doubled picture's second row is its first once more: to reflect is to repeat the edge.
+            x = F.pad(x, (1, 1, 1, 1), mode="replicate")
+        return F.conv_transpose2d(x, self.weight, self.bias, stride=2, padding=3 if self._reflect else 1)
+
+
+class _ParserLayer(nn.Module):
+    """facexlib's ConvLayer without its copies: pad by reflection, convolve, and activate in place."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        convolution: nn.Conv2d = layer.conv2d
+        if isinstance(layer.norm.norm, nn.BatchNorm2d):
+            convolution = fuse_conv_bn_eval(convolution, layer.norm.norm)
+        activation = layer.relu.func
+        self.slope = activation.negative_slope if isinstance(activation, nn.LeakyReLU) else 1.0
+        doubles = layer.scale_func(torch.zeros(1, 1, 2, 2)).shape[2] == 4
+        self.pad: nn.Module = nn.Identity() if doubles else layer.reflection_pad
+        self.convolution: nn.Module = (
+            TransposedUpsample(convolution, reflect=True) if doubles else convolution
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.convolution(self.pad(x))
+        return x if self.slope == 1.0 else F.leaky_relu_(x, self.slope)
+
+
+def _rewrite(parent: nn.Module) -> None:
+    """Replaces children that have a shorter form, all the way down."""
+    before: tuple[str, nn.Module] | None = None
+    for name, child in list(parent.named_children()):
+        if isinstance(child, Upsample):
+            setattr(parent, name, TransposedUpsample(child.conv))
+        elif isinstance(child, ConvLayer):
+            setattr(parent, name, _ParserLayer(child))
+        elif isinstance(child, nn.BatchNorm2d) and before is not None and isinstance(before[1], nn.Conv2d):
+            # In facexlib's and torchvision's modules a norm is declared after the convolution it follows.
+            setattr(parent, before[0], fuse_conv_bn_eval(before[1], child))
+            setattr(parent, name, nn.Identity())
+        else:
+            _rewrite(child)
+        before = name, child
+
+
+def _doubled_kernel(weight: Tensor) -> Tensor:
+    """The kernel (C, C', 4, 4) of a transposed convolution that doubles, from one (C', C, 3, 3) that follows.
+
+    A source pixel reaches every output pixel whose window holds one of its four repetitions.
+    """
+    box = weight.new_ones(1, 1, 2, 2)
+    outer, inner = weight.shape[:2]
+    # Flipped, since a transposed convolution writes through its kernel instead of reading through it.
+    taps = F.conv2d(weight.flip(2, 3).reshape(outer * inner, 1, 3, 3), box, padding=1)
+    return taps.view(outer, inner, 4, 4).transpose(0, 1).contiguous()

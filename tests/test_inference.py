@@ -1,0 +1,86 @@
+"""Networks rewritten for inference against the networks they were, in float64: only rounding may differ."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from codeformer.networks.codeformer import CodeFormer
+from codeformer.networks.inference import TransposedUpsample, for_inference
+from codeformer.networks.parsenet import FaceParsingNetwork
+from codeformer.networks.retinaface import Backbone, build_retinaface
+from codeformer.networks.vqgan import Upsample
+from tests.conftest import TINY_CONFIG
+
+
+def with_lively_norms(network: nn.Module) -> nn.Module:
+    """Gives batch norms statistics that a wrong folding would show in."""
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.2)  # type: ignore[union-attr]
+            module.running_var.uniform_(0.5, 2.0)  # type: ignore[union-attr]
+            module.weight.data.uniform_(0.5, 1.5)
+            module.bias.data.normal_(0, 0.2)
+    return network
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    error = float((actual - expected).norm() / expected.norm())
+    assert error < 1e-10, f"relative error {error:.2e}"
+
+
+@torch.inference_mode()
+def test_doubling_then_convolving_is_one_transposed_convolution() -> None:
+    torch.manual_seed(0)
+    plain = Upsample(6).double()
+    x = torch.randn(2, 6, 5, 7).double()
+    assert_close(TransposedUpsample(plain.conv)(x), plain(x))
+
+
+@torch.inference_mode()
+def test_doubling_reflecting_then_convolving_is_one_too() -> None:
+    torch.manual_seed(0)
+    convolution = nn.Conv2d(6, 4, 3, bias=False).double()
+    x = torch.randn(2, 6, 5, 7).double()
+    doubled = nn.functional.interpolate(x, scale_factor=2.0)
+    expected = convolution(nn.functional.pad(doubled, (1, 1, 1, 1), mode="reflect"))
+    assert_close(TransposedUpsample(convolution, reflect=True)(x), expected)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("w", [0.0, 0.7])
+def test_codeformer_stays_what_it_was(w: float) -> None:
+    torch.manual_seed(0)
+    network = CodeFormer(**TINY_CONFIG).eval().double()
+    x = torch.randn(2, 3, 512, 512).double()
+    rewritten = for_inference(network)
+    for actual, expected in zip(rewritten(x, w, adain=True), network(x, w, adain=True), strict=True):
+        assert_close(actual, expected)
+    assert not any(isinstance(module, Upsample) for module in rewritten.modules())
+    assert any(isinstance(module, Upsample) for module in network.modules())
+
+
+@torch.inference_mode()
+def test_the_parser_stays_what_it_was() -> None:
+    torch.manual_seed(0)
+    network = with_lively_norms(FaceParsingNetwork(resolution=128)).double()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    x = torch.randn(2, 3, 128, 128).double()
+    rewritten = for_inference(network)
+    assert_close(rewritten(x), network(x))
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in rewritten.modules())
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, before[name]), f"{name} of the original has changed"
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("backbone", ["mobile0.25", "resnet50"])
+def test_the_detector_stays_what_it_was(backbone: Backbone) -> None:
+    torch.manual_seed(0)
+    network: Any = with_lively_norms(build_retinaface(backbone)).double()
+    x = 50 * torch.randn(1, 3, 160, 224).double()
+    rewritten = for_inference(network)
+    for actual, expected in zip(rewritten(x), network(x), strict=True):
+        assert_close(actual, expected)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in rewritten.modules())
