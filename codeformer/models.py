@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -33,20 +34,28 @@ class Models:
     masker: FaceMasker
 
     def optimized(self, compile_backend: str | None) -> "Models":
-        """Copies rewritten for inference, compiled with the given `torch.compile` backend unless it is None.
+        """Copies rewritten for inference, compiled with the given `torch.compile` backend.
 
-        Copies, so that the originals stay as they are for requests in safe mode. The detector is not
-        compiled: its input has another size for every shape of picture.
+        Where that is None, they are recorded as CUDA graphs on a GPU, and run as they are elsewhere. Copies,
+        so that the originals stay as they are for requests in safe mode. The detector is neither compiled
+        nor recorded: its input has another size for every shape of picture.
         """
+        graphed = compile_backend is None and self.restorer.device.type == "cuda"
         masker = self.masker
         if isinstance(masker, FaceParser):
             masker = FaceParser(
-                for_inference(masker.network), channels_last=True, compile_backend=compile_backend
+                for_inference(masker.network),
+                channels_last=True,
+                compile_backend=compile_backend,
+                graphed=graphed,
             )
         return Models(
             detector=FaceDetector(for_inference(self.detector.network), channels_last=True),
             restorer=FaceRestorer(
-                for_inference(self.restorer.network), channels_last=True, compile_backend=compile_backend
+                for_inference(self.restorer.network),
+                channels_last=True,
+                compile_backend=compile_backend,
+                graphed=graphed,
             ),
             masker=masker,
         )
@@ -95,33 +104,42 @@ class ModelStore:
 
 
 def load_models(weight_set: WeightSet, device: torch.device) -> Models:
-    """Builds the three networks on a device from verified files.
+    """Builds the three networks on a device from verified files, side by side.
 
     Raises:
         WeightFileError: a file is missing, altered or not the network's.
         ManifestError: a config is not one of its network's.
     """
-    restorer = _build("restorer", weight_set.restorer, CodeFormer)
-    if restorer.resolution != FACE_SIZE:
+    with ThreadPoolExecutor(max_workers=3, thread_name_prefix="codeformer-load") as workers:
+        restorer = workers.submit(_load_restorer, weight_set, device)
+        detector = workers.submit(_load_detector, weight_set, device)
+        masker = workers.submit(_load_masker, weight_set, device)
+    return Models(detector=detector.result(), restorer=restorer.result(), masker=masker.result())
+
+
+def _load_restorer(weight_set: WeightSet, device: torch.device) -> FaceRestorer:
+    network = _build("restorer", weight_set.restorer, CodeFormer)
+    if network.resolution != FACE_SIZE:
         raise ManifestError(
-            weight_set.name, f"restorer.config: expected {FACE_SIZE} px faces, got {restorer.resolution} px."
+            weight_set.name, f"restorer.config: expected {FACE_SIZE} px faces, got {network.resolution} px."
         )
-    load_into(restorer, weight_set.restorer)
-    detector = _build("detector", weight_set.detector, build_retinaface)
-    load_into(detector, weight_set.detector)
-    masker: FaceMasker
+    load_into(network, weight_set.restorer)
+    return FaceRestorer(_ready(network, device))
+
+
+def _load_detector(weight_set: WeightSet, device: torch.device) -> FaceDetector:
+    network = _build("detector", weight_set.detector, build_retinaface)
+    load_into(network, weight_set.detector)
+    return FaceDetector(_ready(network, device))
+
+
+def _load_masker(weight_set: WeightSet, device: torch.device) -> FaceMasker:
     if weight_set.parser is None:
         logger.warning("weight set %s has no face parser; a fixed mask stands in", weight_set.name)
-        masker = TemplateMask()
-    else:
-        parser = _build("parser", weight_set.parser, FaceParsingNetwork)
-        load_into(parser.parsenet, weight_set.parser)
-        masker = FaceParser(_ready(parser, device))
-    return Models(
-        detector=FaceDetector(_ready(detector, device)),
-        restorer=FaceRestorer(_ready(restorer, device)),
-        masker=masker,
-    )
+        return TemplateMask()
+    network = _build("parser", weight_set.parser, FaceParsingNetwork)
+    load_into(network.parsenet, weight_set.parser)
+    return FaceParser(_ready(network, device))
 
 
 def _build(role: str, file: WeightFile, factory: Any) -> Any:

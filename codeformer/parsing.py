@@ -14,6 +14,7 @@ from torch import Tensor
 
 from codeformer.alignment import FACE_SIZE
 from codeformer.errors import NonFiniteOutputError
+from codeformer.graphs import GraphedFunction
 from codeformer.networks.parsenet import CLASSES, FaceParsingNetwork
 from codeformer.restoration import faces_to_batch, maybe_compiled
 
@@ -41,6 +42,7 @@ class FaceParser:
         network: on its device, in evaluation mode, in the memory layout `channels_last` tells.
         channels_last: feed the network channels-last batches.
         compile_backend: compile the network with this `torch.compile` backend.
+        graphed: record the network's work as CUDA graphs.
     """
 
     def __init__(
@@ -49,10 +51,12 @@ class FaceParser:
         *,
         channels_last: bool = False,
         compile_backend: str | None = None,
+        graphed: bool = False,
     ) -> None:
         self.network = network
         self._channels_last = channels_last
-        self._forward = maybe_compiled(network.forward, compile_backend)
+        self._network = maybe_compiled(network.forward, compile_backend)
+        self._run: Any = GraphedFunction(self._forward) if graphed else self._forward
 
     @torch.inference_mode()
     def labels(self, faces_bgr: Tensor, *, half_dtype: torch.dtype | None = None) -> Tensor:
@@ -61,14 +65,21 @@ class FaceParser:
         Raises:
             NonFiniteOutputError: the network's answer holds NaN or infinity.
         """
+        # No number is asked of the network beside the faces.
+        labels, is_finite = self._run(faces_bgr, torch.zeros((), device=faces_bgr.device), half_dtype)
+        # The largest of NaNs is the first label, background: the face would silently stay as it was.
+        if not bool(is_finite.all()):
+            precision = half_dtype or torch.float32
+            raise NonFiniteOutputError(f"the parser's output is not finite ({precision}).")
+        found: Tensor = labels
+        return found
+
+    def _forward(self, faces_bgr: Tensor, _: Tensor, half_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+        """Labels, and for each face whether the network's answer was finite: (N,) bool."""
         batch = faces_to_batch(faces_bgr, channels_last=self._channels_last)
         with torch.autocast(faces_bgr.device.type, dtype=half_dtype, enabled=half_dtype is not None):
-            logits = self._forward(batch)
-        # The largest of NaNs is the first label, background: the face would silently stay as it was.
-        if not bool(torch.isfinite(logits).all()):
-            raise NonFiniteOutputError(f"the parser's output is not finite ({logits.dtype}).")
-        labels: Tensor = logits.argmax(dim=1)
-        return labels
+            logits = self._network(batch)
+        return logits.argmax(dim=1), torch.isfinite(logits).flatten(1).all(dim=1)
 
     @torch.inference_mode()
     def masks(self, faces_bgr: Tensor, *, half_dtype: torch.dtype | None = None) -> Tensor:

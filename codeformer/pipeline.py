@@ -28,7 +28,12 @@ from codeformer.errors import (
     OptionError,
 )
 from codeformer.images import ImageU8, check_size, is_gray
-from codeformer.memory import batch_size_for, is_out_of_memory, release_cached_memory
+from codeformer.memory import (
+    batch_size_for,
+    is_out_of_memory,
+    keep_freed_memory,
+    release_cached_memory,
+)
 from codeformer.models import Models, ModelStore, load_models
 from codeformer.plan import (
     DEFAULT_FIDELITY,
@@ -118,6 +123,8 @@ class Pipeline:
             WeightsError: the set or one of its files cannot be used or fetched.
         """
         chosen = available_device(device)
+        if chosen.type == "cpu":
+            keep_freed_memory()
         weight_set = weights if isinstance(weights, WeightSet) else load_weight_set(weights)
         if download:
             fetch_set(weight_set, progress=progress)

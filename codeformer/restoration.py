@@ -13,6 +13,7 @@ from torch import Tensor
 from torch._dynamo import config as compiler_config
 
 from codeformer.errors import NonFiniteOutputError
+from codeformer.graphs import GraphedFunction
 from codeformer.networks.codeformer import CodeFormer
 
 LUMA_RGB: Final = (0.2989, 0.5870, 0.1140)
@@ -58,6 +59,7 @@ class FaceRestorer:
         network: on its device, in evaluation mode, in the memory layout `channels_last` tells.
         channels_last: feed the network channels-last batches.
         compile_backend: compile both halves of the network with this `torch.compile` backend.
+        graphed: record the network's work as CUDA graphs.
 
     Attributes:
         device: where the network is.
@@ -65,15 +67,22 @@ class FaceRestorer:
     """
 
     def __init__(
-        self, network: CodeFormer, *, channels_last: bool = False, compile_backend: str | None = None
+        self,
+        network: CodeFormer,
+        *,
+        channels_last: bool = False,
+        compile_backend: str | None = None,
+        graphed: bool = False,
     ) -> None:
         self.network = network
-        self.has_restored = False
         self.device = next(network.parameters()).device
+        self.has_restored = False
         self._channels_last = channels_last
-        self._is_compiled = compile_backend is not None
+        # Graphs stay the same for every fidelity above 0 if it is a tensor.
+        self._fidelity_in_graph = compile_backend is not None or graphed
         self._predict = maybe_compiled(network.predict, compile_backend)
         self._generate = maybe_compiled(network.generate, compile_backend)
+        self._run: Any = GraphedFunction(self._forward) if graphed else self._forward
 
     @torch.inference_mode()
     def restore(self, crops_bgr: Tensor, fidelity: float, *, half_dtype: torch.dtype | None = None) -> Tensor:
@@ -92,16 +101,33 @@ class FaceRestorer:
         Raises:
             NonFiniteOutputError: the network's answer holds NaN or infinity.
         """
-        batch = faces_to_batch(crops_bgr, channels_last=self._channels_last)
-        # A tensor keeps the compiled graph the same for every fidelity above 0.
-        w = torch.tensor(fidelity, device=self.device) if self._is_compiled and fidelity > 0 else fidelity
-        logits, lq_feat, features = self._predict(batch)
+        w = torch.tensor(fidelity, dtype=torch.float32, device=self.device)
+        faces, is_finite = self._run(crops_bgr, w, fidelity > 0, half_dtype)
+        if not bool(is_finite.all()):
+            raise NonFiniteOutputError(
+                f"the restorer's output is not finite ({half_dtype or torch.float32})."
+            )
+        self.has_restored = True
+        restored: Tensor = faces
+        return restored
+
+    def _forward(
+        self,
+        crops_bgr: Tensor,
+        fidelity: Tensor,
+        guided: bool,  # noqa: FBT001
+        half_dtype: torch.dtype | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Restored faces, and for each whether the network's answer was finite: (N,) bool."""
+        w: Tensor | float = 0.0
+        if guided:
+            w = fidelity if self._fidelity_in_graph else float(fidelity)
+        logits, lq_feat, features = self._predict(
+            faces_to_batch(crops_bgr, channels_last=self._channels_last)
+        )
         with torch.autocast(self.device.type, dtype=half_dtype, enabled=half_dtype is not None):
             restored = self._generate(logits, lq_feat, features, w, adain=True)
-        if not bool(torch.isfinite(restored).all()):
-            raise NonFiniteOutputError(f"the restorer's output is not finite ({restored.dtype}).")
-        self.has_restored = True
-        return batch_to_faces(restored)
+        return batch_to_faces(restored), torch.isfinite(restored).flatten(1).all(dim=1)
 
     @torch.inference_mode()
     def codes(self, crops_bgr: Tensor) -> Tensor:

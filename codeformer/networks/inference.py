@@ -28,7 +28,9 @@ def for_inference(network: NetworkT) -> NetworkT:
     """
     rewritten: Any = copy.deepcopy(network)
     _rewrite(rewritten)
-    channels_last: NetworkT = rewritten.requires_grad_(False).to(memory_format=torch.channels_last)
+    channels_last: NetworkT = rewritten.requires_grad_(requires_grad=False).to(
+        memory_format=torch.channels_last
+    )
     return channels_last
 
 

@@ -1,0 +1,75 @@
+"""Recorded calls: which are recorded, and what is read and written when one is replayed."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from codeformer import graphs
+from codeformer.graphs import BatchFunction, GraphedFunction, Recording, bucket_of
+
+
+class FakeRecorder:
+    """Records as CUDA does: the same tensors are read and written at every replay."""
+
+    def __init__(self) -> None:
+        self.recorded: list[tuple[Any, ...]] = []
+
+    def __call__(
+        self, function: BatchFunction, batch: Tensor, scalar: Tensor, settings: Sequence[Any], _pool: Any
+    ) -> Recording:
+        self.recorded.append((len(batch), *settings))
+        results = function(batch, scalar, *settings)
+
+        def replay() -> None:
+            for kept, fresh in zip(results, function(batch, scalar, *settings), strict=True):
+                kept.copy_(fresh)
+
+        return Recording(batch, scalar, results, replay)
+
+
+def scaled_and_summed(batch: Tensor, scalar: Tensor, negative: bool) -> tuple[Tensor, Tensor]:
+    scaled = batch * scalar * (-1 if negative else 1)
+    return scaled, scaled.sum(dim=1)
+
+
+@pytest.mark.parametrize(("count", "bucket"), [(1, 1), (2, 2), (3, 4), (4, 4), (5, 8), (8, 8), (9, 16)])
+def test_buckets_are_powers_of_two(count: int, bucket: int) -> None:
+    assert bucket_of(count) == bucket
+
+
+def test_replays_answer_as_the_function_does_and_keep_earlier_answers() -> None:
+    recorder = FakeRecorder()
+    graphed = GraphedFunction(scaled_and_summed, recorder)
+    calls = [(torch.randn(count, 5), torch.tensor(w), sign) for count, w, sign in CALLS]
+    answers = [graphed(*call) for call in calls]
+    for call, answer in zip(calls, answers, strict=True):
+        for actual, expected in zip(answer, scaled_and_summed(*call), strict=True):
+            torch.testing.assert_close(actual, expected)
+    assert recorder.recorded == [(1, False), (4, False), (1, True)]
+
+
+CALLS = [(1, 0.5, False), (3, 2.0, False), (1, -1.0, False), (4, 0.25, False), (1, 0.5, True)]
+
+
+def test_recordings_are_limited_and_the_oldest_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "MAX_GRAPHS", 2)
+    recorder = FakeRecorder()
+    graphed = GraphedFunction(scaled_and_summed, recorder)
+    for count in (1, 2, 1, 4, 1, 2):
+        graphed(torch.ones(count, 1), torch.tensor(1.0), False)
+    assert [count for count, _ in recorder.recorded] == [1, 2, 4, 2]
+
+
+def test_a_gpu_replays_what_it_computed(device: torch.device) -> None:
+    if device.type != "cuda":
+        pytest.skip("needs a CUDA device")
+    graphed = GraphedFunction(scaled_and_summed)
+    for count in (1, 3, 2, 3):
+        batch, scalar = torch.randn(count, 5, device=device), torch.tensor(0.5 * count, device=device)
+        for actual, expected in zip(
+            graphed(batch, scalar, True), scaled_and_summed(batch, scalar, True), strict=True
+        ):
+            torch.testing.assert_close(actual, expected)
