@@ -6,7 +6,7 @@ import tempfile
 from cog import BaseRunner, Input, Path
 
 from codeformer.pipeline import Pipeline
-from codeformer.request import describe, serve
+from codeformer.request import describe, serve, warm_up
 
 logger = logging.getLogger("codeformer")
 
@@ -17,9 +17,10 @@ class Predictor(BaseRunner):
     _outputs: tempfile.TemporaryDirectory[str] | None = None
 
     def setup(self) -> None:
-        """Loads the networks, fetching and verifying their weights."""
+        """Loads the networks, fetching and verifying their weights, and tries them once."""
         logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
         self.pipeline = Pipeline.load()
+        warm_up(self.pipeline)
 
     def run(
         self,

@@ -152,6 +152,7 @@ _STAGES: Final = _report(
     "stages",
     {
         "command": _TEXT,
+        "official_size": {"type": "boolean"},
         "warmup": _COUNT,
         "repeats": {"type": "integer", "minimum": 1},
         "ceilings": _object(

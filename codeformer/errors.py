@@ -135,6 +135,22 @@ class DeviceMemoryError(InferenceError):
         )
 
 
+class DeviceError(CodeFormerError, RuntimeError):
+    """The device cannot run the networks; the service must not start on it.
+
+    Attributes: `device`, its name; `cause`, in words.
+    """
+
+    def __init__(self, device: str, cause: str) -> None:
+        self.device = device
+        self.cause = cause
+        super().__init__(
+            f"{device}: expected a device that restores the sample portrait, got: {cause} Check that the GPU "
+            "is one torch was built for, that its driver is recent enough (`nvidia-smi`), and that no other "
+            "process has taken its memory."
+        )
+
+
 class NonFiniteOutputError(CodeFormerError, ArithmeticError):
     """A network answered with NaN or infinity; in half precision a float32 pass may still succeed."""
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from codeformer.clock import STAGES
-from codeformer.errors import ImageError, OptionError
+from codeformer.errors import DeviceError, ImageError, InferenceError, OptionError
 from codeformer.images import ImageU8, decode_image, encode_jpeg
 from codeformer.pipeline import Pipeline, RestoredImage
 from codeformer.plan import DEFAULT_FIDELITY, check_fidelity, resolve_plan
@@ -98,6 +98,23 @@ def serve(
         name: round(value, 3) if isinstance(value, float) else value for name, value in metrics.items()
     }
     return Outcome(images, results, jpegs, rounded)
+
+
+def warm_up(pipeline: Pipeline) -> None:
+    """Serves the sample portrait, so that the first request finds everything loaded and a broken device is
+    noticed before any request comes.
+
+    Raises:
+        DeviceError: the device cannot run the networks.
+    """
+    started = time.perf_counter()
+    try:
+        outcome = serve(pipeline, [SAMPLES / "1.jpg"])
+    except InferenceError as cause:
+        raise DeviceError(str(pipeline.device), str(cause)) from cause
+    if not outcome.metrics["faces.restored"]:
+        logger.warning("no face was found in the sample portrait: are these the right weights?")
+    logger.info("ready on %s after a warm-up of %.1f s", pipeline.device, time.perf_counter() - started)
 
 
 def describe(metrics: Metrics) -> str:

@@ -285,11 +285,11 @@ class TransformationStage:
         return terms
 
     def _random_fidelity(self, count: int) -> Tensor:
-        """(count, 1, 1, 1): 10 % 0, 60 % 1, the rest between."""
+        """(count, 1, 1, 1): 10 % 0, 70 % 1, the rest between."""
         kind = torch.rand(count, 1, 1, 1)
         between = torch.rand(count, 1, 1, 1)
         w = torch.where(
-            kind < 0.1, torch.zeros_like(kind), torch.where(kind < 0.7, torch.ones_like(kind), between)
+            kind < 0.1, torch.zeros_like(kind), torch.where(kind < 0.8, torch.ones_like(kind), between)
         )
         return w.to(self._options.device)
 
