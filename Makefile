@@ -5,14 +5,15 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 PHOTO ?= data/1.jpg
 OUTPUT ?= output
+CACHE ?= .compile-cache
 PORT ?= 8080
 FLAGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help predict test lint typecheck format serve schema data bench clean
+.PHONY: help predict test lint typecheck format serve schema data bench compile-cache clean
 
 help:  ## Show this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 $(VENV)/.made:
 	@"$(PYTHON3)" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' \
@@ -60,6 +61,9 @@ bench: $(VENV)/.tools  ## Measure profiles and stages on data/, and write output
 	$(PYTHON) benchmarks/run_bench.py
 	$(PYTHON) benchmarks/bench_stages.py
 	$(PYTHON) -m benchmarks.report benchmarks/last_bench.json benchmarks/last_bench_stages.json
+
+compile-cache: $(VENV)/.runtime  ## Compile for compile_backend inductor ahead of time, into CACHE
+	$(PYTHON) -m codeformer compile "$(CACHE)"
 
 clean:  ## Remove the environment and caches
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache

@@ -229,7 +229,19 @@ _QUALITY: Final = _report(
     },
 )
 
+_PARTS: Final = _report(
+    "parts",
+    {
+        "command": _TEXT,
+        "warmup": _COUNT,
+        "repeats": {"type": "integer", "minimum": 1},
+        "parts_ms": _map_of(SUMMARY),
+        "full_frame_to_region": SUMMARY,
+    },
+)
+
 SCHEMAS: Final[dict[str, Schema]] = {
+    "parts": _PARTS,
     "requests": _REQUESTS,
     "single_image": _SINGLE_IMAGE,
     "stages": _STAGES,

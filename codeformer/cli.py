@@ -11,6 +11,7 @@ from typing import Final
 import numpy as np
 from tqdm import tqdm
 
+from codeformer.compile_cache import FOLDER_VARIABLE, fill_compile_cache
 from codeformer.errors import CodeFormerError, InputError, WeightsError
 from codeformer.images import ImageU8, encode_jpeg
 from codeformer.pipeline import Pipeline
@@ -76,6 +77,12 @@ def _parser() -> argparse.ArgumentParser:
     restore.add_argument("-v", "--verbose", action="store_true", help="log faces and stage times")
     restore.set_defaults(command=_restore)
 
+    compiling = commands.add_parser("compile", help="fill a folder with what inductor compiles")
+    compiling.add_argument("folder", type=Path, metavar="DIR", help=f"for {FOLDER_VARIABLE}")
+    compiling.add_argument("--weights", metavar="SET", help=_set_help())
+    compiling.add_argument("--device", help="cuda or cpu; default: cuda where there is one")
+    compiling.set_defaults(command=_compile, verbose=True)
+
     weights = commands.add_parser("weights", help="list, fetch or verify weight files")
     actions = weights.add_subparsers(required=True, metavar="ACTION")
     for name, command, text in (
@@ -134,6 +141,12 @@ def _restore_one(pipeline: Pipeline, photo: Path, target: Path, options: argpars
         pair = _side_by_side(outcome.images_bgr[0], outcome.results[0].image_bgr)
         _write(_comparison_of(target), encode_jpeg(pair))
     return len(outcome.results[0].faces)
+
+
+def _compile(options: argparse.Namespace) -> int:
+    fill_compile_cache(Pipeline.load(options.weights, options.device), options.folder)
+    print(f"{options.folder}: start servers with {FOLDER_VARIABLE}={options.folder.resolve()}")
+    return 0
 
 
 def _find_photos(paths: Sequence[Path]) -> Iterator[Path]:

@@ -69,7 +69,7 @@ class ModelStore:
     """
 
     def __init__(self, reference: Models) -> None:
-        self._reference = reference
+        self.reference = reference
         self._optimized: Models | None = None
         self._optimized_backend: str | None = None
 
@@ -92,12 +92,12 @@ class ModelStore:
         """
         self.check(plan)
         if not plan.optimized:
-            yield self._reference
+            yield self.reference
         elif self._optimized is not None:
             yield self._optimized
         else:
             logger.info("initialising optimized models, compile_backend=%s", plan.compile_backend or "none")
-            models = self._reference.optimized(plan.compile_backend)
+            models = self.reference.optimized(plan.compile_backend)
             yield models
             if plan.compile_backend is None or models.restorer.has_restored:
                 self._optimized, self._optimized_backend = models, plan.compile_backend

@@ -101,6 +101,11 @@ class Pipeline:
         self.device = as_device(device)
         self._store = ModelStore(models)
 
+    @property
+    def models(self) -> Models:
+        """The networks of safe mode."""
+        return self._store.reference
+
     @classmethod
     def load(
         cls,

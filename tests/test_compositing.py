@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.full_frame import paste_full_frame
 from codeformer.alignment import crop_face, invert
 from codeformer.compositing import paste_face, region_of_interest, soften_square
 from codeformer.parsing import TemplateMask, soften_labels
@@ -17,22 +18,6 @@ def similarity(scale: float, degrees: float, x: float, y: float) -> np.ndarray:
     angle = np.deg2rad(degrees)
     rotation = scale * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     return np.column_stack([rotation, np.array([x, y]) - rotation @ [255.5, 255.5]])
-
-
-def paste_full_frame(
-    picture: np.ndarray, face: np.ndarray, matrix: np.ndarray, mask: np.ndarray | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """The same method on whole frames, as upstream works; also gives the soft mask."""
-    size = (picture.shape[1], picture.shape[0])
-    hard = cv2.erode(cv2.warpAffine(np.ones((512, 512), np.float32), matrix, size), np.ones((2, 2), np.uint8))
-    edge = int(hard.sum(dtype=np.float64) ** 0.5) // 20
-    core = cv2.erode(hard, np.ones((2 * edge, 2 * edge), np.uint8))
-    soft = cv2.GaussianBlur(core, (2 * edge + 1, 2 * edge + 1), 0)
-    if mask is not None:
-        soft = np.minimum(soft, cv2.warpAffine(mask, matrix, size))
-    warped = cv2.warpAffine(face, matrix, size).astype(np.float32)
-    blended = soft[..., None] * (hard[..., None] * warped) + (1 - soft[..., None]) * picture
-    return np.clip(np.rint(blended), 0, 255).astype(np.uint8), soft
 
 
 @pytest.fixture(scope="module")

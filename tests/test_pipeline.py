@@ -44,7 +44,7 @@ class ReplayingDetector:
 
 
 def on_device(pipeline: Pipeline, device: torch.device) -> Pipeline:
-    models = pipeline._store._reference
+    models = pipeline.models
     return Pipeline(
         Models(
             FaceDetector(models.detector.network.to(device)),
@@ -398,14 +398,14 @@ def test_a_parser_that_overflows_runs_again_in_float32(detector: FaceDetector) -
 def test_a_half_precision_overflow_runs_again_in_float32(
     tiny_pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    network = tiny_pipeline._store._reference.restorer.network
+    network = tiny_pipeline.models.restorer.network
     generate = network.generate
 
     def overflow(*arguments: Any, **options: Any) -> torch.Tensor:
         out = generate(*arguments, **options)
         return out * float("inf") if out.dtype == torch.bfloat16 else out
 
-    monkeypatch.setattr(tiny_pipeline._store._reference.restorer, "_generate", overflow)
+    monkeypatch.setattr(tiny_pipeline.models.restorer, "_generate", overflow)
     photo = pictures.portrait()
     baseline = resolve_plan("baseline", device=CPU)
     [result] = tiny_pipeline.restore([photo], 0.5, dataclasses.replace(baseline, half_dtype=torch.bfloat16))

@@ -13,10 +13,11 @@ import yaml
 
 from codeformer import plan as plans
 from codeformer import request
-from codeformer.errors import ImageError, OptionError
+from codeformer.errors import DeviceError, ImageError, OptionError
 from codeformer.images import decode_image
 from codeformer.pipeline import Pipeline
 from codeformer.request import MAX_IMAGES, describe, serve
+from codeformer.restoration import FaceRestorer
 from predict import Predictor
 from scripts.write_schema import PINNED_SCHEMA, build_schema
 from tests.compare import assert_pictures_close
@@ -223,6 +224,33 @@ def test_a_failed_request_leaves_the_predictor_usable(
     with pytest.raises(ImageError):
         run(predictor, [photo_path, bad])
     assert len(run(predictor, [photo_path])) == 1
+
+
+def test_setup_fails_where_the_device_cannot_restore_a_face(
+    tiny_weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device")
+
+    monkeypatch.setenv("CODEFORMER_WEIGHTS", str(tiny_weights))
+    monkeypatch.setattr(FaceRestorer, "restore", fail)
+    with pytest.raises(DeviceError, match=r"no kernel image .*nvidia-smi"):
+        Predictor().setup()
+
+
+def test_setup_restores_the_sample_portrait_and_warns_where_no_face_is_found(
+    tiny_weights: Path,
+    blind_weights: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    for weights, warned in ((tiny_weights, False), (blind_weights, True)):
+        caplog.clear()
+        monkeypatch.setenv("CODEFORMER_WEIGHTS", str(weights))
+        predictor = Predictor()
+        predictor.setup()
+        assert predictor.pipeline.models.restorer.has_restored != warned
+        assert ("no face was found in the sample portrait" in caplog.text) == warned
 
 
 def test_setup_without_weights_fails_and_says_what_to_do(

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torchvision
 from skimage.metrics import structural_similarity
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from codeformer.alignment import FFHQ_TEMPLATE_XY
@@ -27,7 +27,7 @@ from codeformer.training.detector import DistillationStage
 from codeformer.training.evaluation import measure_detector, measure_restorer
 from codeformer.training.export import export_network, write_manifest
 from codeformer.training.faces import FacePairs, read_face, read_photograph, split_faces, split_pictures
-from codeformer.training.loop import Options, read_checkpoint, train
+from codeformer.training.loop import MuonWithAdamW, Options, read_checkpoint, train
 from codeformer.training.losses import code_loss, discriminator_loss, luma, picture_loss, ssim
 from codeformer.training.matching import Agreement, box_iou
 from codeformer.training.restorer import (
@@ -35,7 +35,7 @@ from codeformer.training.restorer import (
     CodePredictionStage,
     TransformationStage,
     positions_of,
-    start_as_copy,
+    start_idle,
 )
 from codeformer.training.scenes import SCENE_SIDE, Scenes
 from codeformer.weights.manifest import load_weight_set
@@ -105,51 +105,19 @@ def make_stage(name: str, options: Options) -> Any:
     )
 
 
-LED: dict[str, Any] = {
-    **SMALL,
-    "latent_size": 256,
-    "channel_multipliers": [1, 2, 2, 3, 4],
-    "connect_list": ["128", "256"],
-    "norm_groups": 1,
-}
-
-
-def smooth_picture() -> Tensor:
-    """(1, 3, 256, 256) in [-1, 1], a face."""
-    small = cv2.resize(pictures.portrait()[:240, 100:340], (256, 256), interpolation=cv2.INTER_AREA)
-    return torch.from_numpy(small[:, :, ::-1].transpose(2, 0, 1) / 127.5 - 1).float()[None]
-
-
-def test_a_new_network_returns_a_reduced_copy_at_full_fidelity() -> None:
+@pytest.mark.parametrize("input_skip", [False, True])
+def test_a_new_network_begins_with_idle_branches(input_skip: bool) -> None:
     torch.manual_seed(0)
-    network = CodeFormer(**LED)
-    start_as_copy(network)
-    picture = smooth_picture()
-    half_size = torch.nn.functional.avg_pool2d(picture, 2)
-    expected = torch.nn.functional.interpolate(half_size, scale_factor=2.0, mode="bilinear")
-    with torch.no_grad():
-        whole, half, none = (network(picture, w=w, adain=True)[0] for w in (1.0, 0.5, 0.0))
-    inner = np.s_[..., 8:-8, 8:-8]
-    assert float((whole - expected)[inner].abs().mean()) < 0.02
-    assert float((whole - picture).abs().mean()) < 0.06
-    assert float((none - picture).abs().mean()) > 0.2
-    assert float((half - (whole + none) / 2)[inner].abs().mean()) < 0.05
-
-
-@pytest.mark.parametrize("change", [{"norm_groups": 32}, {"connect_list": ["256"]}, {"base_channels": 4}])
-def test_networks_that_cannot_start_as_a_copy_start_with_idle_branches(change: dict[str, Any]) -> None:
-    torch.manual_seed(0)
-    network = CodeFormer(**{**LED, **change})
-    last: Any = network.generator.blocks[-1]
-    before = last.weight.clone()
-    start_as_copy(network)
+    network = CodeFormer(**SMALL, input_skip=input_skip)
+    start_idle(network)
     block: Any = network.encoder.blocks[1]
-    picture = torch.randn(1, block.conv1.in_channels, 8, 8)
-    assert torch.equal(block(picture), picture)
-    assert torch.equal(last.weight, before)
+    features = torch.randn(1, block.conv1.in_channels, 8, 8)
+    assert torch.equal(block(features), features)
+    picture = Pairs(1)[0][0][None]
     with torch.no_grad():
-        none, whole = (network(smooth_picture(), w=w)[0] for w in (0.0, 1.0))
-    torch.testing.assert_close(none, whole)
+        none, half, whole = (network(picture, w=w)[0] for w in (0.0, 0.5, 1.0))
+    torch.testing.assert_close(whole, picture if input_skip else none)
+    torch.testing.assert_close(half, (none + whole) / 2)
 
 
 def test_crops_take_their_positions_along() -> None:
@@ -163,11 +131,18 @@ def test_crops_take_their_positions_along() -> None:
     assert torch.equal(part, network.position_emb[[6, 7, 10, 11]])
 
 
-STAGES = ("autoencoder", "codes", "transform", "adversarial")
+STAGES = (
+    ("autoencoder", "adamw"),
+    ("codes", "adamw"),
+    ("transform", "adamw"),
+    ("transform", "muon"),
+    ("adversarial", "muon"),
+)
 
 
-@pytest.mark.parametrize("name", STAGES)
-def test_a_stage_learns(name: str, options: Options) -> None:
+@pytest.mark.parametrize(("name", "optimiser"), STAGES)
+def test_a_stage_learns(name: str, optimiser: Any, options: Options) -> None:
+    options = dataclasses.replace(options, optimiser=optimiser)
     stage = make_stage(name, options)
     batch = [
         torch.stack(parts).to(options.device) for parts in zip(*(Pairs(4)[i] for i in range(4)), strict=True)
@@ -186,9 +161,11 @@ def test_a_stage_learns(name: str, options: Options) -> None:
     assert read_checkpoint(options.checkpoint)["step"] == 40
 
 
-@pytest.mark.parametrize("name", STAGES)
-def test_a_resumed_training_ends_where_an_uninterrupted_one_does(name: str, options: Options) -> None:
-    options = dataclasses.replace(options, steps=8, save_every=4)
+@pytest.mark.parametrize(("name", "optimiser"), STAGES)
+def test_a_resumed_training_ends_where_an_uninterrupted_one_does(
+    name: str, optimiser: Any, options: Options
+) -> None:
+    options = dataclasses.replace(options, steps=8, save_every=4, optimiser=optimiser)
     whole = train(make_stage(name, options), Pairs, options, header=SMALL)
     resumed = dataclasses.replace(options, checkpoint=options.checkpoint.with_name("other.pt"))
 
@@ -204,6 +181,27 @@ def test_a_resumed_training_ends_where_an_uninterrupted_one_does(name: str, opti
     continued = train(make_stage(name, resumed), Pairs, resumed, header=SMALL)
     for key, value in whole.state_dict().items():
         torch.testing.assert_close(continued.state_dict()[key], value, rtol=1e-4, atol=1e-5, msg=key)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_muon_turns_every_direction_of_a_kernel_alike(layout: Any) -> None:
+    torch.manual_seed(0)
+    convolution: Any = nn.Conv2d(16, 8, 3)
+    convolution = convolution.to(memory_format=layout)
+    weight, bias = convolution.weight.detach().clone(), convolution.bias.detach().clone()
+    # Directions of very different strength, by singular values from 1 to 1e-3.
+    left, _, right = torch.linalg.svd(torch.randn(8, 16 * 9), full_matrices=False)
+    gradient = left @ torch.diag(torch.logspace(0, -3, 8)) @ right
+    convolution.weight.grad = gradient.view(8, 16, 3, 3).contiguous(memory_format=layout)
+    convolution.bias.grad = torch.ones(8)
+    rate = 1e-2
+    MuonWithAdamW(convolution, rate).step()
+    moved = (weight - convolution.weight.detach()).reshape(8, -1)
+    strengths = torch.linalg.svdvals(moved) / (rate * 0.2 * (16 * 9) ** 0.5)
+    assert strengths.min() > 0.4
+    assert strengths.max() < 1.3
+    torch.testing.assert_close((left.T @ moved @ right.T).sign().diagonal(), torch.ones(8))
+    torch.testing.assert_close(convolution.bias.detach(), bias - rate / 2, rtol=0, atol=1e-4)
 
 
 def test_a_stage_stops_when_its_score_does(options: Options) -> None:

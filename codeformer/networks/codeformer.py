@@ -6,12 +6,17 @@ checkpoint, so that it loads with `strict=True`.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from codeformer.networks.vqgan import Codebook, Encoder, Generator, ResidualBlock, conv3x3, match_statistics
+
+COLOURS: Final = 3
+# Where the encoder's features keep the input; no feature has this size.
+INPUT: Final = 0
 
 
 class TransformerLayer(nn.Module):
@@ -69,6 +74,9 @@ class CodeFormer(nn.Module):
         code_dim: length of one code.
         norm_groups: groups of the group norms; a network with fewer than 64 base channels should have
             fewer, see `group_norm`.
+        input_skip: the generator gives a face and a correction of the input, and w blends between the face
+            and the corrected input. Not part of the published method: a small network that has to carry
+            the whole picture through its layers has little left to restore it with.
 
     Raises:
         ValueError: the sizes contradict each other.
@@ -86,6 +94,8 @@ class CodeFormer(nn.Module):
         channel_multipliers: Sequence[int] = (1, 2, 2, 4, 4, 8),
         code_dim: int = 256,
         norm_groups: int = 32,
+        *,
+        input_skip: bool = False,
     ) -> None:
         super().__init__()
         numbers = (
@@ -107,7 +117,15 @@ class CodeFormer(nn.Module):
             raise ValueError(f"dim_embd ({dim_embd}) must be a multiple of n_head ({n_head}).")
         self.resolution = self.latent_side << (len(channel_multipliers) - 1)
         self.encoder = Encoder(self.resolution, base_channels, channel_multipliers, code_dim, norm_groups)
-        self.generator = Generator(self.resolution, base_channels, channel_multipliers, code_dim, norm_groups)
+        self.generator = Generator(
+            self.resolution,
+            base_channels,
+            channel_multipliers,
+            code_dim,
+            norm_groups,
+            out_channels=2 * COLOURS if input_skip else COLOURS,
+        )
+        self.input_skip = input_skip
         channels_of = {
             self.resolution >> level: base_channels * multiplier
             for level, multiplier in enumerate(channel_multipliers)
@@ -138,7 +156,8 @@ class CodeFormer(nn.Module):
 
         Returns:
             Code logits (B, side * side, codebook_size), the latent feature `lq_feat`
-            (B, code_dim, side, side), and the encoder's feature for each connected size.
+            (B, code_dim, side, side), and the encoder's feature for each connected size; with `input_skip`
+            the input as well, under `INPUT`.
         """
         lq_feat, features = self.encode(x)
         tokens = self.feat_emb(lq_feat.flatten(2).transpose(1, 2))
@@ -148,7 +167,7 @@ class CodeFormer(nn.Module):
 
     def encode(self, x: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
         """The encoder alone: `lq_feat` and the features, as from `predict`."""
-        features: dict[int, Tensor] = {}
+        features: dict[int, Tensor] = {INPUT: x} if self.input_skip else {}
         for index, block in enumerate(self.encoder.blocks):
             x = block(x)
             if index in self._encoder_taps:
@@ -189,7 +208,10 @@ class CodeFormer(nn.Module):
             if guided and index in self._generator_taps:
                 size = self._generator_taps[index]
                 x = self.fuse_convs_dict[str(size)](features[size], x, w)
-        return x
+        if not self.input_skip:
+            return x
+        face, correction = x.chunk(2, dim=1)
+        return face + w * (features[INPUT] + correction - face) if guided else face
 
     def forward(self, x: Tensor, w: float | Tensor = 0, adain: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Restores aligned faces: `predict`, then `generate`, with their arguments.

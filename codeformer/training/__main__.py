@@ -42,7 +42,7 @@ from codeformer.training.restorer import (
     CodePredictionStage,
     Pairs,
     TransformationStage,
-    start_as_copy,
+    start_idle,
 )
 from codeformer.training.scenes import Scenes
 from codeformer.weights.manifest import load_weight_set
@@ -54,10 +54,11 @@ LITE: Final[dict[str, Any]] = {
     "codebook_size": 512,
     "latent_size": 1024,
     "base_channels": 8,
-    "channel_multipliers": [1, 2, 8, 8, 16],
+    "channel_multipliers": [1, 2, 6, 6, 12],
     "code_dim": 32,
     "norm_groups": 1,
-    "connect_list": ["64", "128", "256", "512"],
+    "connect_list": ["64", "128", "256"],
+    "input_skip": True,
 }
 START_FACES: Final = 64
 VALIDATION_FACES: Final = 12
@@ -92,15 +93,14 @@ def _parser() -> argparse.ArgumentParser:
             _autoencoder,
             2000,
             4,
-            6e-4,
+            1e-3,
             "stage 1: encoder, codebook and generator, on clean faces",
         ),
-        ("codes", _codes, 1000, 2, 6e-4, "stage 2: the codes of degraded faces"),
+        ("codes", _codes, 1000, 2, 1e-3, "stage 2: the codes of degraded faces"),
         ("transform", _transform, 5000, 3, 1e-3, "stage 3: restoration at every fidelity"),
     ):
         stage = commands.add_parser(name, help=text)
-        optimiser = "muon" if name == "transform" else "adamw"
-        _add_loop_options(stage, steps=steps, batch=batch, rate=rate, optimiser=optimiser)
+        _add_loop_options(stage, steps=steps, batch=batch, rate=rate, optimiser="muon")
         stage.add_argument("--faces", type=Path, required=True, metavar="DIR", help="aligned 512 px faces")
         stage.add_argument(
             "--config",
@@ -120,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
                 "--adversarial", type=float, default=0.0, metavar="WEIGHT", help="of the adversarial term"
             )
     detector = commands.add_parser("detector", help="a small detector from a trained one of the same build")
-    _add_loop_options(detector, steps=3000, batch=4, rate=3e-2)
+    _add_loop_options(detector, steps=4000, batch=4, rate=1e-2, optimiser="muon")
     detector.add_argument(
         "--teacher", type=Path, required=True, metavar="FILE", help="RetinaFace mobile0.25 checkpoint"
     )
@@ -226,7 +226,7 @@ def _autoencoder(options: argparse.Namespace) -> None:
     training, validation = split_faces(options.faces)
     torch.manual_seed(options.seed)
     network = _network(options, loop)
-    start_as_copy(network)
+    start_idle(network)
     start = FacePairs(training, START_FACES, options.seed + 3, mixture=None)
     stage = AutoencoderStage(
         network,

@@ -24,16 +24,14 @@ from codeformer.training.matching import Agreement
 
 BACKBONE: Final = "mobile0.25"
 # Up to the first share of training units learn side by side, from the second on as the network they are.
-GUIDED_SHARE: Final = 0.6
-ALONE_SHARE: Final = 0.7
+GUIDED_SHARE: Final = 0.85
+ALONE_SHARE: Final = 0.95
 # Convolution, norm, activation.
 _UNIT: Final = 3
 # The share of training in which the batch norms follow the batches.
 STATISTICS_SHARE: Final = 0.01
 # Weight of the features' unlikeness once the network works on its own: the answers count then.
 _FEATURES_ALONE: Final = 0.1
-# Errors of offsets count by their size, not its square, from a hundredth of the anchor on.
-_BETA: Final = 0.1
 # Boxes and landmarks matter where the teacher thinks of a face at all.
 _LIKELY: Final = 0.3
 
@@ -75,9 +73,7 @@ class DistillationStage:
         ).sum()
 
         def where_likely(answer: Tensor, truth: Tensor) -> Tensor:
-            return (
-                weight[..., None] * F.smooth_l1_loss(answer, truth, reduction="none", beta=_BETA)
-            ).sum() / total
+            return (weight[..., None] * F.smooth_l1_loss(answer, truth, reduction="none")).sum() / total
 
         return {
             "scores": (doubt.square() * surprise).sum() / total,

@@ -166,6 +166,7 @@ class MuonWithAdamW:
             for layer in network.modules()
             if isinstance(layer, (nn.Conv2d, nn.Linear))
             and layer.weight.requires_grad
+            and getattr(layer, "groups", 1) == 1
             and min(layer.weight.shape[0], layer.weight[0].numel()) >= _SMALLEST_MATRIX
         ]
         chosen = {id(weight) for weight in matrices}

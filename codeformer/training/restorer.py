@@ -19,11 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from codeformer.networks.codeformer import CodeFormer, ControllableFeatureTransform
+from codeformer.networks.codeformer import COLOURS, CodeFormer, ControllableFeatureTransform
 from codeformer.networks.vqgan import (
-    Downsample,
     ResidualBlock,
-    Upsample,
     match_statistics,
     nearest_codes,
 )
@@ -42,13 +40,6 @@ GUIDED_SHARE: Final = 0.6
 # Batches (degraded, clean, corner), as `FacePairs` makes them.
 Pairs = Iterable[Sequence[Tensor]]
 
-# The size of the copy that training starts from: a face of 512 px under moderate degradation holds no more.
-COPY_SIZE: Final = 128
-_CENTRE: Final = torch.tensor([[0.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
-_AVERAGE: Final = torch.tensor([[0.25, 0.25, 0.0], [0.25, 0.25, 0.0], [0.0, 0.0, 0.0]])
-_SMOOTH: Final = torch.tensor([[1.0, 2.0, 1.0], [2.0, 4.0, 2.0], [1.0, 2.0, 1.0]]) / 16
-# Large beside the features, so that the last norm is nearly the same for every picture.
-_ANCHOR: Final = 8.0
 _COMMITMENT: Final = 0.25
 _CODEBOOK_DECAY: Final = 0.98
 # Below this a code has not been chosen for about 200 steps.
@@ -58,17 +49,10 @@ _KMEANS_SAMPLE: Final = 40_000
 
 
 @torch.no_grad()
-def start_as_copy(network: CodeFormer) -> None:
-    """Sets a new network up to return a reduced copy of its input at w = 1: training starts from there.
+def start_idle(network: CodeFormer) -> None:
+    """Sets a new network up so that all residual branches, guides and corrections begin at nothing.
 
-    All residual branches and guides start idle. Where the network is guided at 128 px and has one norm
-    group, the picture is led through it in three channels: reduced to 128 px by averages, taken over from
-    the encoder by the guide, enlarged again. Two constant channels fix the scale of the last norm. Little
-    noise is left in such a copy; the details it lacks are in the features of the other guides.
-
-    Args:
-        network: new; the picture is led through only with at least 8 channels at full resolution, and more
-            below.
+    With `input_skip` a face at w = 1 then is the input, and training begins with what is wrong with it.
     """
     for module in network.modules():
         if isinstance(module, ResidualBlock):
@@ -76,59 +60,15 @@ def start_as_copy(network: CodeFormer) -> None:
         elif isinstance(module, ControllableFeatureTransform):
             _zero(module.scale[2])
             _zero(module.shift[2])
-    last_norm: Any = network.generator.blocks[-2]
-    channels = last_norm.num_channels
-    project: Any = network.generator.blocks[network.generator.tap_blocks[network.resolution]]
-    if (
-        str(COPY_SIZE) not in network.fuse_convs_dict
-        or last_norm.num_groups != 1
-        or channels < 8
-        or project.conv_out is None
-    ):
-        return
-
-    _lead(network.encoder.blocks[0], _CENTRE)
-    for block in list(network.encoder.blocks)[: network.encoder.tap_blocks[COPY_SIZE]]:
-        if isinstance(block, Downsample):
-            _lead(block.conv, _AVERAGE)
-    for block in [*network.encoder.blocks, *network.generator.blocks]:
-        if isinstance(block, ResidualBlock) and block.conv_out is not None:
-            _lead(block.conv_out, _CENTRE[1:2, 1:2])
-        elif isinstance(block, Upsample):
-            _lead(block.conv, _SMOOTH)
-
-    guide: Any = network.fuse_convs_dict[str(COPY_SIZE)]
-    _lead(guide.encode_enc.conv_out, _CENTRE[1:2, 1:2])
-    # The picture through LeakyReLU and back: leaky(x) - leaky(-x) = (1 + slope) x.
-    slope = guide.shift[1].negative_slope
-    for sign, channel in ((1, 0), (-1, 3)):
-        _lead(guide.shift[0], sign * _CENTRE, to=channel)
-        _lead(guide.shift[2], sign * _CENTRE / (1 + slope), source=channel, add=True)
-    guide.scale[2].bias[:3] = -1
-
-    last: Any = network.generator.blocks[-1]
-    _lead(project.conv_out, -_CENTRE[1:2, 1:2], to=3)
-    project.conv_out.weight[6:8] = 0
-    project.conv_out.bias[6:8] = torch.tensor([_ANCHOR, -_ANCHOR])
-    last_norm.weight.fill_(_ANCHOR * (2 / channels) ** 0.5)
-    _zero(last)
-    # The picture less its negative: whatever the norm takes for the mean goes out.
-    _lead(last, _CENTRE / 2)
-    _lead(last, -_CENTRE / 2, source=3, add=True)
+    if network.input_skip:
+        last: Any = network.generator.blocks[-1]
+        last.weight[COLOURS:] = 0
+        last.bias[COLOURS:] = 0
 
 
 def _zero(convolution: Any) -> None:
     convolution.weight.zero_()
     convolution.bias.zero_()
-
-
-def _lead(convolution: Any, kernel: Tensor, *, source: int = 0, to: int = 0, add: bool = False) -> None:
-    """Makes three output channels of a convolution those of three input channels, through a kernel."""
-    if not add:
-        convolution.weight[to : to + 3] = 0
-        convolution.bias[to : to + 3] = 0
-    for channel in range(3):
-        convolution.weight[to + channel, source + channel] += kernel.to(convolution.weight)
 
 
 class AutoencoderStage:
