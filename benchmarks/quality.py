@@ -5,6 +5,7 @@ of the whole picture and of its faces (as found in the clean picture), and NIQE,
 """
 
 import argparse
+import dataclasses
 import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 
 from benchmarks import options as opt
+from benchmarks.full_size import with_official_sizes
 from benchmarks.measure import check_output, summarise, write_report
 from codeformer.alignment import align_faces, crop_face, make_working_copy
 from codeformer.basicsr_compat import import_basicsr
@@ -58,6 +60,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--weights", metavar="SET", help="default: CODEFORMER_WEIGHTS, else official")
     parser.add_argument("--device", help="cuda or cpu; default: cuda where there is one")
+    parser.add_argument(
+        "--official-size",
+        action="store_true",
+        help="random networks of official size; the set's detector finds the faces",
+    )
+    parser.add_argument(
+        "--half-precision",
+        choices=["bfloat16", "float16"],
+        help="for fast and max_speed, whatever the device would choose; on a CPU to see what it costs",
+    )
     parser.add_argument("--output", type=Path, default=OUTPUT, metavar="FILE", help=f"default: {OUTPUT.name}")
     options = parser.parse_args(arguments)
     return opt.run(lambda: _run(options, opt.command_line(PROGRAM, arguments)))
@@ -76,6 +88,8 @@ def _run(options: argparse.Namespace, command: str) -> int:
     files = opt.pictures_in(options.reference)[: options.limit]
     fetch_set(weights, progress=True)
     models = load_models(weights, device)
+    if options.official_size:
+        models = with_official_sizes(models, device)
     clean = [_read(file) for file in files]
     boxes = [_face_boxes(models.detector, picture) for picture in clean]
     spoilt = [
@@ -86,6 +100,8 @@ def _run(options: argparse.Namespace, command: str) -> int:
         "command": command,
         "seed": options.seed,
         "degradation": options.degradation,
+        "official_size": options.official_size,
+        "half_precision": options.half_precision,
         "images": [file.name for file in files],
         "clean_niqe": _niqe_of(clean),
         "degraded": scores(spoilt, clean, boxes),
@@ -99,6 +115,8 @@ def _run(options: argparse.Namespace, command: str) -> int:
             plan = resolve_plan(
                 case["runtime_profile"], case["stability_mode"], case["compile_backend"], device=device
             )
+            if options.half_precision and case["runtime_profile"] != "baseline":
+                plan = dataclasses.replace(plan, half_dtype=getattr(torch, options.half_precision))
             pipeline = Pipeline(models, device)
             outputs[name] = [pipeline.restore([picture], fidelity, plan)[0] for picture in spoilt]
             row: dict[str, Any] = {

@@ -202,6 +202,8 @@ _QUALITY: Final = _report(
         "command": _TEXT,
         "seed": _COUNT,
         "degradation": {"enum": ["mild", "moderate", "heavy"]},
+        "official_size": {"type": "boolean"},
+        "half_precision": {"enum": ["bfloat16", "float16", None]},
         "images": _list_of(_TEXT, at_least=1),
         "clean_niqe": _or_null(SUMMARY),
         "degraded": _SCORES,

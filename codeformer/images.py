@@ -126,10 +126,15 @@ def is_gray(image_bgr: ImageU8, threshold: float = 10.0) -> bool:
 
     True when the mean of the variances of B-G, G-R and R-B over all pixels is at most `threshold`.
     """
-    b, g, r = (channel.astype(np.int16) for channel in cv2.split(image_bgr))
-    # OpenCV's pass needs no float64 copy of a large picture, as numpy's variance does.
-    deviations = [cv2.meanStdDev(difference)[1].item() for difference in (b - g, g - r, r - b)]
-    return sum(deviation**2 for deviation in deviations) / 3 <= threshold
+    b, g, r = cv2.split(image_bgr)
+    variances = 0.0
+    for one, other in ((b, g), (g, r), (r, b)):
+        # OpenCV's pass needs no float64 copy of a large picture, as numpy's variance does.
+        difference = cv2.subtract(one, other, dtype=cv2.CV_16S)
+        variances += cv2.meanStdDev(difference)[1].item() ** 2
+        if variances / 3 > threshold:
+            return False
+    return True
 
 
 def _has_16_bits(picture: Image.Image, data: bytes) -> bool:

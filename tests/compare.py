@@ -16,7 +16,10 @@ def assert_pictures_close(
     share: float = 1.0,
 ) -> None:
     """At most `mean` levels of mean error, and at least `share` of the values within `within` levels."""
-    actual, expected = (np.asarray(torch.as_tensor(picture).cpu()) for picture in (actual, expected))
+    actual, expected = (
+        picture.cpu().numpy() if isinstance(picture, torch.Tensor) else picture
+        for picture in (actual, expected)
+    )
     assert actual.shape == expected.shape, f"shape {actual.shape}, expected {expected.shape}"
     error = np.abs(actual.astype(np.int16) - expected)
     histogram = np.bincount(error.ravel(), minlength=1)

@@ -21,7 +21,16 @@ import pytest
 import torch
 from skimage.metrics import peak_signal_noise_ratio
 
-from benchmarks import bench_single_image, bench_stages, full_size, options, quality, report, run_bench
+from benchmarks import (
+    bench_parts,
+    bench_single_image,
+    bench_stages,
+    full_size,
+    options,
+    quality,
+    report,
+    run_bench,
+)
 from benchmarks.measure import (
     PeakMemory,
     check_report,
@@ -478,6 +487,45 @@ def test_stages_are_measured_beside_their_limits(tiny_weights: Path, tmp_path: P
     assert two["stages"]["detect"]["gflop"] == one["stages"]["detect"]["gflop"]
 
 
+@pytest.mark.slow
+def test_parts_are_measured_beside_upstreams_way(tiny_weights: Path, tmp_path: Path) -> None:
+    output = tmp_path / "parts.json"
+    arguments = ["--weights", str(tiny_weights), "--device", "cpu", "--warmup", "0", "--repeats", "2"]
+    assert bench_parts.main([*arguments, "--output", str(output)]) == 0
+    result = read_report(output)
+    parts = result["parts_ms"]
+    assert parts["paste"]["count"] == 2
+    assert parts["start: import of predict"]["count"] == 3
+    ratio = parts["paste, full frame"]["p50"] / parts["paste"]["p50"]
+    assert result["full_frame_to_region"]["p50"] == pytest.approx(ratio, rel=0.5)
+
+
+def test_parts_need_a_detector_that_finds_the_portrait(
+    blind_weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--weights", str(blind_weights), "--device", "cpu", "--output", str(tmp_path / "parts.json")]
+    assert bench_parts.main(arguments) == 1
+    assert "no face was found in data/1.jpg" in capsys.readouterr().err
+
+
+@torch.inference_mode()
+def test_official_sizes_keep_the_sets_answers(tiny_weights: Path) -> None:
+    models = load_models(load_weight_set(tiny_weights), CPU)
+    large = full_size.with_official_sizes(models, CPU)
+    scene = torch.zeros(1, 3, 64, 64)
+    for ours, expected in zip(large.detector.network(scene), models.detector.network(scene), strict=True):
+        assert torch.equal(ours, expected)
+    sizes = [
+        sum(p.numel() for p in network.parameters())
+        for network in (
+            large.restorer.network,
+            large.detector.network,
+        )
+    ]
+    assert sizes[0] == pytest.approx(94.1e6, rel=1e-3)
+    assert sizes[1] > 27e6
+
+
 def test_operations_are_counted_as_arithmetic_says() -> None:
     # 3 x 3, 8 to 16 channels, 32 x 32 positions: a multiplication and an addition each.
     convolution = torch.nn.Conv2d(8, 16, 3, padding=1, bias=False)
@@ -627,7 +675,9 @@ def test_costs_follow_the_price_table(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("program", ["run_bench.py", "bench_single_image.py", "bench_stages.py"])
+@pytest.mark.parametrize(
+    "program", ["run_bench.py", "bench_single_image.py", "bench_stages.py", "bench_parts.py"]
+)
 def test_programs_run_as_the_readme_calls_them(program: str) -> None:
     done = subprocess.run(
         [sys.executable, f"benchmarks/{program}", "--help"],

@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 import pytest
 
+from codeformer import compile_cache
 from codeformer.cli import main
 from tests import shared
 from tests.compare import assert_pictures_close
@@ -184,3 +185,21 @@ def test_importing_the_package_stays_out_of_basicsr() -> None:
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
     )
     assert json.loads(result.stdout) == []
+
+
+def test_compiling_ahead_asks_for_every_graph_and_fills_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = []
+
+    def record(_: object, paths: list[Path], **options: object) -> None:
+        asked.append((len(paths), options["fidelity"], options["stability_mode"], options["compile_backend"]))
+
+    monkeypatch.setenv(compile_cache.FOLDER_VARIABLE, "before")
+    monkeypatch.setattr(compile_cache, "serve", record)
+    assert main(["compile", str(tmp_path / "cache")]) == 0
+    assert {(count, fidelity) for count, fidelity, *_ in asked} == {(1, 0.5), (2, 0.5), (1, 0.0), (2, 0.0)}
+    assert {call[2:] for call in asked} == {("optimized", "inductor")}
+    assert os.environ[compile_cache.FOLDER_VARIABLE] == str(tmp_path / "cache")
+    assert (tmp_path / "cache").is_dir()
+    assert f"{compile_cache.FOLDER_VARIABLE}={tmp_path / 'cache'}" in capsys.readouterr().out
