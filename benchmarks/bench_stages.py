@@ -2,8 +2,8 @@
 
 Runs whole requests from file to JPEG, as the server does, on pictures with the faces and sizes asked for.
 `limit` is what a stage would take at the device's measured ceiling: its floating-point operations at the
-speed of a large matrix product, or, for stages without a network, the bytes that any way of doing it has to
-move at the speed of a large copy on the host.
+speed of a large matrix product or convolution, or, for stages without a network, the bytes that any way of
+doing it has to move at the speed of a large copy on the host.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from typing import Any, Final
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 if __package__ in (None, ""):  # run as a file: python benchmarks/bench_stages.py
@@ -57,6 +58,8 @@ DEFAULT_CASES: Final = ["baseline/safe", "fast/optimized/none", "max_speed/optim
 FLOAT32: Final = "float32"
 # Large enough to reach the ceiling, small enough not to wait for it.
 _MATRIX_SIDE: Final = {"cpu": 2048, "cuda": 8192}
+_CHANNELS: Final = 256
+_MAP_HW: Final = (128, 128)
 _COPY_BYTES: Final = 2**28
 _CEILING_REPEATS: Final = 7
 
@@ -251,7 +254,8 @@ def picture_with(faces: int, size_wh: tuple[int, int]) -> ImageU8:
 
 
 def measure_ceilings(device: torch.device, dtypes: Iterable[torch.dtype | None]) -> dict[str, Any]:
-    """GFLOP/s of a large matrix product on the device per dtype, and GB/s of a large copy on the host.
+    """GFLOP/s on the device per dtype, of a large matrix product or a large convolution, whichever is faster,
+    and GB/s of a large copy on the host.
 
     The best of several: a ceiling is not a typical speed.
     """
@@ -261,13 +265,23 @@ def measure_ceilings(device: torch.device, dtypes: Iterable[torch.dtype | None])
     gflops = {}
     for name, dtype in wanted.items():
         a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-        gflops[name] = round(2 * side**3 / _fastest_ms(lambda a=a, b=b: a @ b, device) / 1e6, 1)  # type: ignore[misc]
+        product = 2 * side**3 / _fastest_ms(lambda a=a, b=b: a @ b, device)  # type: ignore[misc]
+        maps = torch.randn(1, _CHANNELS, *_MAP_HW, device=device).to(dtype, memory_format=torch.channels_last)
+        kernel = torch.randn(_CHANNELS, _CHANNELS, 3, 3, device=device)
+        kernel = kernel.to(dtype, memory_format=torch.channels_last)
+        operations = 2 * 9 * _CHANNELS**2 * _MAP_HW[0] * _MAP_HW[1]
+        with torch.inference_mode():
+            convolution = operations / _fastest_ms(
+                lambda maps=maps, kernel=kernel: F.conv2d(maps, kernel, padding=1),  # type: ignore[misc]
+                device,
+            )
+        gflops[name] = round(max(product, convolution) / 1e6, 1)
     # Files, crops and paste-back are the host's work on every device.
     source = np.ones(_COPY_BYTES, np.uint8)
     target = np.empty_like(source)
     # Read once, written once.
     gbytes = 2 * source.nbytes / _fastest_ms(lambda: np.copyto(target, source), torch.device("cpu")) / 1e6
-    return {"matmul_gflops": gflops, "host_copy_gbytes_per_s": round(gbytes, 2)}
+    return {"gflops": gflops, "host_copy_gbytes_per_s": round(gbytes, 2)}
 
 
 def _fastest_ms(call: Callable[[], Any], device: torch.device) -> float:
@@ -353,7 +367,7 @@ def _limit(
         return {"gflop": None, "mbytes": None, "limit_ms": None, "times_limit": None}
     mbytes = work.get("mbytes")
     operations = {name: amount for name, amount in work.items() if name != "mbytes"}
-    limit_ms = sum(amount / ceilings["matmul_gflops"][name] * 1e3 for name, amount in operations.items())
+    limit_ms = sum(amount / ceilings["gflops"][name] * 1e3 for name, amount in operations.items())
     if mbytes is not None:
         limit_ms = mbytes / ceilings["host_copy_gbytes_per_s"]
     return {
@@ -372,7 +386,7 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def _print_ceilings(ceilings: Mapping[str, Any]) -> None:
-    speeds = ", ".join(f"{name} {speed:,.0f} GFLOP/s" for name, speed in ceilings["matmul_gflops"].items())
+    speeds = ", ".join(f"{name} {speed:,.0f} GFLOP/s" for name, speed in ceilings["gflops"].items())
     print(f"ceilings: {speeds}, copy {ceilings['host_copy_gbytes_per_s']:.1f} GB/s")
 
 

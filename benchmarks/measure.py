@@ -186,7 +186,7 @@ def check_output(path: Path) -> None:
 
 
 def write_report(
-    path: Path, kind: str, machine: Mapping[str, Any], weights: WeightSet, body: Mapping[str, Any]
+    path: Path, kind: str, machine: Mapping[str, Any], weights: WeightSet | None, body: Mapping[str, Any]
 ) -> None:
     """Writes a report as strict JSON, with all that must stand beside it.
 
@@ -194,7 +194,7 @@ def write_report(
         path: the file.
         kind: its schema's name.
         machine: from `describe_machine`, asked before the work began.
-        weights: the set that was used.
+        weights: the set that was used; None for random values.
         body: the measurements.
 
     Raises:
@@ -203,7 +203,7 @@ def write_report(
     report = {
         "kind": kind,
         "machine": dict(machine),
-        "weights": describe_weights(weights),
+        "weights": None if weights is None else describe_weights(weights),
         **body,
     }
     check_report(report, path)

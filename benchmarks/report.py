@@ -253,7 +253,7 @@ def _stages(report: Report, name: str, prices: Prices) -> Section:
                 for stage, row in result["stages"].items()
             ]
     ceilings = report["ceilings"]
-    speeds = ", ".join(f"{kind} {speed:,.0f} GFLOP/s" for kind, speed in ceilings["matmul_gflops"].items())
+    speeds = ", ".join(f"{kind} {speed:,.0f} GFLOP/s" for kind, speed in ceilings["gflops"].items())
     failures = [
         f"{label} failed: {failure}"
         for case in report["cases"]
@@ -263,7 +263,7 @@ def _stages(report: Report, name: str, prices: Prices) -> Section:
         _sentence(
             f"In process, {report['repeats']} rounds after {report['warmup']} to warm up",
             "configurations in turns",
-            f"ceilings: {speeds} in a matrix product",
+            f"ceilings: {speeds} in a matrix product or a convolution",
             f"{ceilings['host_copy_gbytes_per_s']:.1f} GB/s in a copy on the host",
         )
     ]
@@ -515,7 +515,7 @@ def _provenance(report: Report) -> list[str]:
         _sentence(
             device["name"] + (f" ({details})" if details else ""),
             f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, load {load:g}",
-            f"weights {report['weights']['name']}",
+            f"weights {report['weights']['name']}" if report["weights"] else "random weights",
             f"commit {machine['commit']}, {machine['time']}",
             f"Python {machine['python']}, {versions}",
         ),

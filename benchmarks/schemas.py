@@ -76,7 +76,9 @@ _RATIOS: Final = _map_of(SUMMARY)
 
 
 def _report(kind: str, properties: Schema) -> Schema:
-    schema = _object({"kind": {"const": kind}, "machine": _MACHINE, "weights": _WEIGHTS, **properties})
+    schema = _object(
+        {"kind": {"const": kind}, "machine": _MACHINE, "weights": _or_null(_WEIGHTS), **properties}
+    )
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 
@@ -156,7 +158,7 @@ _STAGES: Final = _report(
         "warmup": _COUNT,
         "repeats": {"type": "integer", "minimum": 1},
         "ceilings": _object(
-            {"matmul_gflops": _map_of(_TIME), "host_copy_gbytes_per_s": _TIME},
+            {"gflops": _map_of(_TIME), "host_copy_gbytes_per_s": _TIME},
         ),
         "cases": _list_of(
             _object(
@@ -242,7 +244,29 @@ _PARTS: Final = _report(
     },
 )
 
+_NETWORKS: Final = _report(
+    "networks",
+    {
+        "command": _TEXT,
+        "warmup": _COUNT,
+        "repeats": {"type": "integer", "minimum": 1},
+        "networks": _list_of(
+            _object(
+                {
+                    "network": {"enum": ["restorer", "parser", "detector"]},
+                    # null where it is not the host's memory.
+                    "keeps_memory": _or_null({"type": "boolean"}),
+                    "forms_ms": _map_of(SUMMARY),
+                    "ratios_to_first": _RATIOS,
+                }
+            ),
+            at_least=1,
+        ),
+    },
+)
+
 SCHEMAS: Final[dict[str, Schema]] = {
+    "networks": _NETWORKS,
     "parts": _PARTS,
     "requests": _REQUESTS,
     "single_image": _SINGLE_IMAGE,

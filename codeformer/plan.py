@@ -106,17 +106,24 @@ def resolve_plan(
 
 
 def half_dtype_of(device: torch.device) -> torch.dtype | None:
-    """The half precision a device computes natively: bfloat16 from compute capability 8.0,
-    float16 on 7.x, else None.
+    """The half precision a device computes natively, None where float32 is as fast.
 
-    Not asked of `torch.cuda.is_bf16_supported()`, which also counts a T4's slow emulation.
+    On a GPU bfloat16 from compute capability 8.0 and float16 on 7.x, not asked of
+    `torch.cuda.is_bf16_supported()`, which also counts a T4's slow emulation. On a CPU bfloat16 where it has
+    instructions for that.
     """
     if device.type != "cuda":
-        return None
+        return torch.bfloat16 if cpu_multiplies_bfloat16() else None
     major, _ = torch.cuda.get_device_capability(device)
     if major >= 8:
         return torch.bfloat16
     return torch.float16 if major == 7 else None
+
+
+def cpu_multiplies_bfloat16() -> bool:
+    """Whether this CPU has instructions to multiply bfloat16 (AVX-512 BF16 or AMX)."""
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def check_fidelity(value: object) -> float:

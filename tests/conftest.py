@@ -97,6 +97,12 @@ def filled_parsenet() -> FaceParsingNetwork:
     return network.requires_grad_(False)
 
 
+@pytest.fixture(autouse=True)
+def _same_arithmetic_on_every_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans for a CPU are in float32, whatever this one can do."""
+    monkeypatch.setattr("codeformer.plan.cpu_multiplies_bfloat16", lambda: False)
+
+
 @pytest.fixture
 def tiny_pipeline(detector: FaceDetector) -> Pipeline:
     """Real detection, a small random restorer, no parser: seconds instead of minutes."""

@@ -469,7 +469,7 @@ def test_stages_are_measured_beside_their_limits(tiny_weights: Path, tmp_path: P
     ]
     assert bench_stages.main([*arguments, *cases, "--output", str(output)]) == 0
     result = read_report(output)
-    assert result["ceilings"]["matmul_gflops"]["float32"] > 1
+    assert result["ceilings"]["gflops"]["float32"] > 1
     assert [case["faces"] for case in result["cases"]] == [1, 2]
     assert all(case["failures"] == {} for case in result["cases"])
     one, two = (case["configurations"]["baseline/safe"] for case in result["cases"])
@@ -479,7 +479,7 @@ def test_stages_are_measured_beside_their_limits(tiny_weights: Path, tmp_path: P
         assert sum(row["ms"]["p50"] for row in stages.values()) <= configuration["total_ms"]["p50"] * 1.3
         for stage in ("detect", "restore"):
             row = stages[stage]
-            limit = row["gflop"] / result["ceilings"]["matmul_gflops"]["float32"] * 1e3
+            limit = row["gflop"] / result["ceilings"]["gflops"]["float32"] * 1e3
             assert row["limit_ms"] == pytest.approx(limit, rel=1e-2)
             assert row["times_limit"] == pytest.approx(row["ms"]["p50"] / row["limit_ms"], rel=2e-2)
     # Twice the faces are twice the restoration, and no more detection.
