@@ -123,6 +123,8 @@ def _sections(file: Path, number: int, prices: Prices) -> Iterator[Section]:
         "single_image": _single_image,
         "stages": _stages,
         "quality": _quality,
+        "parts": _parts,
+        "networks": _networks,
     }[report["kind"]]
     yield make(report, f"{number + 1}_{file.stem}", prices)
 
@@ -296,6 +298,45 @@ def _scaling(cases: Iterable[Mapping[str, Any]], axis: str) -> dict[str, list[tu
             time = result["total_ms"]["p50"] / case["batch_size"]
             lines[f"{label}, {fixed}, batch {case['batch_size']}"].append((at, time))
     return {label: sorted(points) for label, points in lines.items() if len({at for at, _ in points}) > 1}
+
+
+def _parts(report: Report, _name: str, _prices: Prices) -> Section:
+    ratio = report["full_frame_to_region"]
+    notes = [
+        _sentence(
+            f"In process, {report['repeats']} rounds after {report['warmup']} to warm up",
+            f"paste-back on the full frame takes {ratio['p50']:.0f} times as long as in the face's region "
+            f"({ratio['p25']:.0f} to {ratio['p75']:.0f})",
+        )
+    ]
+    return Section(
+        "Beside the networks",
+        [*notes, *_provenance(report)],
+        ["part", "", "median ms", "quartiles"],
+        [[name, "", *_spread(summary)] for name, summary in report["parts_ms"].items()],
+        {},
+    )
+
+
+def _networks(report: Report, _name: str, _prices: Prices) -> Section:
+    memory = {None: "", True: "freed memory kept", False: "allocator as it is"}
+    rows = [
+        [
+            row["network"],
+            f"{form} ({memory[row['keeps_memory']]})" if row["keeps_memory"] is not None else form,
+            *_spread(summary),
+            f"{row['ratios_to_first'][form]['p50']:.3f}" if form in row["ratios_to_first"] else "1",
+        ]
+        for row in report["networks"]
+        for form, summary in row["forms_ms"].items()
+    ]
+    return Section(
+        "Forms of the networks, official sizes",
+        [f"{report['repeats']} rounds after {report['warmup']} to warm up.", *_provenance(report)],
+        ["network", "form", "median ms", "quartiles", "to the first form"],
+        rows,
+        {},
+    )
 
 
 def _quality(report: Report, _name: str, _prices: Prices) -> Section:

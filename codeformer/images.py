@@ -14,7 +14,7 @@ from typing import Final
 import cv2
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageCms, UnidentifiedImageError
 
 from codeformer.errors import ImageError
 
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 ImageU8 = npt.NDArray[np.uint8]
 
-FORMATS: Final = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
+FORMATS: Final = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 MAX_PIXELS: Final = 100_000_000
 # Beyond this shape a picture holds no face the detector could see, and copies of it outgrow memory.
 MAX_ASPECT_RATIO: Final = 20
@@ -41,6 +41,8 @@ _MIRROR_AND_TURNS: Final = {
     2: (True, 0), 3: (False, 2), 4: (True, 2), 5: (True, 1), 6: (False, 3), 7: (True, 3), 8: (False, 1),
 }  # fmt: skip
 
+_SRGB: Final = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
+
 # What Pillow's and OpenCV's decoders raise on damaged data.
 _DECODER_ERRORS: Final = (
     OSError, SyntaxError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, EOFError,
@@ -49,10 +51,11 @@ _DECODER_ERRORS: Final = (
 
 
 def decode_image(data: bytes, index: int | None = None) -> ImageU8:
-    """Decodes a JPEG, PNG, WebP, BMP or TIFF file.
+    """Decodes a JPEG, PNG, WebP, BMP, TIFF or GIF file.
 
-    EXIF orientation is applied; transparency is laid over white; grey, palette and CMYK become BGR;
-    16-bit samples are scaled to 8 bits. Of several frames the first is taken.
+    EXIF orientation is applied; transparency is laid over white; grey, palette and CMYK become BGR; colours
+    with an ICC profile become sRGB; 16-bit samples are scaled to 8 bits; of several frames the first is
+    taken.
 
     Args:
         data: the file's bytes.
@@ -74,9 +77,11 @@ def decode_image(data: bytes, index: int | None = None) -> ImageU8:
                 check_size(picture.width, picture.height, index)
                 # Strictly, also where OpenCV decodes after it: OpenCV passes over some damage.
                 picture.load()
+                if getattr(picture, "is_animated", False):
+                    logger.info("image %s has several frames; the first is taken", index or "")
                 samples = _decode_16_bit(picture, data) if _has_16_bits(picture, data) else None
                 bgr = _decode_8_bit(picture, index) if samples is None else samples
-                return _turn_upright(bgr, picture)
+                return _turn_upright(_to_srgb(bgr, picture), picture)
     except ImageError:
         raise
     except UnidentifiedImageError as cause:
@@ -184,10 +189,47 @@ def _decode_8_bit(picture: Image.Image, index: int | None) -> ImageU8:
             f"unsupported samples (Pillow's mode {picture.mode}); convert it to 8 or 16 bits.", index
         )
     rgb = picture
+    if picture.mode == "CMYK" and (profile := _icc_profile(picture, "CMYK")) is not None:
+        rgb = _convert(picture, profile)
     if picture.has_transparency_data:
         rgba = picture.convert("RGBA")
         rgb = Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255, 255)), rgba)
     return np.asarray(rgb.convert("RGB"))[:, :, ::-1]
+
+
+def _to_srgb(bgr: ImageU8, picture: Image.Image) -> ImageU8:
+    """Colours of a picture with a profile of its own, as every display without one shows them."""
+    for space, mode in (("RGB", "RGB"), ("GRAY", "L")):
+        profile = _icc_profile(picture, space)
+        if profile is not None:
+            pixels = Image.fromarray(np.ascontiguousarray(bgr[:, :, ::-1])).convert(mode)
+            return np.asarray(_convert(pixels, profile))[:, :, ::-1]
+    return bgr
+
+
+def _icc_profile(picture: Image.Image, colour_space: str) -> ImageCms.ImageCmsProfile | None:
+    """The picture's profile, if it is one for this colour space and not sRGB anyway."""
+    data = picture.info.get("icc_profile")
+    if not data:
+        return None
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(data))
+        name = ImageCms.getProfileDescription(profile)
+    except (ImageCms.PyCMSError, OSError, ValueError) as cause:
+        logger.warning("the ICC profile cannot be read (%s); the colours are taken as they are", cause)
+        return None
+    same_space = profile.profile.xcolor_space.strip() == colour_space
+    return profile if same_space and "sRGB" not in name else None
+
+
+def _convert(pixels: Image.Image, profile: ImageCms.ImageCmsProfile) -> Image.Image:
+    """Pixels of the profile's colour space to sRGB; as they are where the profile does not serve."""
+    try:
+        converted = ImageCms.profileToProfile(pixels, profile, _SRGB, outputMode="RGB")
+    except ImageCms.PyCMSError as cause:
+        logger.warning("the ICC profile cannot be applied (%s); the colours are taken as they are", cause)
+        return pixels.convert("RGB")
+    return pixels.convert("RGB") if converted is None else converted
 
 
 def _turn_upright(bgr: ImageU8, picture: Image.Image) -> ImageU8:

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 import tifffile
-from PIL import Image
+from PIL import Image, ImageCms
 
 from codeformer.errors import ImageError
 from codeformer.images import JPEG_QUALITY, MAX_ASPECT_RATIO, MAX_PIXELS, decode_image, encode_jpeg, is_gray
@@ -100,6 +100,62 @@ def test_palette_transparency_and_grey_alpha() -> None:
     assert decode_image(save(picture, "PNG", transparency=0)).tolist() == [[[255, 255, 255], [255, 0, 0]]]
     grey_alpha = Image.fromarray(np.array([[[10, 0], [10, 255]]], np.uint8), "LA")
     assert decode_image(save(grey_alpha, "PNG")).tolist() == [[[255] * 3, [10] * 3]]
+
+
+def swapped_profile() -> bytes:
+    """An RGB profile, sRGB's but with the primaries of red and green exchanged, under another name."""
+    data = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    # A tag table of 12 bytes each from byte 132: name, offset, size.
+    count = int.from_bytes(data[128:132], "big")
+    entries = {bytes(data[at : at + 4]): slice(at + 4, at + 8) for at in range(132, 132 + 12 * count, 12)}
+    red, green = entries[b"rXYZ"], entries[b"gXYZ"]
+    data[red], data[green] = data[green], data[red]
+    return bytes(data).replace("sRGB".encode("utf-16-be"), "odd!".encode("utf-16-be"))
+
+
+@pytest.mark.parametrize(("kind", "options"), [("PNG", {}), ("TIFF", {}), ("WEBP", {"lossless": True})])
+def test_colours_with_a_profile_become_srgb(kind: str, options: dict[str, Any]) -> None:
+    rgb = np.zeros((8, 8, 3), np.uint8)
+    rgb[:4], rgb[4:] = (220, 30, 60), (128, 128, 128)
+    decoded = decode_image(save(Image.fromarray(rgb), kind, icc_profile=swapped_profile(), **options))
+    # Red light is called green there; greys stay what they are.
+    assert_pictures_close(decoded[:4], np.full((4, 8, 3), (60, 220, 30), np.uint8), mean=1, within=2)
+    assert_pictures_close(decoded[4:], rgb[4:], mean=1, within=2)
+
+
+@pytest.mark.parametrize("profile", [b"no profile", swapped_profile()[:200]])
+def test_a_profile_that_cannot_be_read_is_no_reason_to_refuse(
+    profile: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    rgb = gradient()
+    decoded = decode_image(save(Image.fromarray(rgb), "PNG", icc_profile=profile))
+    np.testing.assert_array_equal(decoded, rgb[:, :, ::-1])
+    assert "ICC profile cannot be" in caplog.text
+
+
+def test_a_profile_of_srgb_itself_changes_no_pixel() -> None:
+    rgb = gradient()
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    decoded = decode_image(save(Image.fromarray(rgb), "PNG", icc_profile=srgb))
+    np.testing.assert_array_equal(decoded, rgb[:, :, ::-1])
+
+
+def test_a_profile_of_another_colour_space_is_left_aside() -> None:
+    ramp = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    decoded = decode_image(save(Image.fromarray(ramp), "PNG", icc_profile=swapped_profile()))
+    assert_pictures_close(decoded, np.repeat(ramp[:, :, None], 3, axis=2), mean=1, within=2)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_of_several_frames_the_first_is_taken_and_the_log_says_so(
+    kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    frames = [Image.new("RGB", (20, 10), colour) for colour in ((200, 0, 0), (0, 200, 0))]
+    data = save(frames[0], kind, save_all=True, append_images=frames[1:])
+    decoded = decode_image(data, 3)
+    assert_pictures_close(decoded, np.full((10, 20, 3), (0, 0, 200), np.uint8), mean=3, within=8)
+    assert "image 3 has several frames" in caplog.text
 
 
 def test_cmyk() -> None:
