@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from codeformer.basicsr_compat import import_basicsr, register_codeformer
-from codeformer.networks.codeformer import CodeFormer
+from codeformer.networks.codeformer import CodeFormer, InputCorrection
 from codeformer.networks.parsenet import FaceParsingNetwork
 from codeformer.networks.retinaface import build_retinaface
 from codeformer.restoration import faces_to_batch
@@ -128,6 +128,34 @@ def test_fidelity_changes_the_face_and_a_tensor_means_the_same_as_a_number(devic
         by_number, by_tensor = (network(x, w=w)[0] for w in (0.25, torch.tensor(0.25, device=device)))
     assert (quality - fidelity).abs().mean() > 0.01
     torch.testing.assert_close(by_number, by_tensor)
+
+
+def test_fidelity_blends_the_face_with_the_corrected_input() -> None:
+    torch.manual_seed(0)
+    plain = make_tiny_restorer()
+    network = CodeFormer(**TINY_CONFIG, correction_blocks=1, correction_channels=8).eval()
+    network.load_state_dict({**network.state_dict(), **plain.state_dict()})
+    assert network.correction is not None
+    x = torch.rand(2, 3, 512, 512, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.inference_mode():
+        corrected = network.correction(x)
+        assert (corrected - x).abs().mean() > 1e-3
+        for w in (0.0, 0.3, 1.0):
+            expected = (1 - w) * plain(x, w=w, adain=True)[0] + w * corrected
+            torch.testing.assert_close(network(x, w=w, adain=True)[0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_correction_moves_with_the_picture() -> None:
+    torch.manual_seed(0)
+    correction = InputCorrection(8, 1, 1)
+    picture = torch.randn(1, 3, 128, 128)
+    with torch.inference_mode():
+        here = correction(picture) - picture
+        there = (correction(picture.roll(16, 3)) - picture.roll(16, 3)).roll(-16, 3)
+    # Away from the borders, whose surroundings are another's.
+    inner = (..., slice(24, -24), slice(24, -40))
+    assert here[inner].abs().mean() > 0.05
+    torch.testing.assert_close(there[inner], here[inner], rtol=0, atol=0.05)
 
 
 def test_a_face_does_not_depend_on_its_batch(device: torch.device) -> None:

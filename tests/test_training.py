@@ -33,6 +33,7 @@ from codeformer.training.matching import Agreement, box_iou
 from codeformer.training.restorer import (
     AutoencoderStage,
     CodePredictionStage,
+    CorrectionStage,
     TransformationStage,
     positions_of,
     start_idle,
@@ -85,14 +86,19 @@ def options(tmp_path: Path, device: torch.device) -> Options:
     )
 
 
-def small_network() -> CodeFormer:
+CORRECTING: dict[str, Any] = {"correction_blocks": 1, "correction_channels": 16}
+
+
+def small_network(**changes: Any) -> CodeFormer:
     torch.manual_seed(0)
-    return CodeFormer(**SMALL)
+    return CodeFormer(**{**SMALL, **changes})
 
 
 def make_stage(name: str, options: Options) -> Any:
     validation = [tuple(part[None] for part in Pairs(3)[i]) for i in range(3)]
-    network = small_network().to(options.device)
+    network = small_network(**CORRECTING if name == "correction" else {}).to(options.device)
+    if name == "correction":
+        return CorrectionStage(network, validation, options)
     if name == "autoencoder":
         start = torch.stack([Pairs(64)[i][1] for i in range(64)])
         return AutoencoderStage(network, start, validation, options)
@@ -105,10 +111,10 @@ def make_stage(name: str, options: Options) -> Any:
     )
 
 
-@pytest.mark.parametrize("input_skip", [False, True])
-def test_a_new_network_begins_with_idle_branches(input_skip: bool) -> None:
+@pytest.mark.parametrize("correction_blocks", [0, 2])
+def test_a_new_network_begins_with_idle_branches(correction_blocks: int) -> None:
     torch.manual_seed(0)
-    network = CodeFormer(**SMALL, input_skip=input_skip)
+    network = CodeFormer(**SMALL, correction_blocks=correction_blocks, correction_channels=8)
     start_idle(network)
     block: Any = network.encoder.blocks[1]
     features = torch.randn(1, block.conv1.in_channels, 8, 8)
@@ -116,7 +122,7 @@ def test_a_new_network_begins_with_idle_branches(input_skip: bool) -> None:
     picture = Pairs(1)[0][0][None]
     with torch.no_grad():
         none, half, whole = (network(picture, w=w)[0] for w in (0.0, 0.5, 1.0))
-    torch.testing.assert_close(whole, picture if input_skip else none)
+    torch.testing.assert_close(whole, picture if correction_blocks else none)
     torch.testing.assert_close(half, (none + whole) / 2)
 
 
@@ -137,6 +143,7 @@ STAGES = (
     ("transform", "adamw"),
     ("transform", "muon"),
     ("adversarial", "muon"),
+    ("correction", "muon"),
 )
 
 
@@ -273,6 +280,17 @@ def test_only_codebook_and_generator_rest_in_stage_two(options: Options) -> None
         if (value != before[name]).any()
     }
     assert changed == {"encoder", "position_emb", "feat_emb", "ft_layers", "idx_pred_layer"}
+
+
+def test_only_the_correction_learns_in_stage_four(options: Options) -> None:
+    stage = make_stage("correction", options)
+    before = {name: value.clone() for name, value in stage.network.state_dict().items()}
+    train(stage, Pairs, dataclasses.replace(options, steps=2), header=SMALL)
+    changed = {n for n, value in stage.network.state_dict().items() if not torch.equal(value, before[n])}
+    assert changed
+    assert all(name.startswith("correction.") for name in changed)
+    with pytest.raises(TrainingError, match="correction_blocks"):
+        CorrectionStage(small_network(), [], options)
 
 
 def test_the_critic_is_told_right_from_wrong() -> None:

@@ -12,11 +12,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from codeformer.networks.vqgan import Codebook, Encoder, Generator, ResidualBlock, conv3x3, match_statistics
+from codeformer.networks.vqgan import (
+    Codebook,
+    Encoder,
+    Generator,
+    ResidualBlock,
+    conv3x3,
+    group_norm,
+    match_statistics,
+)
 
 COLOURS: Final = 3
 # Where the encoder's features keep the input; no feature has this size.
 INPUT: Final = 0
+CORRECTION_FACTOR: Final = 4
 
 
 class TransformerLayer(nn.Module):
@@ -56,6 +65,22 @@ class ControllableFeatureTransform(nn.Module):
         return generator_feature + w * (generator_feature * self.scale(joint) + self.shift(joint))
 
 
+class InputCorrection(nn.Module):
+    """Adds to a picture what residual blocks at a quarter of its resolution find to be wrong with it."""
+
+    def __init__(self, channels: int, blocks: int, norm_groups: int) -> None:
+        super().__init__()
+        self.enter = conv3x3(COLOURS * CORRECTION_FACTOR**2, channels)
+        self.blocks = nn.Sequential(*(ResidualBlock(channels, channels, norm_groups) for _ in range(blocks)))
+        self.norm = group_norm(channels, norm_groups)
+        self.leave = conv3x3(channels, COLOURS * CORRECTION_FACTOR**2)
+
+    def forward(self, picture: Tensor) -> Tensor:
+        """(B, 3, H, W) to the same."""
+        features = self.blocks(self.enter(F.pixel_unshuffle(picture, CORRECTION_FACTOR)))
+        return picture + F.pixel_shuffle(self.leave(self.norm(features)), CORRECTION_FACTOR)
+
+
 class CodeFormer(nn.Module):
     """The restoration network, parametric in width, depth and codebook.
 
@@ -74,9 +99,11 @@ class CodeFormer(nn.Module):
         code_dim: length of one code.
         norm_groups: groups of the group norms; a network with fewer than 64 base channels should have
             fewer, see `group_norm`.
-        input_skip: the generator gives a face and a correction of the input, and w blends between the face
-            and the corrected input. Not part of the published method: a small network that has to carry
-            the whole picture through its layers has little left to restore it with.
+        correction_blocks: residual blocks of a branch that corrects the input itself, see
+            `InputCorrection`; w then blends between the generator's face and the corrected input. 0 for none.
+            Not part of the published method: a small network that has to carry the whole picture through
+            its codes and guides has little left to restore it with.
+        correction_channels: of that branch.
 
     Raises:
         ValueError: the sizes contradict each other.
@@ -94,8 +121,8 @@ class CodeFormer(nn.Module):
         channel_multipliers: Sequence[int] = (1, 2, 2, 4, 4, 8),
         code_dim: int = 256,
         norm_groups: int = 32,
-        *,
-        input_skip: bool = False,
+        correction_blocks: int = 0,
+        correction_channels: int = 64,
     ) -> None:
         super().__init__()
         numbers = (
@@ -117,15 +144,7 @@ class CodeFormer(nn.Module):
             raise ValueError(f"dim_embd ({dim_embd}) must be a multiple of n_head ({n_head}).")
         self.resolution = self.latent_side << (len(channel_multipliers) - 1)
         self.encoder = Encoder(self.resolution, base_channels, channel_multipliers, code_dim, norm_groups)
-        self.generator = Generator(
-            self.resolution,
-            base_channels,
-            channel_multipliers,
-            code_dim,
-            norm_groups,
-            out_channels=2 * COLOURS if input_skip else COLOURS,
-        )
-        self.input_skip = input_skip
+        self.generator = Generator(self.resolution, base_channels, channel_multipliers, code_dim, norm_groups)
         channels_of = {
             self.resolution >> level: base_channels * multiplier
             for level, multiplier in enumerate(channel_multipliers)
@@ -144,6 +163,11 @@ class CodeFormer(nn.Module):
         self.fuse_convs_dict = nn.ModuleDict(
             {str(size): ControllableFeatureTransform(channels_of[size], norm_groups) for size in sizes}
         )
+        self.correction = (
+            InputCorrection(correction_channels, correction_blocks, norm_groups)
+            if correction_blocks
+            else None
+        )
         self._encoder_taps = {self.encoder.tap_blocks[size]: size for size in sizes}
         self._generator_taps = {self.generator.tap_blocks[size]: size for size in sizes}
 
@@ -156,8 +180,8 @@ class CodeFormer(nn.Module):
 
         Returns:
             Code logits (B, side * side, codebook_size), the latent feature `lq_feat`
-            (B, code_dim, side, side), and the encoder's feature for each connected size; with `input_skip`
-            the input as well, under `INPUT`.
+            (B, code_dim, side, side), and the encoder's feature for each connected size; where inputs are
+            corrected, the input as well, under `INPUT`.
         """
         lq_feat, features = self.encode(x)
         tokens = self.feat_emb(lq_feat.flatten(2).transpose(1, 2))
@@ -167,7 +191,7 @@ class CodeFormer(nn.Module):
 
     def encode(self, x: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
         """The encoder alone: `lq_feat` and the features, as from `predict`."""
-        features: dict[int, Tensor] = {INPUT: x} if self.input_skip else {}
+        features: dict[int, Tensor] = {} if self.correction is None else {INPUT: x}
         for index, block in enumerate(self.encoder.blocks):
             x = block(x)
             if index in self._encoder_taps:
@@ -198,20 +222,20 @@ class CodeFormer(nn.Module):
         latent = self.quantize.lookup(logits.argmax(dim=2), self.latent_side)
         if adain:
             latent = match_statistics(latent, lq_feat)
-        return self.decode(latent, features, w)
+        face = self.decode(latent, features, w)
+        if self.correction is None or not (isinstance(w, Tensor) or w > 0):
+            return face
+        return face + w * (self.correction(features[INPUT]) - face)
 
     def decode(self, x: Tensor, features: Mapping[int, Tensor], w: float | Tensor) -> Tensor:
-        """The generator alone: a latent (B, code_dim, side, side) to faces, as from `generate`."""
+        """The generator alone: a latent (B, code_dim, side, side) to faces (B, 3, resolution, resolution)."""
         guided = isinstance(w, Tensor) or w > 0
         for index, block in enumerate(self.generator.blocks):
             x = block(x)
             if guided and index in self._generator_taps:
                 size = self._generator_taps[index]
                 x = self.fuse_convs_dict[str(size)](features[size], x, w)
-        if not self.input_skip:
-            return x
-        face, correction = x.chunk(2, dim=1)
-        return face + w * (features[INPUT] + correction - face) if guided else face
+        return x
 
     def forward(self, x: Tensor, w: float | Tensor = 0, adain: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Restores aligned faces: `predict`, then `generate`, with their arguments.

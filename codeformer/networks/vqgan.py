@@ -138,7 +138,7 @@ class Encoder(nn.Module):
 
 
 class Generator(nn.Module):
-    """(B, code_dim, s, s) to (B, out_channels, S, S): the encoder's mirror image.
+    """(B, code_dim, s, s) to (B, 3, S, S): the encoder's mirror image.
 
     `tap_blocks` maps a feature size to the index of the first residual block of that size.
     """
@@ -150,7 +150,6 @@ class Generator(nn.Module):
         channel_multipliers: Sequence[int],
         code_dim: int,
         norm_groups: int,
-        out_channels: int,
     ) -> None:
         super().__init__()
         last_level = len(channel_multipliers) - 1
@@ -175,7 +174,7 @@ class Generator(nn.Module):
             if level != 0:
                 blocks.append(Upsample(channels))
                 size *= 2
-        blocks += [group_norm(channels, norm_groups), conv3x3(channels, out_channels)]
+        blocks += [group_norm(channels, norm_groups), conv3x3(channels, 3)]
         self.blocks = nn.ModuleList(blocks)
 
 

@@ -40,6 +40,7 @@ from codeformer.training.restorer import (
     AUTOENCODER_CROP,
     AutoencoderStage,
     CodePredictionStage,
+    CorrectionStage,
     Pairs,
     TransformationStage,
     start_idle,
@@ -58,7 +59,8 @@ LITE: Final[dict[str, Any]] = {
     "code_dim": 32,
     "norm_groups": 1,
     "connect_list": ["64", "128", "256"],
-    "input_skip": True,
+    "correction_blocks": 8,
+    "correction_channels": 64,
 }
 START_FACES: Final = 64
 VALIDATION_FACES: Final = 12
@@ -98,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
         ),
         ("codes", _codes, 1000, 2, 1e-3, "stage 2: the codes of degraded faces"),
         ("transform", _transform, 5000, 3, 1e-3, "stage 3: restoration at every fidelity"),
+        ("correction", _correction, 10000, 4, 1e-3, "stage 4: what is wrong with the input"),
     ):
         stage = commands.add_parser(name, help=text)
         _add_loop_options(stage, steps=steps, batch=batch, rate=rate, optimiser="muon")
@@ -112,10 +115,12 @@ def _parser() -> argparse.ArgumentParser:
         stage.add_argument("--half", action="store_true", help="bfloat16 where autocast allows")
         stage.add_argument("--compiled", action="store_true", help="compile: minutes at first, then faster")
         stage.set_defaults(command=command)
-        if name == "transform":
+        if name in {"transform", "correction"}:
+            side = 256 if name == "transform" else 192
             stage.add_argument(
-                "--crop", type=_crop, default=256, metavar="PX", help="side of the crops, default 256"
+                "--crop", type=_crop, default=side, metavar="PX", help=f"side of the crops, default {side}"
             )
+        if name == "transform":
             stage.add_argument(
                 "--adversarial", type=float, default=0.0, metavar="WEIGHT", help="of the adversarial term"
             )
@@ -273,6 +278,22 @@ def _transform(options: argparse.Namespace) -> None:
     )
 
 
+def _correction(options: argparse.Namespace) -> None:
+    loop = _loop_options(options, "correction")
+    training, validation = split_faces(options.faces)
+    stage = CorrectionStage(
+        _network(options, loop, start="transform"),
+        _fixed_pairs(validation, mixture=TRAINING_MIXTURE),
+        loop,
+    )
+    train(
+        stage,
+        lambda count: FacePairs(training, count, options.seed + 3, crop=options.crop),
+        loop,
+        header=options.config,
+    )
+
+
 def _detector(options: argparse.Namespace) -> None:
     loop = _loop_options(options, "detector")
     photographs, validation = split_pictures(options.photographs)
@@ -294,9 +315,9 @@ def _detector(options: argparse.Namespace) -> None:
 def _export(options: argparse.Namespace) -> None:
     options.to.mkdir(parents=True, exist_ok=True)
     entries = {}
-    for role, stage in (("restorer", "transform"), ("detector", "detector")):
-        path = options.run / f"{stage}.pt"
-        if path.exists():
+    for role, stages in (("restorer", ("correction", "transform")), ("detector", ("detector",))):
+        found = [path for stage in stages if (path := options.run / f"{stage}.pt").exists()]
+        for path in found[:1]:
             checkpoint = read_checkpoint(path)
             entries[role] = export_network(checkpoint, role, options.to, options.licence)
             print(

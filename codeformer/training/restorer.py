@@ -1,8 +1,9 @@
-"""The three stages that make a restorer.
+"""The stages that make a restorer.
 
 1. `AutoencoderStage`: encoder, codebook and generator learn to reproduce clean faces.
 2. `CodePredictionStage`: encoder and transformer learn the clean face's codes from a degraded one.
 3. `TransformationStage`: the whole network learns to restore at every fidelity w.
+4. `CorrectionStage`, not part of the method: a small network's correction of the input.
 
 Method: Zhou et al., "Towards Robust Blind Face Restoration with Codebook Lookup Transformer" (2022).
 Differences, for short training of small networks: in stage 1 the latents begin as principal components of
@@ -19,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from codeformer.networks.codeformer import COLOURS, CodeFormer, ControllableFeatureTransform
+from codeformer.errors import TrainingError
+from codeformer.networks.codeformer import CodeFormer, ControllableFeatureTransform
 from codeformer.networks.vqgan import (
     ResidualBlock,
     match_statistics,
@@ -52,7 +54,8 @@ _KMEANS_SAMPLE: Final = 40_000
 def start_idle(network: CodeFormer) -> None:
     """Sets a new network up so that all residual branches, guides and corrections begin at nothing.
 
-    With `input_skip` a face at w = 1 then is the input, and training begins with what is wrong with it.
+    Where inputs are corrected, the input itself comes back at w = 1, and training begins with what is wrong
+    with it.
     """
     for module in network.modules():
         if isinstance(module, ResidualBlock):
@@ -60,10 +63,8 @@ def start_idle(network: CodeFormer) -> None:
         elif isinstance(module, ControllableFeatureTransform):
             _zero(module.scale[2])
             _zero(module.shift[2])
-    if network.input_skip:
-        last: Any = network.generator.blocks[-1]
-        last.weight[COLOURS:] = 0
-        last.bias[COLOURS:] = 0
+    if network.correction is not None:
+        _zero(network.correction.leave)
 
 
 def _zero(convolution: Any) -> None:
@@ -225,12 +226,10 @@ class TransformationStage:
         return terms
 
     def _random_fidelity(self, count: int) -> Tensor:
-        """(count, 1, 1, 1): 10 % 0, 70 % 1, the rest between."""
+        """(count, 1, 1, 1): 20 % 0, 20 % 1, the rest between."""
         kind = torch.rand(count, 1, 1, 1)
-        between = torch.rand(count, 1, 1, 1)
-        w = torch.where(
-            kind < 0.1, torch.zeros_like(kind), torch.where(kind < 0.8, torch.ones_like(kind), between)
-        )
+        w = torch.rand(count, 1, 1, 1)
+        w = torch.where(kind < 0.2, torch.zeros_like(w), torch.where(kind < 0.4, torch.ones_like(w), w))
         return w.to(self._options.device)
 
     def _fool(self, output: Tensor, clean: Tensor, strength: Tensor) -> Tensor:
@@ -252,6 +251,48 @@ class TransformationStage:
             for w in (0.0, 0.5, 1.0)
         ]
         return sum(scores) / len(scores)
+
+
+class CorrectionStage:
+    """Stage 4: the correction of the input; everything else stays as it is.
+
+    Args:
+        network: from stage 3, with a correction.
+        validation: pairs (degraded, clean) that training does not see.
+        options: of the loop.
+
+    Raises:
+        TrainingError: the configuration has no correction.
+    """
+
+    def __init__(self, network: CodeFormer, validation: Pairs, options: Options) -> None:
+        if network.correction is None:
+            raise TrainingError("expected a configuration with correction_blocks, there is nothing to train.")
+        self.network = network
+        network.requires_grad_(requires_grad=False)
+        network.correction.requires_grad_(requires_grad=True)
+        self.memory = nn.ModuleDict()
+        self.critics: list[torch.optim.Optimizer] = []
+        self._options = options
+        self._correct = options.maybe_compiled(network.correction.forward)
+        self._validation = validation
+
+    def losses(self, batch: Sequence[Tensor], _progress: float, /) -> dict[str, Tensor]:
+        degraded, clean = (_as_layout(part) for part in batch[:2])
+        with self._options.autocast():
+            output = self._correct(degraded)
+        return {"picture": picture_loss(output.float(), clean)}
+
+    @torch.no_grad()
+    def score(self, network: CodeFormer) -> float:
+        """PSNR of corrected faces, which are those at w = 1, in dB."""
+        correction: Any = network.correction
+        device = self._options.device
+        results = [
+            psnr(correction(_as_layout(degraded.to(device))), clean.to(device))
+            for degraded, clean, _ in self._validation
+        ]
+        return sum(results) / len(results)
 
 
 def positions_of(network: CodeFormer, corners: Tensor, side: int) -> Tensor:
