@@ -5,6 +5,7 @@ import tempfile
 
 from cog import BaseRunner, Input, Path
 
+from codeformer.limits import Limits
 from codeformer.pipeline import Pipeline
 from codeformer.request import describe, serve, warm_up
 
@@ -19,8 +20,13 @@ class Predictor(BaseRunner):
     def setup(self) -> None:
         """Loads the networks, fetching and verifying their weights, and tries them once."""
         logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+        self.limits = Limits.from_environment()
         self.pipeline = Pipeline.load()
         warm_up(self.pipeline)
+
+    def healthcheck(self) -> bool:
+        """Whether the device still computes; Cog asks beside requests."""
+        return self.pipeline.is_alive()
 
     def run(
         self,
@@ -57,6 +63,7 @@ class Predictor(BaseRunner):
             runtime_profile=runtime_profile,
             stability_mode=stability_mode,
             compile_backend=compile_backend,
+            limits=self.limits,
         )
         for name, value in outcome.metrics.items():
             self.record_metric(name, value)

@@ -22,6 +22,8 @@ FloatArray = npt.NDArray[np.float64]
 FACE_SIZE: Final = 512
 MIN_WORKING_SIDE: Final = 512
 MIN_EYE_DISTANCE: Final = 5.0
+# Mean distance of landmarks in eye distances; neighbours in a crowd are at least two apart.
+_SAME_FACE: Final = 0.5
 # Below this the transform squeezes the whole picture into a point.
 _MIN_DETERMINANT: Final = 1e-12
 # The colour outside the picture in a crop, BGR.
@@ -108,10 +110,14 @@ def align_faces(working: WorkingCopy, detections: Sequence[Detection]) -> tuple[
     """
     aligned: list[AlignedFace] = []
     skipped: list[str] = []
+    taken: list[npt.NDArray[np.float32]] = []
     for detection in detections:
         eye_distance = float(np.linalg.norm(detection.landmarks_xy[0] - detection.landmarks_xy[1]))
         if eye_distance < MIN_EYE_DISTANCE:
             skipped.append(f"eyes {eye_distance:.1f} px apart, less than {MIN_EYE_DISTANCE:g}")
+            continue
+        if any(_same_face(detection.landmarks_xy, other) for other in taken):
+            skipped.append("the same face as one with a better score")
             continue
         working_to_face = estimate_similarity(detection.landmarks_xy)
         if working_to_face is None:
@@ -119,6 +125,7 @@ def align_faces(working: WorkingCopy, detections: Sequence[Detection]) -> tuple[
             continue
         face = _face_in_picture(detection, working_to_face, working.working_to_picture)
         aligned.append(AlignedFace(face, working_to_face))
+        taken.append(detection.landmarks_xy)
     return aligned, skipped
 
 
@@ -134,6 +141,16 @@ def estimate_similarity(landmarks_xy: npt.NDArray[np.floating]) -> FloatArray | 
     if matrix is None or not np.isfinite(matrix).all() or np.linalg.det(matrix[:, :2]) < _MIN_DETERMINANT:
         return None
     return np.asarray(matrix, dtype=np.float64)
+
+
+def _same_face(landmarks_xy: npt.NDArray[np.float32], other_xy: npt.NDArray[np.float32]) -> bool:
+    """Whether two sets of landmarks lie nearly on each other, whatever their boxes do.
+
+    Suppression by boxes leaves two detections of one face whose boxes differ much in size.
+    """
+    distance = np.linalg.norm(landmarks_xy - other_xy, axis=1).mean()
+    eyes = max(np.linalg.norm(points[0] - points[1]) for points in (landmarks_xy, other_xy))
+    return bool(distance < _SAME_FACE * eyes)
 
 
 def crop_face(image_bgr: ImageU8, image_to_face: FloatArray) -> ImageU8:

@@ -59,6 +59,25 @@ class ImageError(InputError):
         super().__init__(reason if index is None else f"Image {index}: {reason}")
 
 
+class FaceLimitError(ImageError):
+    """A picture holds more faces than one request may have restored; attributes as above."""
+
+
+class TimeLimitError(CodeFormerError, TimeoutError):
+    """A request took longer than it may; nothing was returned.
+
+    Attributes: `seconds`, the limit; `where`, what would have been next.
+    """
+
+    def __init__(self, seconds: float, where: str) -> None:
+        self.seconds = seconds
+        self.where = where
+        super().__init__(
+            f"expected to be done within {seconds:g} s, was not at {where}. Send fewer or smaller pictures, "
+            "or ask the operator to raise CODEFORMER_MAX_SECONDS."
+        )
+
+
 class WeightsError(CodeFormerError):
     """Base class: a weight set, or one of its files, cannot be used."""
 

@@ -17,13 +17,13 @@ import numpy.typing as npt
 from PIL import Image, ImageCms, UnidentifiedImageError
 
 from codeformer.errors import ImageError
+from codeformer.limits import DEFAULT_LIMITS, Limits
 
 logger = logging.getLogger(__name__)
 
 ImageU8 = npt.NDArray[np.uint8]
 
 FORMATS: Final = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
-MAX_PIXELS: Final = 100_000_000
 # Beyond this shape a picture holds no face the detector could see, and copies of it outgrow memory.
 MAX_ASPECT_RATIO: Final = 20
 # The largest side a JPEG can have.
@@ -50,7 +50,7 @@ _DECODER_ERRORS: Final = (
 )  # fmt: skip
 
 
-def decode_image(data: bytes, index: int | None = None) -> ImageU8:
+def decode_image(data: bytes, index: int | None = None, limits: Limits = DEFAULT_LIMITS) -> ImageU8:
     """Decodes a JPEG, PNG, WebP, BMP, TIFF or GIF file.
 
     EXIF orientation is applied; transparency is laid over white; grey, palette and CMYK become BGR; colours
@@ -60,6 +60,7 @@ def decode_image(data: bytes, index: int | None = None) -> ImageU8:
     Args:
         data: the file's bytes.
         index: the picture's place in the request, from 1, for error messages.
+        limits: its pixels are counted before they are decoded.
 
     Returns:
         (H, W, 3) uint8 BGR.
@@ -74,7 +75,7 @@ def decode_image(data: bytes, index: int | None = None) -> ImageU8:
             # Our own limit below is the stricter one; Pillow's warning would only repeat it.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
-                check_size(picture.width, picture.height, index)
+                check_size(picture.width, picture.height, index, limits)
                 # Strictly, also where OpenCV decodes after it: OpenCV passes over some damage.
                 picture.load()
                 if getattr(picture, "is_animated", False):
@@ -91,7 +92,7 @@ def decode_image(data: bytes, index: int | None = None) -> ImageU8:
             index,
         ) from cause
     except Image.DecompressionBombError as cause:
-        raise ImageError(f"more than {MAX_PIXELS:,} pixels; send a smaller copy.", index) from cause
+        raise ImageError(f"more than {limits.max_pixels:,} pixels; send a smaller copy.", index) from cause
     except _DECODER_ERRORS as cause:
         raise ImageError(f"the file is damaged or cut short ({cause}); send it again.", index) from cause
 
@@ -108,11 +109,13 @@ def encode_jpeg(image_bgr: ImageU8) -> bytes:
     return data.tobytes()
 
 
-def check_size(width: int, height: int, index: int | None = None) -> None:
+def check_size(width: int, height: int, index: int | None = None, limits: Limits = DEFAULT_LIMITS) -> None:
     """Raises ImageError when a picture of this size in px cannot be served."""
     shape = f"{width} x {height} px"
-    if width * height > MAX_PIXELS:
-        raise ImageError(f"expected at most {MAX_PIXELS:,} pixels, got {shape}; send a smaller copy.", index)
+    if width * height > limits.max_pixels:
+        raise ImageError(
+            f"expected at most {limits.max_pixels:,} pixels, got {shape}; send a smaller copy.", index
+        )
     if max(width, height) > MAX_SIDE:
         raise ImageError(
             f"expected sides of at most {MAX_SIDE} px, the limit of a JPEG, got {shape}; send a smaller one.",

@@ -22,12 +22,14 @@ from codeformer.canvas import Canvas, DeviceCanvas, HostCanvas
 from codeformer.clock import Stage, StageClock
 from codeformer.errors import (
     DeviceMemoryError,
+    FaceLimitError,
     ImageError,
     InferenceError,
     NonFiniteOutputError,
     OptionError,
 )
 from codeformer.images import ImageU8, check_size, is_gray
+from codeformer.limits import DEFAULT_LIMITS, Deadline, Limits
 from codeformer.memory import (
     batch_size_for,
     is_out_of_memory,
@@ -135,6 +137,14 @@ class Pipeline:
             fetch_set(weight_set, progress=progress)
         return cls(load_models(weight_set, chosen), chosen)
 
+    def is_alive(self) -> bool:
+        """Whether the device computes, by a sum of a few numbers."""
+        try:
+            return float(torch.ones(8, device=self.device).sum()) == 8
+        except RuntimeError as cause:
+            logger.warning("%s does not compute any more: %s", self.device, cause)
+            return False
+
     def check(self, plan: ExecutionPlan) -> None:
         """Raises what `restore` would raise for this plan, before any work.
 
@@ -151,6 +161,7 @@ class Pipeline:
         images: Sequence[ImageU8],
         fidelity: float = DEFAULT_FIDELITY,
         plan: ExecutionPlan | None = None,
+        limits: Limits = DEFAULT_LIMITS,
     ) -> list[RestoredImage]:
         """Restores every face of every picture, or raises; there is no partial success.
 
@@ -158,6 +169,7 @@ class Pipeline:
             images: (H, W, 3) uint8 BGR pictures, upright; not altered.
             fidelity: 0 (quality) to 1 (fidelity).
             plan: from `resolve_plan`; None for the baseline profile in safe mode.
+            limits: pixels, faces and time of this call.
 
         Returns:
             One result per picture, in order.
@@ -165,14 +177,16 @@ class Pipeline:
         Raises:
             InputError: an option or a picture is unusable.
             InferenceError: a stage failed; names picture, face and cause.
+            TimeLimitError: it took too long.
         """
-        return list(self.restore_each(images, fidelity, plan))
+        return list(self.restore_each(images, fidelity, plan, limits))
 
     def restore_each(
         self,
         images: Sequence[ImageU8],
         fidelity: float = DEFAULT_FIDELITY,
         plan: ExecutionPlan | None = None,
+        limits: Limits = DEFAULT_LIMITS,
     ) -> Iterator[RestoredImage]:
         """As `restore`, but gives each result as soon as it is there; arguments are checked at once."""
         fidelity = check_fidelity(fidelity)
@@ -180,26 +194,33 @@ class Pipeline:
             plan = resolve_plan(device=self.device)
         self.check(plan)
         for index, image in enumerate(images, start=1):
-            _check_array(image, index)
-        return self._run(images, fidelity, plan)
+            _check_array(image, index, limits)
+        return self._run(images, fidelity, plan, limits)
 
     def _run(
-        self, images: Sequence[ImageU8], fidelity: float, plan: ExecutionPlan
+        self, images: Sequence[ImageU8], fidelity: float, plan: ExecutionPlan, limits: Limits
     ) -> Iterator[RestoredImage]:
         with self._store.models_for(plan) as models:
-            yield from _Request(images, fidelity, plan, models).run()
+            yield from _Request(images, fidelity, plan, models, limits).run()
 
 
 class _Request:
     """One request's pictures on their way; nothing here outlives it."""
 
     def __init__(
-        self, images: Sequence[ImageU8], fidelity: float, plan: ExecutionPlan, models: Models
+        self,
+        images: Sequence[ImageU8],
+        fidelity: float,
+        plan: ExecutionPlan,
+        models: Models,
+        limits: Limits,
     ) -> None:
         self._images = images
         self._fidelity = fidelity
         self._plan = plan
         self._models = models
+        self._limits = limits
+        self._deadline = Deadline(limits.max_seconds)
         self._clock = StageClock(plan.device)
         self._skipped: list[list[str]] = [[] for _ in images]
         self._canvases: list[Canvas | None] = [None for _ in images]
@@ -235,6 +256,12 @@ class _Request:
                     gray = is_gray(image)
                     kind = DeviceCanvas if self._plan.device_pixels else HostCanvas
                     self._canvases[picture] = kind(image, copy, self._plan.device)
+            if len(aligned) > self._limits.max_faces:
+                raise FaceLimitError(
+                    f"expected at most {self._limits.max_faces} faces, found {len(aligned)}; cut the "
+                    "picture, or ask the operator to raise CODEFORMER_MAX_FACES.",
+                    picture + 1,
+                )
             for reason in self._skipped[picture]:
                 logger.warning("image %d: a face was left as it is: %s", picture + 1, reason)
             jobs += [_FaceJob(picture, number, face, gray) for number, face in enumerate(aligned, start=1)]
@@ -344,6 +371,7 @@ class _Request:
     @contextmanager
     def _stage(self, stage: Stage, pictures: Sequence[int], where: str) -> Iterator[None]:
         """Times a stage and gives its failures a name and a place."""
+        self._deadline.check(f"{stage} of {where}")
         try:
             with self._clock.measure(stage, pictures):
                 yield
@@ -360,10 +388,10 @@ def _name_faces(batch: Sequence[_FaceJob]) -> str:
     return ", ".join(f"image {job.picture + 1} face {job.number}" for job in batch)
 
 
-def _check_array(image: object, index: int) -> None:
+def _check_array(image: object, index: int, limits: Limits) -> None:
     if not isinstance(image, np.ndarray) or image.dtype != np.uint8:
         kind = f"{image.dtype} array" if isinstance(image, np.ndarray) else type(image).__name__
         raise ImageError(f"expected a uint8 array, got a {kind}.", index)
     if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
         raise ImageError(f"expected the shape (H, W, 3) in BGR, got {image.shape}.", index)
-    check_size(image.shape[1], image.shape[0], index)
+    check_size(image.shape[1], image.shape[0], index, limits)

@@ -13,6 +13,7 @@ from typing import Final
 from codeformer.clock import STAGES
 from codeformer.errors import DeviceError, ImageError, InferenceError, OptionError
 from codeformer.images import ImageU8, decode_image, encode_jpeg
+from codeformer.limits import DEFAULT_LIMITS, Limits
 from codeformer.pipeline import Pipeline, RestoredImage
 from codeformer.plan import DEFAULT_FIDELITY, check_fidelity, resolve_plan
 
@@ -53,6 +54,7 @@ def serve(
     runtime_profile: str = "baseline",
     stability_mode: str = "safe",
     compile_backend: str = "eager",
+    limits: Limits = DEFAULT_LIMITS,
 ) -> Outcome:
     """Restores 1 to 4 picture files. Every input is checked before any work begins.
 
@@ -64,10 +66,12 @@ def serve(
         runtime_profile: see `resolve_plan`, as for the next two.
         stability_mode: safe or optimized.
         compile_backend: for optimized mode.
+        limits: pixels, faces and time of this request.
 
     Raises:
         InputError: an option is out of range, there are too few or too many pictures, or one is unusable.
         InferenceError: a stage failed.
+        TimeLimitError: it took too long.
     """
     started = time.perf_counter()
     fidelity = check_fidelity(fidelity)
@@ -77,9 +81,9 @@ def serve(
         raise OptionError("images", f"{len(paths)} pictures", f"1 to {MAX_IMAGES} pictures")
     results, encodings = [], []
     with ThreadPoolExecutor(_FILE_WORKERS, thread_name_prefix="codeformer-files") as workers:
-        images = list(workers.map(_read, paths, itertools.count(1)))
+        images = list(workers.map(_read, paths, itertools.count(1), itertools.repeat(limits)))
         decoded = time.perf_counter()
-        for result in pipeline.restore_each(images, fidelity, plan):
+        for result in pipeline.restore_each(images, fidelity, plan, limits):
             results.append(result)
             # Beside the device's work on the pictures that follow.
             encodings.append(workers.submit(encode_jpeg, result.image_bgr))
@@ -125,13 +129,13 @@ def describe(metrics: Metrics) -> str:
     )
 
 
-def _read(source: object, index: int) -> ImageU8:
+def _read(source: object, index: int, limits: Limits) -> ImageU8:
     path = source if isinstance(source, Path) else _sample_picture(source, index)
     try:
         data = path.read_bytes()
     except OSError as cause:
         raise ImageError(f"the file cannot be read ({cause.strerror}); send it again.", index) from cause
-    return decode_image(data, index)
+    return decode_image(data, index, limits)
 
 
 def _sample_picture(name: object, index: int) -> Path:

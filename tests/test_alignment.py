@@ -105,6 +105,16 @@ def test_what_cannot_be_aligned_is_left_out_with_a_reason(landmarks: np.ndarray,
     assert reason in skipped[0]
 
 
+def test_a_face_found_twice_is_restored_once() -> None:
+    working = make_working_copy(np.zeros((900, 900, 3), np.uint8))
+    best, again = FFHQ_TEMPLATE_XY, FFHQ_TEMPLATE_XY + np.array([15.0, -10.0])
+    # Eyes are 126 px apart in the template: a neighbour cheek by cheek is further away than that.
+    neighbour = FFHQ_TEMPLATE_XY + np.array([220.0, 0.0])
+    aligned, skipped = align_faces(working, [detection(best), detection(neighbour), detection(again)])
+    np.testing.assert_allclose([face.face.landmarks_xy for face in aligned], [best, neighbour], atol=1e-3)
+    assert skipped == ["the same face as one with a better score"]
+
+
 def test_outside_the_picture_a_crop_is_border_coloured() -> None:
     working = make_working_copy(np.full((520, 520, 3), 255, np.uint8))
     # The face's left half lies outside the picture.

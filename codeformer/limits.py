@@ -1,0 +1,82 @@
+"""What one request may cost; set by the operator, in environment variables."""
+
+import math
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from codeformer.errors import OptionError, TimeLimitError
+
+MEGAPIXELS_VARIABLE: Final = "CODEFORMER_MAX_MEGAPIXELS"
+FACES_VARIABLE: Final = "CODEFORMER_MAX_FACES"
+SECONDS_VARIABLE: Final = "CODEFORMER_MAX_SECONDS"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds of one request.
+
+    Attributes:
+        max_megapixels: of each picture, in 10^6 pixels.
+        max_faces: to restore in each picture.
+        max_seconds: from the first file read to the last face pasted; looked at between stages.
+    """
+
+    max_megapixels: float = 100.0
+    max_faces: int = 200
+    max_seconds: float = 900.0
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "Limits":
+        """The limits that the environment sets, the defaults for others.
+
+        Raises:
+            OptionError: a variable is not a number above 0.
+        """
+        return cls(
+            max_megapixels=_positive(environment, MEGAPIXELS_VARIABLE, cls.max_megapixels),
+            max_faces=int(_positive(environment, FACES_VARIABLE, cls.max_faces)),
+            max_seconds=_positive(environment, SECONDS_VARIABLE, cls.max_seconds),
+        )
+
+    @property
+    def max_pixels(self) -> int:
+        """Of each picture."""
+        return int(self.max_megapixels * 1e6)
+
+
+DEFAULT_LIMITS: Final = Limits()
+
+
+class Deadline:
+    """When a request has to be done.
+
+    Args:
+        seconds: from now.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._ends = time.monotonic() + seconds
+
+    def check(self, where: str) -> None:
+        """Raises TimeLimitError once the time is over; `where` says what would have been next."""
+        if time.monotonic() > self._ends:
+            raise TimeLimitError(self._seconds, where)
+
+
+def _positive(environment: Mapping[str, str], name: str, default: float) -> float:
+    text = environment.get(name, "").strip()
+    if not text:
+        return default
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    # int() of the number of faces must not make it 0.
+    smallest = 1 if name == FACES_VARIABLE else 0
+    if math.isfinite(number) and number > 0 and number >= smallest:
+        return number
+    raise OptionError(name, text, "a number above 0")

@@ -1,0 +1,106 @@
+"""What a request may cost, and what it hears when it costs more."""
+
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from codeformer.detection import FaceDetector
+from codeformer.errors import FaceLimitError, ImageError, OptionError, TimeLimitError
+from codeformer.limits import Deadline, Limits
+from codeformer.models import Models
+from codeformer.parsing import TemplateMask
+from codeformer.pipeline import Pipeline
+from codeformer.restoration import FaceRestorer
+from tests import pictures
+from tests.conftest import CPU, make_tiny_restorer
+
+
+def test_the_environment_sets_the_limits() -> None:
+    assert Limits.from_environment({}) == Limits()
+    assert Limits.from_environment({"CODEFORMER_MAX_FACES": " "}) == Limits()
+    chosen = Limits.from_environment(
+        {"CODEFORMER_MAX_MEGAPIXELS": "0.5", "CODEFORMER_MAX_FACES": "3", "CODEFORMER_MAX_SECONDS": "20.5"}
+    )
+    assert chosen == Limits(max_megapixels=0.5, max_faces=3, max_seconds=20.5)
+    assert chosen.max_pixels == 500_000
+
+
+@pytest.mark.parametrize("name", ["MEGAPIXELS", "FACES", "SECONDS"])
+@pytest.mark.parametrize("text", ["0", "-1", "many", "nan", "inf", "1e400"])
+def test_other_values_stop_the_start(name: str, text: str) -> None:
+    with pytest.raises(OptionError, match=f"^CODEFORMER_MAX_{name}: expected a number above 0"):
+        Limits.from_environment({f"CODEFORMER_MAX_{name}": text})
+
+
+def test_half_a_face_is_none() -> None:
+    with pytest.raises(OptionError, match="CODEFORMER_MAX_FACES"):
+        Limits.from_environment({"CODEFORMER_MAX_FACES": "0.5"})
+
+
+def test_pixels_are_counted_before_any_work(blind_pipeline: Pipeline) -> None:
+    picture = np.zeros((100, 200, 3), np.uint8)
+    assert len(blind_pipeline.restore([picture], limits=Limits(max_megapixels=0.02))) == 1
+    with pytest.raises(ImageError, match=r"^Image 1: expected at most 19,000 pixels, got 200 x 100"):
+        blind_pipeline.restore([picture], limits=Limits(max_megapixels=0.019))
+
+
+def test_more_faces_than_allowed_are_refused_and_the_next_request_works(tiny_pipeline: Pipeline) -> None:
+    photo = pictures.group()
+    faces = len(tiny_pipeline.restore([photo])[0].faces)
+    assert faces > 1
+    with pytest.raises(FaceLimitError, match=rf"^Image 1: expected at most {faces - 1} faces, found {faces}"):
+        tiny_pipeline.restore([photo], limits=Limits(max_faces=faces - 1))
+    assert len(tiny_pipeline.restore([photo], limits=Limits(max_faces=faces))[0].faces) == faces
+
+
+def test_a_deadline_is_over_once_its_time_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    deadline = Deadline(5)
+    now = 105.0
+    deadline.check("restore of image 1 face 1")
+    now = 105.1
+    with pytest.raises(TimeLimitError, match=r"within 5 s, was not at restore of image 1 face 1"):
+        deadline.check("restore of image 1 face 1")
+
+
+def test_a_request_that_takes_too_long_ends_between_faces(detector: FaceDetector) -> None:
+    class Slow(FaceRestorer):
+        restored = 0
+
+        def restore(
+            self, crops_bgr: torch.Tensor, fidelity: float, *, half_dtype: torch.dtype | None = None
+        ) -> torch.Tensor:
+            self.restored += 1
+            if self.restored == 2:
+                monotonic.step = 1000.0
+            return super().restore(crops_bgr, fidelity, half_dtype=half_dtype)
+
+    class Clock:
+        step = 0.0
+
+        def __call__(self) -> float:
+            return self.step
+
+    monotonic = Clock()
+    restorer = Slow(make_tiny_restorer())
+    pipeline = Pipeline(Models(detector, restorer, TemplateMask()), CPU)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(time, "monotonic", monotonic)
+        with pytest.raises(TimeLimitError) as raised:
+            pipeline.restore([pictures.group()], limits=Limits(max_seconds=60))
+    assert raised.value.where == "parse of image 1 face 2"
+    assert restorer.restored == 2
+    assert len(pipeline.restore([pictures.portrait()])[0].faces) == 1
+
+
+def test_health_is_that_of_the_device(blind_pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert blind_pipeline.is_alive()
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr(torch, "ones", fail)
+    assert not blind_pipeline.is_alive()
