@@ -3,6 +3,7 @@
 import itertools
 import logging
 import os
+import stat
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -132,6 +133,8 @@ def describe(metrics: Metrics) -> str:
 def _read(source: object, index: int, limits: Limits) -> ImageU8:
     path = source if isinstance(source, Path) else _sample_picture(source, index)
     try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise ImageError("expected a file, got a folder or a device.", index)
         data = path.read_bytes()
     except OSError as cause:
         raise ImageError(f"the file cannot be read ({cause.strerror}); send it again.", index) from cause
