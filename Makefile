@@ -48,7 +48,7 @@ format: $(VENV)/.tools  ## Format the code
 
 serve: $(VENV)/.runtime  ## Run the real Cog server on PORT (default 8080), without Docker
 	@$(PYTHON) -m scripts.write_schema .cog/openapi_schema.json
-	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" PORT=$(PORT) COG_PREDICT_TYPE_STUB=predict.py:Predictor \
+	MALLOC_ARENA_MAX=1 PATH="$(CURDIR)/$(VENV)/bin:$$PATH" PORT=$(PORT) COG_PREDICT_TYPE_STUB=predict.py:Predictor \
 		$(PYTHON) -m cog.server.http --host 127.0.0.1
 
 schema: $(VENV)/.runtime  ## Pin the predictor's input schema anew

@@ -2,12 +2,14 @@
 
 import logging
 import tempfile
+import threading
 
 from cog import BaseRunner, Input, Path
 
 from codeformer.limits import Limits
 from codeformer.pipeline import Pipeline
 from codeformer.request import describe, serve, warm_up
+from codeformer.worker import Worker
 
 logger = logging.getLogger("codeformer")
 
@@ -22,7 +24,8 @@ class Predictor(BaseRunner):
         logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
         self.limits = Limits.from_environment()
         self.pipeline = Pipeline.load()
-        warm_up(self.pipeline)
+        self.worker = Worker()
+        self.worker.run(warm_up, self.pipeline, stop=threading.Event())
 
     def healthcheck(self) -> bool:
         """Whether the device still computes; Cog asks beside requests."""
@@ -40,12 +43,12 @@ class Predictor(BaseRunner):
             le=1.0,
         ),
         runtime_profile: str = Input(
-            description="baseline: float32, face after face, as upstream. fast: batched, with mixed precision on a GPU. max_speed: fast without face parsing during paste-back.",
+            description="baseline: float32, face after face, as upstream. fast: batched, with mixed precision where the device has it. max_speed: fast without face parsing during paste-back.",
             default="baseline",
             choices=["baseline", "fast", "max_speed"],
         ),
         stability_mode: str = Input(
-            description="safe: no high-risk runtime optimizations (recommended on Replicate). optimized: torch.compile and channels-last for the highest throughput.",
+            description="safe: no high-risk runtime optimizations (recommended on Replicate). optimized: rewritten networks, torch.compile or CUDA graphs, for the highest throughput.",
             default="safe",
             choices=["safe", "optimized"],
         ),
@@ -56,9 +59,11 @@ class Predictor(BaseRunner):
         ),
     ) -> list[Path]:
         """Returns one JPG per photo, in order and of the same size, with every face restored."""
-        outcome = serve(
+        outcome = self.worker.run(
+            serve,
             self.pipeline,
             images,
+            stop=threading.Event(),
             fidelity=codeformer_fidelity,
             runtime_profile=runtime_profile,
             stability_mode=stability_mode,

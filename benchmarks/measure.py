@@ -74,6 +74,8 @@ def interleave(
     Returns:
         For each name, time in ms and result of each round.
     """
+    if not calls:
+        return {}
     names = list(calls)
     for _ in range(warmup):
         for name in names:

@@ -214,6 +214,8 @@ def _start(
         command = [sys.executable, "-m", "cog.server.http", "--host", HOST]
         environment |= {
             # Cog starts its worker as `python` from PATH.
+            # Threads beside the first could not keep freed memory in arenas of their own.
+            "MALLOC_ARENA_MAX": "1",
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}",
             "PORT": str(port),
             "COG_PREDICT_TYPE_STUB": "predict.py:Predictor",

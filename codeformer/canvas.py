@@ -79,4 +79,4 @@ class DeviceCanvas:
 
 def _uploaded(image_bgr: ImageU8, device: torch.device) -> Tensor:
     # A copy also on the CPU, where a tensor would share the caller's memory.
-    return torch.tensor(image_bgr).to(device)
+    return torch.tensor(np.ascontiguousarray(image_bgr)).to(device)

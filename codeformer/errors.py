@@ -78,6 +78,17 @@ class TimeLimitError(CodeFormerError, TimeoutError):
         )
 
 
+class CancelledError(CodeFormerError):
+    """A request was cancelled; nothing was returned.
+
+    Attributes: `where`, what would have been next.
+    """
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+        super().__init__(f"cancelled before {where}.")
+
+
 class WeightsError(CodeFormerError):
     """Base class: a weight set, or one of its files, cannot be used."""
 

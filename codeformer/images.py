@@ -43,6 +43,9 @@ _MIRROR_AND_TURNS: Final = {
 
 _SRGB: Final = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
 
+# Our own limit is the stricter one; Pillow's warning would only repeat it.
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+
 # What Pillow's and OpenCV's decoders raise on damaged data.
 _DECODER_ERRORS: Final = (
     OSError, SyntaxError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, EOFError,
@@ -71,18 +74,15 @@ def decode_image(data: bytes, index: int | None = None, limits: Limits = DEFAULT
     if not data:
         raise ImageError("the file is empty.", index)
     try:
-        with warnings.catch_warnings():
-            # Our own limit below is the stricter one; Pillow's warning would only repeat it.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
-                check_size(picture.width, picture.height, index, limits)
-                # Strictly, also where OpenCV decodes after it: OpenCV passes over some damage.
-                picture.load()
-                if getattr(picture, "is_animated", False):
-                    logger.info("image %s has several frames; the first is taken", index or "")
-                samples = _decode_16_bit(picture, data) if _has_16_bits(picture, data) else None
-                bgr = _decode_8_bit(picture, index) if samples is None else samples
-                return _turn_upright(_to_srgb(bgr, picture), picture)
+        with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
+            check_size(picture.width, picture.height, index, limits)
+            # Strictly, also where OpenCV decodes after it: OpenCV passes over some damage.
+            picture.load()
+            if getattr(picture, "is_animated", False):
+                logger.info("image %s has several frames; the first is taken", index or "")
+            samples = _decode_16_bit(picture, data) if _has_16_bits(picture, data) else None
+            bgr = _decode_8_bit(picture, index) if samples is None else samples
+            return _turn_upright(_to_srgb(bgr, picture), picture)
     except ImageError:
         raise
     except UnidentifiedImageError as cause:

@@ -2,12 +2,13 @@
 
 import math
 import os
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from codeformer.errors import OptionError, TimeLimitError
+from codeformer.errors import CancelledError, OptionError, TimeLimitError
 
 MEGAPIXELS_VARIABLE: Final = "CODEFORMER_MAX_MEGAPIXELS"
 FACES_VARIABLE: Final = "CODEFORMER_MAX_FACES"
@@ -51,18 +52,30 @@ DEFAULT_LIMITS: Final = Limits()
 
 
 class Deadline:
-    """When a request has to be done.
+    """When a request has to end.
 
     Args:
         seconds: from now.
+        stop: set when the request is cancelled.
     """
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float, stop: threading.Event | None = None) -> None:
         self._seconds = seconds
         self._ends = time.monotonic() + seconds
+        self._stop = stop
 
     def check(self, where: str) -> None:
-        """Raises TimeLimitError once the time is over; `where` says what would have been next."""
+        """Looks whether it is time to end.
+
+        Args:
+            where: what would be next.
+
+        Raises:
+            TimeLimitError: the time is over.
+            CancelledError: the request was cancelled.
+        """
+        if self._stop is not None and self._stop.is_set():
+            raise CancelledError(where)
         if time.monotonic() > self._ends:
             raise TimeLimitError(self._seconds, where)
 

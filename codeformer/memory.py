@@ -18,6 +18,7 @@ _LARGEST: Final = 2**31 - 1
 
 # Of the official networks, for one face in float32, measured on a CPU (benchmarks/NOTES.md), and rounded up.
 BYTES_PER_FACE: Final = 900 * 2**20
+_OUT_OF_MEMORY: Final = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
 # The rest is for fragments, and for pictures.
 _USABLE_SHARE: Final = 0.8
 
@@ -29,14 +30,16 @@ def batch_size_for(plan: ExecutionPlan) -> int:
     free, _ = torch.cuda.mem_get_info(plan.device)
     # What torch keeps for reuse is free for this purpose.
     free += torch.cuda.memory_reserved(plan.device) - torch.cuda.memory_allocated(plan.device)
-    return max(1, min(plan.micro_batch, int(free * _USABLE_SHARE) // BYTES_PER_FACE))
+    fitting = max(1, min(plan.micro_batch, int(free * _USABLE_SHARE) // BYTES_PER_FACE))
+    # A power of two: recorded batches are padded to one.
+    return 1 << (fitting.bit_length() - 1)
 
 
 def is_out_of_memory(failure: BaseException) -> bool:
     """Whether an error says that host or device had no memory left."""
-    # On the CPU torch raises a RuntimeError that only its text tells from others.
+    # Beside torch's own allocator for GPUs, only the text tells it from other errors.
     return isinstance(failure, (MemoryError, torch.OutOfMemoryError)) or (
-        isinstance(failure, RuntimeError) and "can't allocate memory" in str(failure)
+        isinstance(failure, RuntimeError) and any(sign in str(failure) for sign in _OUT_OF_MEMORY)
     )
 
 
@@ -51,7 +54,10 @@ def keep_freed_memory() -> bool:
 
     glibc gives every block over 32 MB back to the system at once. A feature map at full resolution is
     67 MB: each one begins with 16 000 page faults, which take longer than computing it. The process then
-    holds its peak memory until it ends; benchmarks/NOTES.md has the measurements.
+    holds its peak memory, and more, until it ends; benchmarks/NOTES.md has the measurements.
+
+    Threads other than the first have arenas that cannot hold such blocks. Where they work, as in a server,
+    the process has to be started with MALLOC_ARENA_MAX=1 in its environment.
 
     Returns:
         Whether the allocator took the settings; False where it is not glibc's.

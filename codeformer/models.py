@@ -11,7 +11,8 @@ import torch
 
 from codeformer.alignment import FACE_SIZE
 from codeformer.detection import FaceDetector
-from codeformer.errors import BackendConflictError, ManifestError
+from codeformer.errors import BackendConflictError, DeviceMemoryError, InferenceError, ManifestError
+from codeformer.memory import is_out_of_memory
 from codeformer.networks.codeformer import CodeFormer
 from codeformer.networks.inference import for_inference
 from codeformer.networks.parsenet import FaceParsingNetwork
@@ -97,10 +98,25 @@ class ModelStore:
             yield self._optimized
         else:
             logger.info("initialising optimized models, compile_backend=%s", plan.compile_backend or "none")
-            models = self.reference.optimized(plan.compile_backend)
-            yield models
-            if plan.compile_backend is None or models.restorer.has_restored:
-                self._optimized, self._optimized_backend = models, plan.compile_backend
+            models = self._make_optimized(plan)
+            try:
+                yield models
+            except GeneratorExit:
+                # Whoever asked has had enough; that is no failure.
+                self._keep(models, plan)
+                raise
+            self._keep(models, plan)
+
+    def _make_optimized(self, plan: ExecutionPlan) -> Models:
+        try:
+            return self.reference.optimized(plan.compile_backend)
+        except RuntimeError as cause:
+            kind = DeviceMemoryError if is_out_of_memory(cause) else InferenceError
+            raise kind("initialisation", "the optimized networks", f"{cause}") from cause
+
+    def _keep(self, models: Models, plan: ExecutionPlan) -> None:
+        if plan.compile_backend is None or models.restorer.has_restored:
+            self._optimized, self._optimized_backend = models, plan.compile_backend
 
 
 def load_models(weight_set: WeightSet, device: torch.device) -> Models:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from codeformer.alignment import FACE_SIZE
 from codeformer.errors import NonFiniteOutputError
-from codeformer.graphs import GraphedFunction
+from codeformer.graphs import GraphedCalls
 from codeformer.networks.parsenet import CLASSES, FaceParsingNetwork
 from codeformer.restoration import faces_to_batch, maybe_compiled
 
@@ -56,7 +56,7 @@ class FaceParser:
         self.network = network
         self._channels_last = channels_last
         self._network = maybe_compiled(network.forward, compile_backend)
-        self._run: Any = GraphedFunction(self._forward) if graphed else self._forward
+        self._graphs = GraphedCalls() if graphed else None
 
     @torch.inference_mode()
     def labels(self, faces_bgr: Tensor, *, half_dtype: torch.dtype | None = None) -> Tensor:
@@ -66,13 +66,14 @@ class FaceParser:
             NonFiniteOutputError: the network's answer holds NaN or infinity.
         """
         # No number is asked of the network beside the faces.
-        labels, is_finite = self._run(faces_bgr, torch.zeros((), device=faces_bgr.device), half_dtype)
+        arguments = (faces_bgr, torch.zeros((), device=faces_bgr.device), half_dtype)
+        run = self._graphs
+        labels, is_finite = self._forward(*arguments) if run is None else run(self._forward, *arguments)
         # The largest of NaNs is the first label, background: the face would silently stay as it was.
         if not bool(is_finite.all()):
             precision = half_dtype or torch.float32
             raise NonFiniteOutputError(f"the parser's output is not finite ({precision}).")
-        found: Tensor = labels
-        return found
+        return labels
 
     def _forward(self, faces_bgr: Tensor, _: Tensor, half_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
         """Labels, and for each face whether the network's answer was finite: (N,) bool."""

@@ -28,6 +28,7 @@ from codeformer.errors import (
     NonFiniteOutputError,
     OptionError,
 )
+from codeformer.graphs import recording_lock
 from codeformer.images import ImageU8, check_size, is_gray
 from codeformer.limits import DEFAULT_LIMITS, Deadline, Limits
 from codeformer.memory import (
@@ -140,7 +141,8 @@ class Pipeline:
     def is_alive(self) -> bool:
         """Whether the device computes, by a sum of a few numbers."""
         try:
-            return float(torch.ones(8, device=self.device).sum()) == 8
+            with recording_lock:
+                return float(torch.ones(8, device=self.device).sum()) == 8
         except RuntimeError as cause:
             logger.warning("%s does not compute any more: %s", self.device, cause)
             return False
@@ -187,21 +189,35 @@ class Pipeline:
         fidelity: float = DEFAULT_FIDELITY,
         plan: ExecutionPlan | None = None,
         limits: Limits = DEFAULT_LIMITS,
+        deadline: Deadline | None = None,
     ) -> Iterator[RestoredImage]:
-        """As `restore`, but gives each result as soon as it is there; arguments are checked at once."""
+        """As `restore`, but gives each result as soon as it is there; arguments are checked at once.
+
+        Args:
+            images: as for `restore`, like the next three.
+            fidelity: likewise.
+            plan: likewise.
+            limits: likewise.
+            deadline: of a request that has begun before; None for one that begins now.
+        """
         fidelity = check_fidelity(fidelity)
         if plan is None:
             plan = resolve_plan(device=self.device)
         self.check(plan)
         for index, image in enumerate(images, start=1):
             _check_array(image, index, limits)
-        return self._run(images, fidelity, plan, limits)
+        return self._run(images, fidelity, plan, limits, deadline or Deadline(limits.max_seconds))
 
     def _run(
-        self, images: Sequence[ImageU8], fidelity: float, plan: ExecutionPlan, limits: Limits
+        self,
+        images: Sequence[ImageU8],
+        fidelity: float,
+        plan: ExecutionPlan,
+        limits: Limits,
+        deadline: Deadline,
     ) -> Iterator[RestoredImage]:
         with self._store.models_for(plan) as models:
-            yield from _Request(images, fidelity, plan, models, limits).run()
+            yield from _Request(images, fidelity, plan, models, limits, deadline).run()
 
 
 class _Request:
@@ -214,13 +230,14 @@ class _Request:
         plan: ExecutionPlan,
         models: Models,
         limits: Limits,
+        deadline: Deadline,
     ) -> None:
         self._images = images
         self._fidelity = fidelity
         self._plan = plan
         self._models = models
         self._limits = limits
-        self._deadline = Deadline(limits.max_seconds)
+        self._deadline = deadline
         self._clock = StageClock(plan.device)
         self._skipped: list[list[str]] = [[] for _ in images]
         self._canvases: list[Canvas | None] = [None for _ in images]
@@ -343,7 +360,10 @@ class _Request:
     @torch.inference_mode()
     def _paste(self, batch: Sequence[_FaceJob], faces: Tensor, masks: Sequence[Tensor | None]) -> None:
         for job, face, mask in zip(batch, faces, masks, strict=True):
-            with self._stage("paste", [job.picture], _name_faces([job])):
+            with (
+                torch_switches(cudnn_benchmark=False),
+                self._stage("paste", [job.picture], _name_faces([job])),
+            ):
                 self._canvas(job.picture).paste(face, job.aligned.face.face_to_picture, mask)
 
     def _canvas(self, picture: int) -> Canvas:

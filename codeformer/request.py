@@ -4,6 +4,7 @@ import itertools
 import logging
 import os
 import stat
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,7 @@ from typing import Final
 from codeformer.clock import STAGES
 from codeformer.errors import DeviceError, ImageError, InferenceError, OptionError
 from codeformer.images import ImageU8, decode_image, encode_jpeg
-from codeformer.limits import DEFAULT_LIMITS, Limits
+from codeformer.limits import DEFAULT_LIMITS, Deadline, Limits
 from codeformer.pipeline import Pipeline, RestoredImage
 from codeformer.plan import DEFAULT_FIDELITY, check_fidelity, resolve_plan
 
@@ -56,6 +57,7 @@ def serve(
     stability_mode: str = "safe",
     compile_backend: str = "eager",
     limits: Limits = DEFAULT_LIMITS,
+    stop: threading.Event | None = None,
 ) -> Outcome:
     """Restores 1 to 4 picture files. Every input is checked before any work begins.
 
@@ -68,13 +70,16 @@ def serve(
         stability_mode: safe or optimized.
         compile_backend: for optimized mode.
         limits: pixels, faces and time of this request.
+        stop: to be set to cancel it; looked at between stages.
 
     Raises:
         InputError: an option is out of range, there are too few or too many pictures, or one is unusable.
         InferenceError: a stage failed.
         TimeLimitError: it took too long.
+        CancelledError: it was cancelled.
     """
     started = time.perf_counter()
+    deadline = Deadline(limits.max_seconds, stop)
     fidelity = check_fidelity(fidelity)
     plan = resolve_plan(runtime_profile, stability_mode, compile_backend, device=pipeline.device)
     pipeline.check(plan)
@@ -84,7 +89,7 @@ def serve(
     with ThreadPoolExecutor(_FILE_WORKERS, thread_name_prefix="codeformer-files") as workers:
         images = list(workers.map(_read, paths, itertools.count(1), itertools.repeat(limits)))
         decoded = time.perf_counter()
-        for result in pipeline.restore_each(images, fidelity, plan, limits):
+        for result in pipeline.restore_each(images, fidelity, plan, limits, deadline):
             results.append(result)
             # Beside the device's work on the pictures that follow.
             encodings.append(workers.submit(encode_jpeg, result.image_bgr))
@@ -105,7 +110,7 @@ def serve(
     return Outcome(images, results, jpegs, rounded)
 
 
-def warm_up(pipeline: Pipeline) -> None:
+def warm_up(pipeline: Pipeline, stop: threading.Event | None = None) -> None:
     """Serves the sample portrait, so that the first request finds everything loaded and a broken device is
     noticed before any request comes.
 
@@ -114,7 +119,7 @@ def warm_up(pipeline: Pipeline) -> None:
     """
     started = time.perf_counter()
     try:
-        outcome = serve(pipeline, [SAMPLES / "1.jpg"])
+        outcome = serve(pipeline, [SAMPLES / "1.jpg"], stop=stop)
     except InferenceError as cause:
         raise DeviceError(str(pipeline.device), str(cause)) from cause
     if not outcome.metrics["faces.restored"]:
@@ -144,9 +149,11 @@ def _read(source: object, index: int, limits: Limits) -> ImageU8:
 def _sample_picture(name: object, index: int) -> Path:
     """The picture under data/ that a string names; any other string is refused."""
     if isinstance(name, str) and "\0" not in name:
-        path = (SAMPLES.parent / name).resolve()
-        if path.is_relative_to(SAMPLES) and path.is_file():
-            return path
+        # Looked up among those there are: no name of a request reaches the file system.
+        wanted = Path(os.path.normpath(SAMPLES.parent / name))
+        for path in SAMPLES.iterdir():
+            if path == wanted and path.is_file() and not path.is_symlink():
+                return path
     raise ImageError(
         "expected an uploaded file (a data URI), an http(s) address or a picture under data/.", index
     )

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._dynamo import config as compiler_config
 
 from codeformer.errors import NonFiniteOutputError
-from codeformer.graphs import GraphedFunction
+from codeformer.graphs import GraphedCalls
 from codeformer.networks.codeformer import CodeFormer
 
 LUMA_RGB: Final = (0.2989, 0.5870, 0.1140)
@@ -82,7 +82,7 @@ class FaceRestorer:
         self._fidelity_in_graph = compile_backend is not None or graphed
         self._predict = maybe_compiled(network.predict, compile_backend)
         self._generate = maybe_compiled(network.generate, compile_backend)
-        self._run: Any = GraphedFunction(self._forward) if graphed else self._forward
+        self._graphs = GraphedCalls() if graphed else None
 
     @torch.inference_mode()
     def restore(self, crops_bgr: Tensor, fidelity: float, *, half_dtype: torch.dtype | None = None) -> Tensor:
@@ -102,14 +102,15 @@ class FaceRestorer:
             NonFiniteOutputError: the network's answer holds NaN or infinity.
         """
         w = torch.tensor(fidelity, dtype=torch.float32, device=self.device)
-        faces, is_finite = self._run(crops_bgr, w, fidelity > 0, half_dtype)
+        arguments = (crops_bgr, w, fidelity > 0, half_dtype)
+        run = self._graphs
+        faces, is_finite = self._forward(*arguments) if run is None else run(self._forward, *arguments)
         if not bool(is_finite.all()):
             raise NonFiniteOutputError(
                 f"the restorer's output is not finite ({half_dtype or torch.float32})."
             )
         self.has_restored = True
-        restored: Tensor = faces
-        return restored
+        return faces
 
     def _forward(
         self,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from codeformer import graphs
-from codeformer.graphs import BatchFunction, GraphedFunction, Recording, bucket_of
+from codeformer.graphs import BatchFunction, GraphedCalls, Recording, bucket_of
 
 
 class FakeRecorder:
@@ -18,7 +18,7 @@ class FakeRecorder:
         self.recorded: list[tuple[Any, ...]] = []
 
     def __call__(
-        self, function: BatchFunction, batch: Tensor, scalar: Tensor, settings: Sequence[Any], _pool: Any
+        self, function: BatchFunction, batch: Tensor, scalar: Tensor, settings: Sequence[Any]
     ) -> Recording:
         self.recorded.append((len(batch), *settings))
         results = function(batch, scalar, *settings)
@@ -42,9 +42,9 @@ def test_buckets_are_powers_of_two(count: int, bucket: int) -> None:
 
 def test_replays_answer_as_the_function_does_and_keep_earlier_answers() -> None:
     recorder = FakeRecorder()
-    graphed = GraphedFunction(scaled_and_summed, recorder)
+    graphed = GraphedCalls(recorder)
     calls = [(torch.randn(count, 5), torch.tensor(w), sign) for count, w, sign in CALLS]
-    answers = [graphed(*call) for call in calls]
+    answers = [graphed(scaled_and_summed, *call) for call in calls]
     for call, answer in zip(calls, answers, strict=True):
         for actual, expected in zip(answer, scaled_and_summed(*call), strict=True):
             torch.testing.assert_close(actual, expected)
@@ -57,19 +57,17 @@ CALLS = [(1, 0.5, False), (3, 2.0, False), (1, -1.0, False), (4, 0.25, False), (
 def test_recordings_are_limited_and_the_oldest_goes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs, "MAX_GRAPHS", 2)
     recorder = FakeRecorder()
-    graphed = GraphedFunction(scaled_and_summed, recorder)
+    graphed = GraphedCalls(recorder)
     for count in (1, 2, 1, 4, 1, 2):
-        graphed(torch.ones(count, 1), torch.tensor(1.0), False)
+        graphed(scaled_and_summed, torch.ones(count, 1), torch.tensor(1.0), False)
     assert [count for count, _ in recorder.recorded] == [1, 2, 4, 2]
 
 
 def test_a_gpu_replays_what_it_computed(device: torch.device) -> None:
     if device.type != "cuda":
         pytest.skip("needs a CUDA device")
-    graphed = GraphedFunction(scaled_and_summed)
+    graphed = GraphedCalls()
     for count in (1, 3, 2, 3):
         batch, scalar = torch.randn(count, 5, device=device), torch.tensor(0.5 * count, device=device)
-        for actual, expected in zip(
-            graphed(batch, scalar, True), scaled_and_summed(batch, scalar, True), strict=True
-        ):
-            torch.testing.assert_close(actual, expected)
+        expected = scaled_and_summed(batch, scalar, True)
+        torch.testing.assert_close(graphed(scaled_and_summed, batch, scalar, True), expected)

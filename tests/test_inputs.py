@@ -6,6 +6,7 @@ import os
 import struct
 import zlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from codeformer.request import serve
 from tests.test_images import gradient, png_header, save
 
 
-def picture_file(kind: str, mode: str = "RGB", size: tuple[int, int] = (64, 48), **options: Any) -> bytes:
+def picture_file(kind: str, mode: str = "RGB", *, size: Any = (64, 48), **options: Any) -> bytes:
     return save(Image.fromarray(gradient(size[1], size[0])).convert(mode), kind, **options)
 
 
@@ -68,7 +69,7 @@ GOOD: dict[str, tuple[Callable[[], bytes], tuple[int, int]]] = {
     "with data after its end": (lambda: picture_file("JPEG") + b"\0" * 999, (64, 48)),
     **{
         f"EXIF orientation {number}": (
-            lambda number=number: turned(number),
+            partial(turned, number),
             (64, 48) if number < 5 else (48, 64),
         )
         for number in range(1, 9)
@@ -161,7 +162,7 @@ def test_any_bytes_are_a_picture_or_our_error(data: bytes) -> None:
 VALID = {
     kind: picture_file(kind, **options)
     for kind, options in {
-        "JPEG": {},
+        "JPEG": dict[str, Any](),
         "PNG": {},
         "WEBP": {},
         "BMP": {},

@@ -155,7 +155,13 @@ def test_a_data_uri(server: CogServer, png: bytes, smooth: np.ndarray) -> None:
     [output] = answer["output"]
     assert_pictures_close(picture_of(output), smooth, mean=2, within=10)
     metrics = answer["metrics"]
-    assert metrics["faces"] == {"detected": 0, "restored": 0, "skipped": 0, "float32_retries": 0}
+    assert metrics["faces"] == {
+        "detected": 0,
+        "restored": 0,
+        "skipped": 0,
+        "float32_retries": 0,
+        "memory_retries": 0,
+    }
     assert metrics["images"] == {"count": 1, "without_faces": 1, "sizes": ["160x90"]}
     assert metrics["timing"]["detect"] > 0
     assert metrics["timing"]["total"] / 1e3 <= metrics["predict_time"]

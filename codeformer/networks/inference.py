@@ -99,8 +99,7 @@ def _doubled_kernel(weight: Tensor) -> Tensor:
 
     A source pixel reaches every output pixel whose window holds one of its four repetitions.
     """
-    box = weight.new_ones(1, 1, 2, 2)
-    outer, inner = weight.shape[:2]
     # Flipped, since a transposed convolution writes through its kernel instead of reading through it.
-    taps = F.conv2d(weight.flip(2, 3).reshape(outer * inner, 1, 3, 3), box, padding=1)
-    return taps.view(outer, inner, 4, 4).transpose(0, 1).contiguous()
+    flipped = weight.flip(2, 3)
+    taps = torch.stack([F.pad(flipped, (x, 1 - x, y, 1 - y)) for x in (0, 1) for y in (0, 1)]).sum(dim=0)
+    return taps.transpose(0, 1).contiguous()

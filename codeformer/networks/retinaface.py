@@ -11,6 +11,9 @@ from facexlib.detection.retinaface import RetinaFace
 from torch import nn
 
 Backbone = Literal["resnet50", "mobile0.25"]
+# torchvision deprecates the way facexlib asks for an untrained ResNet.
+warnings.filterwarnings("ignore", category=UserWarning, module="torchvision.models._utils")
+
 BACKBONES: Final[tuple[str, ...]] = get_args(Backbone)
 
 
@@ -25,8 +28,5 @@ def build_retinaface(backbone: Backbone) -> nn.Module:
     """
     if backbone not in BACKBONES:
         raise ValueError(f"RetinaFace backbone: expected one of {BACKBONES}, got {backbone!r}.")
-    with warnings.catch_warnings():
-        # torchvision deprecates the way facexlib asks for an untrained ResNet.
-        warnings.filterwarnings("ignore", category=UserWarning, module="torchvision")
-        network: nn.Module = RetinaFace(network_name=backbone, device=torch.device("cpu"))
+    network: nn.Module = RetinaFace(network_name=backbone, device=torch.device("cpu"))
     return network.eval()

@@ -23,7 +23,7 @@ AVERAGE_DECAY: Final = 0.998
 WARM_UP_SHARE: Final = 0.03
 FINAL_LEARNING_RATE_SHARE: Final = 0.02
 MAX_GRADIENT_NORM: Final = 1.0
-# Kernels with fewer rows or columns, such as those to and from colours, stay with AdamW.
+# Kernels with fewer rows or columns, such as those to colours, stay with AdamW.
 _SMALLEST_MATRIX: Final = 6
 
 _REMEDY: Final = "use a lower --learning-rate, and go on from the last checkpoint."
@@ -334,7 +334,11 @@ class _Run(Generic[NetworkT]):
         self._stage.network.load_state_dict(state["network"])
         self.average.load_state_dict(state["average"])
         self._stage.memory.load_state_dict(state["memory"])
+        rates = [group["initial_lr"] for group in self._optimiser.param_groups]
         self._optimiser.load_state_dict(state["optimiser"])
+        # The rate is an option, not a part of what has been learned.
+        for group, rate in zip(self._optimiser.param_groups, rates, strict=True):
+            group["initial_lr"] = rate
         for critic, critic_state in zip(self._stage.critics, state["critics"], strict=True):
             critic.load_state_dict(critic_state)
         self.step, self._trained_s = state["step"], state["trained_s"]

@@ -1,0 +1,101 @@
+"""The thread in which a server works."""
+
+import contextvars
+import ctypes
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from codeformer.errors import CancelledError, ImageError
+from codeformer.limits import Deadline
+from codeformer.pipeline import Pipeline
+from codeformer.request import serve
+from codeformer.worker import Worker
+from tests.test_images import gradient, save
+
+
+class Interrupted(BaseException):
+    """Stands for what Cog raises in the thread of a cancelled request."""
+
+
+def in_new_thread(call: Callable[[], object]) -> object:
+    results: list[object] = []
+    thread = threading.Thread(target=lambda: results.append(call()))
+    thread.start()
+    thread.join(30)
+    return results[0]
+
+
+def test_all_calls_run_in_one_thread_whoever_asks() -> None:
+    worker = Worker()
+
+    def name(*, stop: threading.Event) -> int:
+        assert not stop.is_set()
+        return threading.get_ident()
+
+    here = {in_new_thread(lambda: worker.run(name, stop=threading.Event())) for _ in range(3)}
+    assert len(here) == 1
+    assert here != {threading.get_ident()}
+
+
+def test_arguments_results_errors_and_context_pass_through() -> None:
+    worker = Worker()
+    mark: contextvars.ContextVar[str] = contextvars.ContextVar("mark")
+    mark.set("caller's")
+
+    def work(a: int, *, b: int, stop: threading.Event) -> tuple[int, str]:
+        return a - b, mark.get()
+
+    assert worker.run(work, 5, b=3, stop=threading.Event()) == (2, "caller's")
+    with pytest.raises(TypeError, match="unexpected"):
+        worker.run(work, 5, c=3, stop=threading.Event())
+
+
+def test_an_interrupted_call_is_asked_to_stop_and_waited_for() -> None:
+    worker = Worker()
+    begun = threading.Event()
+    ended: list[str] = []
+
+    def work(*, stop: threading.Event) -> None:
+        begun.set()
+        assert stop.wait(20)
+        time.sleep(0.2)
+        ended.append("work")
+
+    def ask() -> None:
+        try:
+            worker.run(work, stop=threading.Event())
+        except Interrupted:
+            ended.append("caller")
+
+    caller = threading.Thread(target=ask)
+    caller.start()
+    assert begun.wait(20)
+    # The way Cog cancels: an exception set from outside, raised at the thread's next step.
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(
+        ctypes.c_ulong(caller.ident or 0), ctypes.py_object(Interrupted)
+    )
+    caller.join(20)
+    assert ended == ["work", "caller"]
+
+
+def test_a_cancelled_request_ends_before_its_next_stage(blind_pipeline: Pipeline, tmp_path: Path) -> None:
+    photo = tmp_path / "photo.png"
+    photo.write_bytes(save(Image.fromarray(gradient()), "PNG"))
+    stop = threading.Event()
+    assert len(serve(blind_pipeline, [photo], stop=stop).jpegs) == 1
+    stop.set()
+    with pytest.raises(CancelledError, match="cancelled before detect of image 1"):
+        serve(blind_pipeline, [photo], stop=stop)
+    # Bad input is still called bad.
+    with pytest.raises(ImageError):
+        serve(blind_pipeline, [tmp_path], stop=stop)
+    assert len(serve(blind_pipeline, [photo]).jpegs) == 1
+
+
+def test_a_deadline_without_a_stop_is_one_of_time_alone() -> None:
+    Deadline(1000).check("anything")
