@@ -121,7 +121,8 @@ class _Answer:
         units: what each unit of the backbone puts out: a convolution with norm and activation.
         levels: what each stage of the backbone puts out.
         pyramid: the levels of the feature pyramid.
-        context: what the context module of each level puts out.
+        context: what the context module of each level puts out, before its last activation, behind which a
+            channel that has died would learn no more.
         boxes: offsets (B, A, 4).
         logits: (B, A, 2).
         landmarks: offsets (B, A, 10).
@@ -147,8 +148,8 @@ class _Answer:
         self.pyramid: list[Tensor] = network.fpn(list(map(mixed, self.levels, theirs.levels)))
         modules = (network.ssh1, network.ssh2, network.ssh3)
         levels = map(mixed, self.pyramid, theirs.pyramid)
-        self.context: list[Tensor] = [module(level) for module, level in zip(modules, levels, strict=True)]
-        seen = list(map(mixed, self.context, theirs.context))
+        self.context: list[Tensor] = list(map(_context, modules, levels))
+        seen = [F.relu(mixed(ours, other)) for ours, other in zip(self.context, theirs.context, strict=True)]
         self.boxes = _heads(network.BboxHead, seen)
         self.logits = _heads(network.ClassHead, seen)
         self.landmarks = _heads(network.LandmarkHead, seen)
@@ -157,6 +158,13 @@ class _Answer:
     def features(self) -> list[Tensor]:
         """All features, each (B, C, h, w)."""
         return [*self.units, *self.pyramid, *self.context]
+
+
+def _context(module: Any, level: Tensor) -> Tensor:
+    """facexlib's SSH without its last activation."""
+    wider = module.conv5X5_1(level)
+    parts = (module.conv3X3(level), module.conv5X5_2(wider), module.conv7x7_3(module.conv7X7_2(wider)))
+    return torch.cat(parts, dim=1)
 
 
 def _heads(heads: Any, features: Sequence[Tensor]) -> Tensor:

@@ -39,7 +39,7 @@ class Mixture:
         return self.ranges[int(chosen)][1]
 
 
-TRAINING_MIXTURE: Final = Mixture(((0.7, MODERATE), (0.15, HEAVY), (0.15, MILD)))
+TRAINING_MIXTURE: Final = Mixture(((0.75, MODERATE), (0.2, HEAVY), (0.05, MILD)))
 
 
 class FacePairs(Dataset[tuple[Tensor, Tensor, Tensor]]):

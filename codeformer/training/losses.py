@@ -2,6 +2,7 @@
 
 import itertools
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -16,6 +17,12 @@ def picture_loss(output: Tensor, target: Tensor) -> Tensor:
     loss = loss + 0.5 * F.l1_loss(small, small_target)
     loss = loss + 0.5 * F.l1_loss(F.avg_pool2d(small, 4), F.avg_pool2d(small_target, 4))
     return loss + 0.15 * (1 - ssim(luma(output), luma(target)))
+
+
+def psnr_of_each(output: Tensor, target: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of each picture in dB, (B,); differentiable, not clamped."""
+    error = (output - target).square().flatten(1).mean(dim=1)
+    return 10 * torch.log10(4 / (error + 1e-5))
 
 
 def gradient_loss(output: Tensor, target: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ from codeformer.training.losses import (
     discriminator_loss,
     feature_loss,
     picture_loss,
+    psnr_of_each,
 )
 
 AUTOENCODER_CROP: Final = 256
@@ -42,6 +43,8 @@ GUIDED_SHARE: Final = 0.6
 # Batches (degraded, clean, corner), as `FacePairs` makes them.
 Pairs = Iterable[Sequence[Tensor]]
 
+# Of the loss of edges and structure, beside PSNR itself, in stage 4.
+_PICTURE_SHARE: Final = 0.2
 _COMMITMENT: Final = 0.25
 _CODEBOOK_DECAY: Final = 0.98
 # Below this a code has not been chosen for about 200 steps.
@@ -281,7 +284,11 @@ class CorrectionStage:
         degraded, clean = (_as_layout(part) for part in batch[:2])
         with self._options.autocast():
             output = self._correct(degraded)
-        return {"picture": picture_loss(output.float(), clean)}
+        output = output.float()
+        return {
+            "picture": _PICTURE_SHARE * picture_loss(output, clean),
+            "psnr": -psnr_of_each(output, clean).mean() / 20,
+        }
 
     @torch.no_grad()
     def score(self, network: CodeFormer) -> float:
