@@ -27,7 +27,7 @@ from codeformer.networks.codeformer import CodeFormer
 from codeformer.networks.inference import for_inference
 from codeformer.networks.parsenet import FaceParsingNetwork
 from codeformer.networks.retinaface import build_retinaface
-from codeformer.plan import DEFAULT_FIDELITY, available_device, half_dtype_of
+from codeformer.plan import DEFAULT_FIDELITY, available_device, half_dtype_of, torch_switches
 
 OUTPUT: Final = Path(__file__).with_name("last_bench_networks.json")
 PROGRAM: Final = "benchmarks/bench_networks.py"
@@ -88,7 +88,9 @@ def _measure(
     }
     half = half_dtype_of(device) or torch.bfloat16
     calls[f"for inference, {half}".replace("torch.", "")] = partial(_forward, rewritten, x_last, half)
-    samples = interleave(calls, device, warmup=options.warmup, repeats=options.repeats)
+    # As requests run: without TF32.
+    with torch_switches(cudnn_benchmark=True):
+        samples = interleave(calls, device, warmup=options.warmup, repeats=options.repeats)
     times = {form: [elapsed for elapsed, _ in rounds] for form, rounds in samples.items()}
     first = next(iter(times))
     return {

@@ -31,7 +31,7 @@ from codeformer.images import ImageU8, decode_image, encode_jpeg, is_gray
 from codeformer.machine import describe_machine
 from codeformer.parsing import TemplateMask, soften_labels
 from codeformer.pipeline import Pipeline
-from codeformer.plan import available_device
+from codeformer.plan import available_device, torch_switches
 from codeformer.request import SAMPLES
 from codeformer.weights.download import fetch_set
 from codeformer.weights.manifest import WeightSet, load_weight_set
@@ -69,7 +69,8 @@ def _run(options: argparse.Namespace, command: str) -> int:
     fetch_set(weights, progress=True)
     pipeline = Pipeline.load(weights, device)
     calls = _parts(pipeline, device)
-    samples = interleave(calls, device, warmup=options.warmup, repeats=options.repeats)
+    with torch_switches(cudnn_benchmark=False):
+        samples = interleave(calls, device, warmup=options.warmup, repeats=options.repeats)
     times = {name: [elapsed for elapsed, _ in rounds] for name, rounds in samples.items()}
     parts = {name: summarise(elapsed) for name, elapsed in times.items()}
     parts |= {name: summarise(elapsed) for name, elapsed in _starts(weights, device).items()}

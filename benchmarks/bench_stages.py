@@ -46,7 +46,14 @@ from codeformer.memory import keep_freed_memory
 from codeformer.models import Models, load_models
 from codeformer.parsing import FaceParser
 from codeformer.pipeline import Pipeline
-from codeformer.plan import DEFAULT_FIDELITY, ExecutionPlan, available_device, check_fidelity, resolve_plan
+from codeformer.plan import (
+    DEFAULT_FIDELITY,
+    ExecutionPlan,
+    available_device,
+    check_fidelity,
+    resolve_plan,
+    torch_switches,
+)
 from codeformer.request import Outcome, serve
 from codeformer.weights.download import fetch_set
 from codeformer.weights.manifest import load_weight_set
@@ -122,17 +129,20 @@ def _run(options: argparse.Namespace, command: str) -> int:
     # A pipeline each: one process may use one compile backend, and these are compared.
     pipelines = {name: Pipeline(models, device) for name in configurations}
     plans = {name: _plan_of(settings, device) for name, settings in configurations.items()}
-    ceilings = measure_ceilings(device, [plan.half_dtype for plan in plans.values()])
+    with torch_switches(cudnn_benchmark=True):
+        ceilings = measure_ceilings(device, [plan.half_dtype for plan in plans.values()])
     _print_ceilings(ceilings)
     cases = []
     with tempfile.TemporaryDirectory(prefix="codeformer-bench-") as folder:
         for subject in _subjects(options, Path(folder), pipelines, configurations):
             for batch_size in options.batch_sizes:
-                calls, failures = _working(
+                calls, peaks, failures = _working(
                     {
                         name: partial(_serve, pipelines[name], settings, subject, batch_size)
                         for name, settings in configurations.items()
-                    }
+                    },
+                    device,
+                    own_mib,
                 )
                 samples = interleave(calls, device, warmup=options.warmup, repeats=options.repeats)
                 work = {
@@ -140,11 +150,8 @@ def _run(options: argparse.Namespace, command: str) -> int:
                     for name in calls
                 }
                 case = _case(samples, work, ceilings, configurations)
-                for name, call in calls.items():
-                    with PeakMemory(device, own_mib) as peak:
-                        call()
-                    memory = None if peak.mib is None else round(peak.mib, 1)
-                    case["configurations"][name]["peak_memory_mib"] = memory
+                for name in calls:
+                    case["configurations"][name]["peak_memory_mib"] = peaks[name]
                 case |= {
                     "picture": subject.file.name,
                     "faces": subject.faces,
@@ -168,15 +175,24 @@ def _run(options: argparse.Namespace, command: str) -> int:
     return int(any(case["failures"] for case in cases))
 
 
-def _working(calls: Mapping[str, Call]) -> tuple[dict[str, Call], dict[str, str]]:
-    """The calls that work, and what the others fail with."""
+def _working(
+    calls: Mapping[str, Call], device: torch.device, own_mib: float
+) -> tuple[dict[str, Call], dict[str, float | None], dict[str, str]]:
+    """The calls that work, the most memory they held, and what the others fail with.
+
+    Memory is that of the first call: CUDA graphs take theirs when they are recorded, and none later.
+    """
     failures: dict[str, str] = {}
+    peaks: dict[str, float | None] = {}
     for name, call in calls.items():
         try:
-            call()
+            with PeakMemory(device, own_mib) as peak:
+                call()
         except CodeFormerError as failure:
             failures[name] = str(failure)
-    return {name: call for name, call in calls.items() if name not in failures}, failures
+        else:
+            peaks[name] = None if peak.mib is None else round(peak.mib, 1)
+    return {name: call for name, call in calls.items() if name in peaks}, peaks, failures
 
 
 def _weights_mib(models: Models) -> float:

@@ -16,7 +16,7 @@ _M_TRIM_THRESHOLD: Final = -1
 _M_MMAP_THRESHOLD: Final = -3
 _LARGEST: Final = 2**31 - 1
 
-# Of the official networks, for one face in float32, measured on a CPU (benchmarks/NOTES.md), and rounded up.
+# A generous estimate for one face in the official networks in float32. Where it is wrong, batches are halved.
 BYTES_PER_FACE: Final = 900 * 2**20
 _OUT_OF_MEMORY: Final = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
 # The rest is for fragments, and for pictures.

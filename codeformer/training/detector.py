@@ -161,7 +161,7 @@ class _Answer:
 
 
 def _context(module: Any, level: Tensor) -> Tensor:
-    """facexlib's SSH without its last activation."""
+    """Facexlib's SSH without its last activation."""
     wider = module.conv5X5_1(level)
     parts = (module.conv3X3(level), module.conv5X5_2(wider), module.conv7x7_3(module.conv7X7_2(wider)))
     return torch.cat(parts, dim=1)
