@@ -32,6 +32,7 @@ from codeformer.weights.download import fetch_set
 from codeformer.weights.manifest import load_weight_set
 
 OUTPUT: Final = Path(__file__).with_name("last_quality.json")
+PRECISIONS: Final = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PROGRAM: Final = "-m benchmarks.quality"
 DEGRADATIONS: Final[dict[str, DegradationRange]] = {"mild": MILD, "moderate": MODERATE, "heavy": HEAVY}
 DEFAULT_CASES: Final = ["baseline/safe", "fast/optimized/none", "max_speed/optimized/none"]
@@ -66,9 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="random networks of official size; the set's detector finds the faces",
     )
     parser.add_argument(
-        "--half-precision",
-        choices=["bfloat16", "float16"],
-        help="for fast and max_speed, whatever the device would choose; on a CPU to see what it costs",
+        "--precision",
+        choices=PRECISIONS,
+        help="of generator and parser in fast and max_speed, instead of the device's",
     )
     parser.add_argument("--output", type=Path, default=OUTPUT, metavar="FILE", help=f"default: {OUTPUT.name}")
     options = parser.parse_args(arguments)
@@ -101,7 +102,7 @@ def _run(options: argparse.Namespace, command: str) -> int:
         "seed": options.seed,
         "degradation": options.degradation,
         "official_size": options.official_size,
-        "half_precision": options.half_precision,
+        "precision": options.precision,
         "images": [file.name for file in files],
         "clean_niqe": _niqe_of(clean),
         "degraded": scores(spoilt, clean, boxes),
@@ -115,8 +116,8 @@ def _run(options: argparse.Namespace, command: str) -> int:
             plan = resolve_plan(
                 case["runtime_profile"], case["stability_mode"], case["compile_backend"], device=device
             )
-            if options.half_precision and case["runtime_profile"] != "baseline":
-                plan = dataclasses.replace(plan, half_dtype=getattr(torch, options.half_precision))
+            if options.precision and case["runtime_profile"] != "baseline":
+                plan = dataclasses.replace(plan, half_dtype=PRECISIONS[options.precision])
             pipeline = Pipeline(models, device)
             outputs[name] = [pipeline.restore([picture], fidelity, plan)[0] for picture in spoilt]
             row: dict[str, Any] = {

@@ -205,7 +205,7 @@ _QUALITY: Final = _report(
         "seed": _COUNT,
         "degradation": {"enum": ["mild", "moderate", "heavy"]},
         "official_size": {"type": "boolean"},
-        "half_precision": {"enum": ["bfloat16", "float16", None]},
+        "precision": {"enum": ["float32", "bfloat16", "float16", None]},
         "images": _list_of(_TEXT, at_least=1),
         "clean_niqe": _or_null(SUMMARY),
         "degraded": _SCORES,
