@@ -1,8 +1,8 @@
 """The fastest configuration for one picture, cold and warm.
 
 Every configuration gets a server of its own, so that the first request meets a process that has compiled
-nothing yet, and done nothing but its warm-up in safe mode. `best_cold` answers that one soonest, `best_warm` the ones that follow, both by the
-median. With several `--starts` the configurations take turns.
+nothing yet, and done nothing but its warm-up in safe mode. `best_cold` answers that one soonest, `best_warm`
+the ones that follow, both by the median. With several `--starts` the configurations take turns.
 """
 
 import argparse
