@@ -8,9 +8,11 @@ OUTPUT ?= output
 CACHE ?= .compile-cache
 PORT ?= 8080
 FLAGS ?=
+# The set of weights: the one that is in the repository, unless told otherwise.
+WEIGHTS ?= $(or $(CODEFORMER_WEIGHTS),lite)
 
 .DEFAULT_GOAL := help
-.PHONY: help predict test lint typecheck format serve schema data bench compile-cache clean
+.PHONY: help predict test lint typecheck format serve schema data sheet bench compile-cache clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -29,8 +31,8 @@ $(VENV)/.tools: requirements-dev.txt $(VENV)/.runtime
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
-predict: $(VENV)/.runtime  ## Restore PHOTO (default data/1.jpg) into OUTPUT; FLAGS="--fidelity 0.7 --compare"
-	$(PYTHON) -m codeformer restore "$(PHOTO)" -o "$(OUTPUT)" $(FLAGS)
+predict: $(VENV)/.runtime  ## Restore PHOTO (default data/1.jpg) into OUTPUT; WEIGHTS=official FLAGS="--fidelity 0.7"
+	$(PYTHON) -m codeformer restore "$(PHOTO)" -o "$(OUTPUT)" --weights "$(WEIGHTS)" $(FLAGS)
 
 test: $(VENV)/.tools  ## Run the whole test suite
 	$(PYTHON) -m pytest
@@ -46,9 +48,10 @@ format: $(VENV)/.tools  ## Format the code
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
 
-serve: $(VENV)/.runtime  ## Run the real Cog server on PORT (default 8080), without Docker
+serve: $(VENV)/.runtime  ## Run the real Cog server on PORT (default 8080), without Docker; WEIGHTS=official
 	@$(PYTHON) -m scripts.write_schema .cog/openapi_schema.json
-	MALLOC_ARENA_MAX=1 PATH="$(CURDIR)/$(VENV)/bin:$$PATH" PORT=$(PORT) COG_PREDICT_TYPE_STUB=predict.py:Predictor \
+	MALLOC_ARENA_MAX=1 PATH="$(CURDIR)/$(VENV)/bin:$$PATH" PORT=$(PORT) CODEFORMER_WEIGHTS="$(WEIGHTS)" \
+		COG_PREDICT_TYPE_STUB=predict.py:Predictor \
 		$(PYTHON) -m cog.server.http --host 127.0.0.1
 
 schema: $(VENV)/.runtime  ## Pin the predictor's input schema anew
@@ -57,13 +60,16 @@ schema: $(VENV)/.runtime  ## Pin the predictor's input schema anew
 data: $(VENV)/.tools  ## Make the 100 benchmark pictures data/1.jpg ... data/100.jpg
 	$(PYTHON) -m data.make_pictures
 
+sheet: $(VENV)/.tools  ## Draw docs/lite.jpg anew
+	$(PYTHON) -m scripts.contact_sheet
+
 bench: $(VENV)/.tools  ## Measure profiles and stages on data/, and write output/benchmark_report.html
-	$(PYTHON) benchmarks/run_bench.py
-	$(PYTHON) benchmarks/bench_stages.py
+	$(PYTHON) benchmarks/run_bench.py --weights "$(WEIGHTS)"
+	$(PYTHON) benchmarks/bench_stages.py --weights "$(WEIGHTS)"
 	$(PYTHON) -m benchmarks.report benchmarks/last_bench.json benchmarks/last_bench_stages.json
 
 compile-cache: $(VENV)/.runtime  ## Compile for compile_backend inductor ahead of time, into CACHE
-	$(PYTHON) -m codeformer compile "$(CACHE)"
+	$(PYTHON) -m codeformer compile "$(CACHE)" --weights "$(WEIGHTS)"
 
 clean:  ## Remove the environment and caches
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache

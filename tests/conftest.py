@@ -19,6 +19,8 @@ from codeformer.parsing import FaceParser, TemplateMask
 from codeformer.pipeline import Pipeline
 from codeformer.restoration import FaceRestorer
 from codeformer.training.detector import load_teacher
+from codeformer.weights.checkpoints import load_into
+from codeformer.weights.manifest import load_weight_set
 from tests import shared
 
 CPU = torch.device("cpu")
@@ -77,7 +79,15 @@ def make_blind_detector() -> torch.nn.Module:
 
 @pytest.fixture(scope="session")
 def detector() -> FaceDetector:
-    """A real, trained detector, the one that the goldens were computed with."""
+    """The detector of the shipped weights."""
+    network = build_retinaface("mobile0.25")
+    load_into(network, load_weight_set("lite").detector)
+    return FaceDetector(network.requires_grad_(False))
+
+
+@pytest.fixture(scope="session")
+def upstream_detector() -> FaceDetector:
+    """The detector that the goldens were computed with."""
     return FaceDetector(load_teacher(shared.detector_weights()))
 
 
@@ -118,10 +128,10 @@ def blind_pipeline() -> Pipeline:
 
 @pytest.fixture
 def filled_models(
-    detector: FaceDetector, filled_codeformer: CodeFormer, filled_parsenet: FaceParsingNetwork
+    upstream_detector: FaceDetector, filled_codeformer: CodeFormer, filled_parsenet: FaceParsingNetwork
 ) -> Models:
-    """Real detection and the goldens' networks at official size."""
-    return Models(detector, FaceRestorer(filled_codeformer), FaceParser(filled_parsenet))
+    """Upstream's detection and the goldens' networks at official size."""
+    return Models(upstream_detector, FaceRestorer(filled_codeformer), FaceParser(filled_parsenet))
 
 
 def describe_file(path: Path, architecture: str, config: dict[str, Any]) -> dict[str, Any]:
@@ -160,7 +170,7 @@ def blind_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_weights(tmp_path_factory: pytest.TempPathFactory, detector: FaceDetector) -> Path:
-    """A weight set with the real detector."""
+    """A weight set with the shipped detector."""
     return write_weight_set(tmp_path_factory.mktemp("weights") / "tiny", detector.network.state_dict())
 
 
@@ -169,14 +179,14 @@ def filled_weights(
     tmp_path_factory: pytest.TempPathFactory,
     filled_codeformer: CodeFormer,
     filled_parsenet: FaceParsingNetwork,
-    detector: FaceDetector,
+    upstream_detector: FaceDetector,
 ) -> Path:
-    """A weight set of official size: the goldens' values, the real detector."""
+    """A weight set of official size: the goldens' values, the goldens' detector."""
     folder = tmp_path_factory.mktemp("weights") / "filled"
     folder.mkdir()
     save_file(filled_codeformer.state_dict(), folder / "restorer.safetensors")
     save_file(filled_parsenet.parsenet.state_dict(), folder / "parser.safetensors")
-    torch.save(detector.network.state_dict(), folder / "detector.pth")
+    torch.save(upstream_detector.network.state_dict(), folder / "detector.pth")
     manifest = {
         "restorer": describe_file(folder / "restorer.safetensors", "codeformer", {}),
         "detector": describe_file(folder / "detector.pth", "retinaface", {"backbone": "mobile0.25"}),

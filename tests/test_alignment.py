@@ -29,12 +29,12 @@ def detection(landmarks_xy: np.ndarray) -> Detection:
 
 
 @pytest.mark.parametrize("name", PHOTOS)
-def test_transforms_and_crops_equal_upstreams(detector: FaceDetector, name: str) -> None:
+def test_transforms_and_crops_equal_upstreams(upstream_detector: FaceDetector, name: str) -> None:
     golden = shared.geometry()[name]
     picture = shared.photo(name)
     working = make_working_copy(picture)
     assert list(working.image_bgr.shape) == golden["working_shape"]
-    aligned, skipped = align_faces(working, detector.detect([working.image_bgr])[0])
+    aligned, skipped = align_faces(working, upstream_detector.detect([working.image_bgr])[0])
     assert len(aligned) == len(golden["affine"])
     assert skipped == []
     for face, affine, inverse, digest in zip(

@@ -505,7 +505,7 @@ def test_parts_need_a_detector_that_finds_the_portrait(
 ) -> None:
     arguments = ["--weights", str(blind_weights), "--device", "cpu", "--output", str(tmp_path / "parts.json")]
     assert bench_parts.main(arguments) == 1
-    assert "no face was found in data/1.jpg" in capsys.readouterr().err
+    assert "expected a face in data/1.jpg, found none" in capsys.readouterr().err
 
 
 @torch.inference_mode()

@@ -33,10 +33,10 @@ PHOTOS = (
 
 
 @pytest.mark.parametrize("name", PHOTOS)
-def test_finds_what_upstream_finds(detector: FaceDetector, name: str) -> None:
+def test_finds_what_upstream_finds(upstream_detector: FaceDetector, name: str) -> None:
     golden = shared.geometry()[name]
     working = make_working_copy(shared.photo(name)).image_bgr
-    [found] = detector.detect([working])
+    [found] = upstream_detector.detect([working])
     found = [d for d in found if np.linalg.norm(d.landmarks_xy[0] - d.landmarks_xy[1]) >= MIN_EYE_DISTANCE]
     boxes = np.array(golden["boxes"])
     assert len(found) == len(boxes)

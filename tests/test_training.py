@@ -516,9 +516,11 @@ def test_restorer_scores_are_of_the_truth(tmp_path: Path) -> None:
     cv2.imwrite(str(tmp_path / "a.png"), pictures.portrait())
 
     class Cheat:
-        def restore(self, crops: np.ndarray, w: float) -> np.ndarray:
+        device = CPU
+
+        def restore(self, _: Tensor, w: float) -> Tensor:
             brighter = np.clip(pictures.portrait()[None].astype(int) + round(10 * w), 0, 255)
-            return np.asarray(brighter, dtype=np.uint8)
+            return torch.from_numpy(brighter.astype(np.uint8))
 
     scores = measure_restorer(Cheat(), [tmp_path / "a.png"])  # type: ignore[arg-type]
     assert scores["clean"]["input"]["psnr_db"] == 100

@@ -1,0 +1,136 @@
+"""The shipped weights: small, and good for what their README says, on pictures every clone has.
+
+The scores on held-out faces are those of `python -m codeformer.training evaluate`; here they are tested where
+the faces are at hand.
+"""
+
+import cv2
+import numpy as np
+import pytest
+from skimage import data
+
+from codeformer.alignment import align_faces, crop_face, make_working_copy
+from codeformer.degradation import HEAVY, MODERATE, DegradationRange
+from codeformer.detection import FaceDetector
+from codeformer.models import Models, load_models
+from codeformer.training.evaluation import measure_detector, measure_restorer, restore_face
+from codeformer.training.faces import pictures_in
+from codeformer.weights.manifest import WEIGHTS_ROOT, load_weight_set
+from tests import pictures, shared
+from tests.conftest import CPU
+
+
+@pytest.fixture(scope="module")
+def lite() -> Models:
+    return load_models(load_weight_set("lite"), CPU)
+
+
+@pytest.fixture(scope="module")
+def face(lite: Models) -> np.ndarray:
+    """The aligned face of the portrait, enlarged threefold by the alignment; (512, 512, 3) uint8 BGR."""
+    working = make_working_copy(pictures.portrait())
+    [aligned], _ = align_faces(working, lite.detector.detect([working.image_bgr])[0])
+    return crop_face(working.image_bgr, aligned.working_to_face)
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    return float(10 * np.log10(255**2 / np.mean((a.astype(float) - b) ** 2)))
+
+
+def spoilt(face: np.ndarray, kind: DegradationRange, seed: int) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return kind.sample(rng).apply(face, rng)
+
+
+def test_the_set_is_small_and_complete() -> None:
+    weight_set = load_weight_set("lite")
+    assert weight_set.parser is None
+    assert weight_set.restorer.path.stat().st_size <= 12_000_000
+    assert weight_set.detector.path.stat().st_size <= 2_000_000
+    for _, file in weight_set.files():
+        assert file.path.suffix == ".safetensors"
+        assert file.sources == ()
+        assert file.licence
+    readme = (WEIGHTS_ROOT / "lite" / "README.md").read_text()
+    assert "far from the official model's quality" in readme
+
+
+@pytest.mark.slow
+def test_spoilt_faces_come_back_nearer_to_the_truth(lite: Models, face: np.ndarray) -> None:
+    for kind, gain in ((MODERATE, 2.0), (HEAVY, 0.5)):
+        gains = []
+        for seed in range(4):
+            before = spoilt(face, kind, seed)
+            gains.append(psnr(restore_face(lite.restorer, 1.0, before), face) - psnr(before, face))
+        assert np.mean(gains) > gain, gains
+
+
+@pytest.mark.slow
+def test_fidelity_means_something(lite: Models, face: np.ndarray) -> None:
+    before = spoilt(face, MODERATE, 1)
+    results = {w: restore_face(lite.restorer, w, before) for w in (0.0, 0.25, 0.5, 0.75, 1.0)}
+    distances = [psnr(result, before) for result in results.values()]
+    # From the middle on the noise that goes counts for as much as the features that come back.
+    assert distances[:3] == sorted(distances[:3]), f"not nearer to the input with w: {distances}"
+    assert distances[-1] > distances[0] + 2
+
+
+@pytest.mark.slow
+def test_a_clean_face_stays_what_it_is(lite: Models, face: np.ndarray) -> None:
+    result = restore_face(lite.restorer, 1.0, face)
+    assert psnr(result, face) >= 30
+    assert np.abs(result.mean(axis=(0, 1)) - face.mean(axis=(0, 1))).max() <= 2
+
+
+NO_FACE = ("coffee", "brick", "grass", "gravel", "rocket", "moon", "hubble_deep_field", "retina")
+
+
+@pytest.mark.parametrize("picture", NO_FACE)
+def test_nothing_is_found_where_no_face_is(lite: Models, picture: str) -> None:
+    image = getattr(data, picture)()
+    bgr = cv2.cvtColor(image, cv2.COLOR_GRAY2BGR) if image.ndim == 2 else image[:, :, ::-1]
+    assert lite.detector.detect([np.ascontiguousarray(bgr)]) == [[]]
+
+
+@pytest.mark.parametrize("turn", [-20, 0, 20])
+@pytest.mark.parametrize("scale", [0.4, 1.0, 3.0])
+def test_the_portrait_is_found_once(lite: Models, turn: float, scale: float) -> None:
+    picture = pictures.portrait()
+    height, width = picture.shape[:2]
+    matrix = cv2.getRotationMatrix2D((width / 2, height / 2), turn, 1)
+    turned = cv2.warpAffine(picture, matrix, (width, height), borderMode=cv2.BORDER_REFLECT)
+    resized = cv2.resize(turned, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+    [faces] = lite.detector.detect([np.asarray(resized, dtype=np.uint8)])
+    assert len(faces) == 1
+    # Read off the picture by hand: left eye, right eye, nose, left and right mouth corner.
+    truth = np.array([[204.0, 104.0], [243.0, 104.0], [225.0, 128.0], [206.0, 143.0], [244.0, 143.0]])
+    expected = (truth @ matrix[:, :2].T + matrix[:, 2]) * scale
+    errors = np.linalg.norm(faces[0].landmarks_xy - expected, axis=1) / (39 * scale)
+    assert errors.mean() < 0.12
+
+
+@pytest.mark.slow
+def test_held_out_faces_score_as_promised(lite: Models) -> None:
+    files = pictures_in(shared.path_of("faces/test"))[::6]
+    scores = measure_restorer(lite.restorer, files)
+    moderate, heavy = scores["moderate"], scores["heavy"]
+    assert moderate["w=1.0"]["psnr_db"] >= moderate["input"]["psnr_db"] + 2.5
+    assert moderate["w=1.0"]["ssim"] >= moderate["input"]["ssim"] + 0.10
+    assert moderate["w=0.5"]["psnr_db"] >= moderate["input"]["psnr_db"] + 2
+    assert moderate["w=1.0"]["psnr_db"] > moderate["filter"]["psnr_db"]
+    assert moderate["w=1.0"]["ssim"] > moderate["filter"]["ssim"]
+    assert heavy["w=1.0"]["psnr_db"] >= heavy["input"]["psnr_db"] + 1
+    assert scores["clean"]["w=1.0"]["psnr_db"] >= 30
+    assert max(kind["w=1.0"]["colour_shift"] for kind in scores.values()) <= 2
+
+
+@pytest.mark.slow
+def test_the_detector_agrees_with_its_teacher_on_held_out_pictures(
+    lite: Models, upstream_detector: FaceDetector
+) -> None:
+    scores = measure_detector(lite.detector, upstream_detector, pictures_in(shared.path_of("faces/scenes")))
+    assert scores["faces"] > 50
+    assert scores["recall"] >= 0.95
+    assert scores["precision"] >= 0.95
+    assert scores["landmark_error"] <= 0.05
+    assert scores["found_in_pictures_without_faces"] == 0
