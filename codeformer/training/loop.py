@@ -152,7 +152,8 @@ def _adamw(parameters: list[nn.Parameter], learning_rate: float) -> torch.optim.
 class MuonWithAdamW:
     """Muon (Jordan et al., 2024) for the matrices of convolutions and linear layers, AdamW for the rest.
 
-    Muon makes every direction of a matrix move at the same speed; restoration learns much more from a step. Its rate is meant as AdamW's would be; AdamW's share is half of it.
+    Muon makes every direction of a matrix move at the same speed; restoration learns much more from a step.
+    Its rate is meant as AdamW's would be; AdamW's share is half of it.
 
     Args:
         network: what to train; convolutions in channels-last or in the usual layout.
