@@ -52,6 +52,7 @@ class Recorder:
                 self._pool = torch.cuda.graph_pool_handle()
             graph = torch.cuda.CUDAGraph()
             self._stream.wait_stream(before)
+            is_recorded = False
             try:
                 with torch.cuda.stream(self._stream):
                     # Libraries choose algorithms and reserve memory at first use, which cannot be recorded.
@@ -61,11 +62,12 @@ class Recorder:
                     graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
                 ):
                     results = function(batch, scalar, *settings)
-            except BaseException:
-                # A recording that failed leaves its stream current, and its pool to nobody.
-                torch.cuda.set_stream(before)
-                self._stream = self._pool = None
-                raise
+                is_recorded = True
+            finally:
+                if not is_recorded:
+                    # It leaves its stream current, and its pool to nobody.
+                    torch.cuda.set_stream(before)
+                    self._stream = self._pool = None
             before.wait_stream(self._stream)
         return Recording(batch, scalar, results, graph.replay)
 

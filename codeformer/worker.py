@@ -33,16 +33,18 @@ class Worker:
         finds the worker idle.
         """
         call = partial(function, *arguments, stop=stop, **options)
+        is_done = False
         try:
             # Where log lines go may hang on the caller's context.
             future = self._thread.submit(contextvars.copy_context().run, call)
             while not wait([future], timeout=_POLL_S).done:
                 pass
-        except BaseException:
-            stop.set()
-            # The interruption may have come before `future` had its name.
-            wait([self._thread.submit(_nothing)])
-            raise
+            is_done = True
+        finally:
+            if not is_done:
+                stop.set()
+                # The interruption may have come before `future` had its name.
+                wait([self._thread.submit(_nothing)])
         return future.result()
 
 
