@@ -23,6 +23,8 @@ class Worker:
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="codeformer-work")
+        # Started here: an interruption while it starts would leave the executor believing it has none.
+        wait([self._thread.submit(_nothing)])
 
     def run(
         self, function: Callable[..., ResultT], *arguments: Any, stop: threading.Event, **options: Any
