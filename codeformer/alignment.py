@@ -26,6 +26,10 @@ MIN_EYE_DISTANCE: Final = 5.0
 _SAME_FACE: Final = 0.5
 # Below this the transform squeezes the whole picture into a point.
 _MIN_DETERMINANT: Final = 1e-12
+# Pixels around a warped face square, so that filters meet only zeros at the region's edge.
+_MARGIN: Final = 3
+# A similarity of exactly one half, as computed.
+_ROUNDING: Final = 1e-9
 # The colour outside the picture in a crop, BGR.
 BORDER_BGR: Final = (135, 133, 132)
 
@@ -154,7 +158,19 @@ def _same_face(landmarks_xy: npt.NDArray[np.float32], other_xy: npt.NDArray[np.f
 
 
 def crop_face(image_bgr: ImageU8, image_to_face: FloatArray) -> ImageU8:
-    """Warps a picture (H, W, 3) uint8 BGR into the face frame (512, 512, 3): bilinear, grey outside."""
+    """Warps a picture (H, W, 3) uint8 BGR into the face frame (512, 512, 3): bilinear, grey outside.
+
+    Faces that fill at least twice that many pixels are reduced first, see `reduction_for`.
+    """
+    if reduction := reduction_for(image_to_face, image_bgr.shape[1], image_bgr.shape[0]):
+        left, top, right, bottom = reduction.region
+        right_pad, bottom_pad = reduction.padding
+        region = cv2.copyMakeBorder(
+            image_bgr[top:bottom, left:right], 0, bottom_pad, 0, right_pad, cv2.BORDER_REPLICATE
+        )
+        size_wh = (region.shape[1] // reduction.factor, region.shape[0] // reduction.factor)
+        image_bgr = np.asarray(cv2.resize(region, size_wh, interpolation=cv2.INTER_AREA), dtype=np.uint8)
+        image_to_face = reduction.reduced_to_face
     crop = cv2.warpAffine(
         image_bgr,
         image_to_face,
@@ -163,6 +179,44 @@ def crop_face(image_bgr: ImageU8, image_to_face: FloatArray) -> ImageU8:
         borderValue=BORDER_BGR,
     )
     return np.asarray(crop, dtype=np.uint8)
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """How a large face's part of a picture is made smaller before it is warped.
+
+    Attributes:
+        region: left, top, right, bottom (exclusive) in px of the picture.
+        padding: copies of the last column and of the last row, so that `factor` divides the region.
+        factor: squares of so many px become one.
+        reduced_to_face: (2, 3) float64, from the reduced region's pixels to the face.
+    """
+
+    region: tuple[int, int, int, int]
+    padding: tuple[int, int]
+    factor: int
+    reduced_to_face: FloatArray
+
+
+def reduction_for(image_to_face: FloatArray, width: int, height: int) -> Reduction | None:
+    """The area filter a face needs before bilinear sampling, which sees 2 x 2 px and would skip the others.
+
+    Args:
+        image_to_face: (2, 3) float64, a similarity.
+        width: of the picture in px.
+        height: of the picture in px.
+
+    Returns:
+        None for a face under 2 x 512 px, which is sampled as upstream does it, and for one that lies outside.
+    """
+    factor = int(1 / np.sqrt(np.linalg.det(image_to_face[:, :2])) + _ROUNDING)
+    left, top, right, bottom = region = region_of_interest(invert(image_to_face), width, height)
+    if factor < 2 or left >= right or top >= bottom:
+        return None
+    padding = (-(right - left) % factor, -(bottom - top) % factor)
+    centre = (factor - 1) / 2
+    reduced_to_image = np.array([[factor, 0.0, left + centre], [0.0, factor, top + centre]])
+    return Reduction(region, padding, factor, compose(image_to_face, reduced_to_image))
 
 
 def _face_in_picture(
@@ -192,3 +246,13 @@ def invert(matrix: FloatArray) -> FloatArray:
 def transform_points(matrix: FloatArray, points_xy: npt.NDArray[np.floating]) -> FloatArray:
     """Maps points (N, 2) by a (2, 3) transform."""
     return np.asarray(points_xy @ matrix[:, :2].T + matrix[:, 2], dtype=np.float64)
+
+
+def region_of_interest(face_to_picture: FloatArray, width: int, height: int) -> tuple[int, int, int, int]:
+    """The part of a picture that a warped face can touch: left, top, right, bottom (exclusive)."""
+    # Bilinear interpolation spreads the border pixels by one.
+    outer = np.array([[-1, -1], [FACE_SIZE, -1], [FACE_SIZE, FACE_SIZE], [-1, FACE_SIZE]], np.float64)
+    corners = transform_points(face_to_picture, outer)
+    left, top = np.floor(corners.min(axis=0)).astype(int) - _MARGIN
+    right, bottom = np.ceil(corners.max(axis=0)).astype(int) + _MARGIN + 1
+    return max(int(left), 0), max(int(top), 0), min(int(right), width), min(int(bottom), height)

@@ -10,13 +10,11 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from codeformer.alignment import FACE_SIZE, FloatArray, transform_points
+from codeformer.alignment import FACE_SIZE, FloatArray, region_of_interest
 from codeformer.images import ImageU8
 
 MaskF32 = npt.NDArray[np.float32]
 
-# Pixels around the warped square, so that filters meet only zeros at the region's edge.
-_MARGIN: Final = 3
 # OpenCV's default element, which an empty kernel, i.e. a tiny face, selects in upstream's erosion.
 _SMALLEST_ELEMENT: Final = 3
 
@@ -60,16 +58,6 @@ def erosion_sizes(area: float) -> tuple[int, int]:
     """Sides in px of the erosion element and of the Gaussian kernel for a warped square of this area."""
     edge = int(area**0.5) // 20
     return 2 * edge or _SMALLEST_ELEMENT, 2 * edge + 1
-
-
-def region_of_interest(face_to_picture: FloatArray, width: int, height: int) -> tuple[int, int, int, int]:
-    """The part of a picture that a warped face can touch: left, top, right, bottom (exclusive)."""
-    # Bilinear interpolation spreads the border pixels by one.
-    outer = np.array([[-1, -1], [FACE_SIZE, -1], [FACE_SIZE, FACE_SIZE], [-1, FACE_SIZE]], np.float64)
-    corners = transform_points(face_to_picture, outer)
-    left, top = np.floor(corners.min(axis=0)).astype(int) - _MARGIN
-    right, bottom = np.ceil(corners.max(axis=0)).astype(int) + _MARGIN + 1
-    return max(int(left), 0), max(int(top), 0), min(int(right), width), min(int(bottom), height)
 
 
 def _erode(mask: MaskF32, size: int) -> MaskF32:

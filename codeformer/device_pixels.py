@@ -10,21 +10,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from codeformer.alignment import BORDER_BGR, FACE_SIZE, FloatArray, invert
-from codeformer.compositing import erosion_sizes, region_of_interest
+from codeformer.alignment import BORDER_BGR, FACE_SIZE, FloatArray, invert, reduction_for, region_of_interest
+from codeformer.compositing import erosion_sizes
 
 
 def crop_face(image_bgr: Tensor, image_to_face: FloatArray) -> Tensor:
-    """Warps a picture (H, W, 3) uint8 BGR into the face frame (512, 512, 3): bilinear, grey outside."""
+    """Warps a picture (H, W, 3) uint8 BGR into the face frame (512, 512, 3): bilinear, grey outside.
+
+    Large faces are reduced first, as by `alignment.crop_face`.
+    """
     border = torch.tensor(BORDER_BGR, dtype=torch.float32, device=image_bgr.device)
-    face_to_image = invert(image_to_face)
-    left, top, right, bottom = region_of_interest(face_to_image, image_bgr.shape[1], image_bgr.shape[0])
+    width, height = image_bgr.shape[1], image_bgr.shape[0]
+    left, top, right, bottom = region_of_interest(invert(image_to_face), width, height)
     if left >= right or top >= bottom:
         return border.to(torch.uint8).expand(FACE_SIZE, FACE_SIZE, 3).clone()
     # Relative to the border's colour, so that what lies outside is zero.
-    region = image_bgr[top:bottom, left:right].float() - border
-    face_to_region = face_to_image - _shift(left, top)
-    crop = warp(region.permute(2, 0, 1), face_to_region, (FACE_SIZE, FACE_SIZE)).permute(1, 2, 0) + border
+    region = (image_bgr[top:bottom, left:right].float() - border).permute(2, 0, 1)
+    face_to_region = invert(image_to_face) - _shift(left, top)
+    if reduction := reduction_for(image_to_face, width, height):
+        padded = F.pad(region[None], (0, reduction.padding[0], 0, reduction.padding[1]), mode="replicate")
+        region = F.avg_pool2d(padded, reduction.factor)[0]
+        face_to_region = invert(reduction.reduced_to_face)
+    crop = warp(region, face_to_region, (FACE_SIZE, FACE_SIZE)).permute(1, 2, 0) + border
     return crop.round_().clamp_(0, 255).to(torch.uint8)
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from benchmarks.full_frame import paste_full_frame
-from codeformer.alignment import crop_face, invert
-from codeformer.compositing import paste_face, region_of_interest, soften_square
+from codeformer.alignment import crop_face, invert, region_of_interest
+from codeformer.compositing import paste_face, soften_square
 from codeformer.parsing import TemplateMask, soften_labels
 from tests import shared
 from tests.compare import assert_pictures_close

@@ -19,6 +19,7 @@ PLACES = {
     "cut by the border": (0.4, 170, 10, 290),
     "tiny": (0.02, 45, 100, 100),
     "covering the picture": (3.0, 5, 210, 150),
+    "reduced, at the corner": (2.2, 35, 400, 20),
 }
 
 

@@ -1,0 +1,162 @@
+"""Pictures with unusual faces: many, huge, upside down, cut by the border."""
+
+import dataclasses
+import logging
+from collections.abc import Callable, Sequence
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from codeformer.alignment import FFHQ_TEMPLATE_XY, crop_face, invert, reduction_for, transform_points
+from codeformer.detection import Detection, FaceDetector
+from codeformer.images import ImageU8
+from codeformer.models import Models
+from codeformer.parsing import TemplateMask
+from codeformer.pipeline import Pipeline
+from codeformer.plan import resolve_plan
+from codeformer.restoration import FaceRestorer
+from tests import pictures
+from tests.compare import assert_pictures_close
+from tests.conftest import CPU, make_tiny_restorer
+from tests.test_compositing import similarity
+
+
+class Negative(FaceRestorer):
+    """Gives the negative of each face, and keeps count."""
+
+    def __init__(self) -> None:
+        super().__init__(make_tiny_restorer())
+        self.batches: list[int] = []
+
+    def restore(
+        self, crops_bgr: torch.Tensor, fidelity: float, *, half_dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
+        self.batches.append(len(crops_bgr))
+        return 255 - crops_bgr
+
+
+class Knowing(FaceDetector):
+    """Finds the faces it is told of, landmarks (5, 2) each."""
+
+    def __init__(self, *faces_xy: np.ndarray) -> None:
+        self._faces_xy = faces_xy
+
+    def detect(self, images_bgr: Sequence[np.ndarray], *, batched: bool = True) -> list[list[Detection]]:
+        found = [
+            Detection(np.concatenate([face.min(0), face.max(0)]).astype(np.float32), 0.9, face)
+            for face in (face.astype(np.float32) for face in self._faces_xy)
+        ]
+        return [found for _ in images_bgr]
+
+
+def pipeline_of(detector: FaceDetector, restorer: FaceRestorer | None = None) -> Pipeline:
+    return Pipeline(Models(detector, restorer or Negative(), TemplateMask()), CPU)
+
+
+def test_a_hundred_faces_are_restored_in_small_batches_and_the_log_says_how_far(
+    detector: FaceDetector, caplog: pytest.LogCaptureFixture
+) -> None:
+    crowd = np.tile(resized(pictures.portrait()[0:250, 120:330], 84, 100), (10, 10, 1))
+    restorer = Negative()
+    pipeline = pipeline_of(detector, restorer)
+    plan = dataclasses.replace(resolve_plan("fast", device=CPU), micro_batch=8)
+    with caplog.at_level(logging.INFO):
+        [result] = pipeline.restore([crowd], plan=plan)
+    assert len(result.faces) == 100
+    assert sum(restorer.batches) == 100
+    assert max(restorer.batches) == 8
+    progress = [record.message for record in caplog.records if "faces are restored" in record.message]
+    assert progress[-1] == "100 of 100 faces are restored"
+    assert 9 <= len(progress) <= 11
+    # Every head has become its negative where its face is.
+    centres = [face.landmarks_xy[2].round().astype(int) for face in result.faces]
+    assert {(x // 84, y // 100) for x, y in centres} == {(x, y) for x in range(10) for y in range(10)}
+    for x, y in centres:
+        assert np.abs(result.image_bgr[y, x] - (255.0 - crowd[y, x])).max() < 40
+
+
+def resized(picture: np.ndarray, width: int, height: int) -> ImageU8:
+    interpolation = cv2.INTER_AREA if width < picture.shape[1] else cv2.INTER_CUBIC
+    return np.asarray(cv2.resize(picture, (width, height), interpolation=interpolation), dtype=np.uint8)
+
+
+def checks(width: int, height: int) -> np.ndarray:
+    """Black and white squares of one pixel."""
+    yy, xx = np.mgrid[0:height, 0:width]
+    return np.repeat(((xx + yy) % 2 * 255).astype(np.uint8)[:, :, None], 3, axis=2)
+
+
+@pytest.mark.parametrize("scale", [2.0, 3.1, 5.5])
+@pytest.mark.parametrize("turn", [0.0, 33.0, 180.0])
+def test_a_huge_face_is_averaged_and_not_sampled_here_and_there(scale: float, turn: float) -> None:
+    width, height = 3100, 2903
+    to_face = invert(similarity(scale, turn, width / 2, height / 2))
+    crop = crop_face(checks(width, height), to_face)
+    # An odd filter keeps a ninth of the contrast; sampling alone would keep nearly all of it, as stripes.
+    inside = crop[200:312, 200:312]
+    assert inside.min() >= 127 - 16
+    assert inside.max() <= 128 + 16
+
+
+def warped(picture: ImageU8, to_face: np.ndarray) -> ImageU8:
+    """As upstream crops."""
+    grey = (135, 133, 132)
+    crop = cv2.warpAffine(picture, to_face, (512, 512), borderMode=cv2.BORDER_CONSTANT, borderValue=grey)
+    return np.asarray(crop, dtype=np.uint8)
+
+
+@pytest.mark.parametrize(("left", "top"), [(0, 0), (700, 433), (-800, 300), (1500, 1900)])
+def test_a_huge_face_is_cropped_where_it_is(left: int, top: int) -> None:
+    picture = resized(pictures.portrait(), 2500, 2400)
+    to_face = invert(similarity(3.3, 20, 1200 + left, 1200 + top))
+    # Another way: the whole picture averaged by a filter as wide, then sampled.
+    smooth = np.asarray(cv2.blur(picture, (3, 3)), dtype=np.uint8)
+    expected = warped(smooth, to_face)
+    assert_pictures_close(crop_face(picture, to_face), expected, mean=1.0, within=12, share=0.99)
+
+
+def test_other_faces_are_sampled_as_upstream_does() -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (1100, 1200, 3), np.uint8)
+    to_face = invert(similarity(1.99, 12, 600, 550))
+    assert reduction_for(to_face, 1200, 1100) is None
+    np.testing.assert_array_equal(crop_face(picture, to_face), warped(picture, to_face))
+
+
+PLACES: dict[str, Callable[[], np.ndarray]] = {
+    "upside down": lambda: similarity(0.5, 180, 300, 250),
+    "cut by the left border": lambda: similarity(0.5, 0, 20, 250),
+    "cut by a corner": lambda: similarity(0.7, 25, 590, 490),
+    "larger than the picture": lambda: similarity(2.5, -5, 300, 250),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_face_is_restored_where_it_lies_and_nothing_else_changes(place: str) -> None:
+    picture = np.random.default_rng(1).integers(0, 120, (600, 640, 3), np.uint8)
+    face_to_picture = PLACES[place]()
+    landmarks_xy = transform_points(face_to_picture, FFHQ_TEMPLATE_XY)
+    [result] = pipeline_of(Knowing(landmarks_xy)).restore([picture])
+    assert len(result.faces) == 1
+    np.testing.assert_allclose(result.faces[0].face_to_picture, face_to_picture, rtol=1e-3, atol=0.5)
+    yy, xx = np.mgrid[0:600, 0:640]
+    in_face = transform_points(invert(face_to_picture), np.stack([xx, yy], axis=2).reshape(-1, 2))
+    from_centre = np.abs(in_face - 256).max(axis=1).reshape(600, 640)
+    np.testing.assert_array_equal(result.image_bgr[from_centre > 270], picture[from_centre > 270])
+    core = from_centre < 60
+    assert core.any()
+    assert (result.image_bgr[core] > 120).mean() > 0.95
+
+
+def test_landmarks_that_are_no_face_are_counted_with_their_reason(caplog: pytest.LogCaptureFixture) -> None:
+    good = transform_points(similarity(0.5, 0, 300, 300), FFHQ_TEMPLATE_XY)
+    on_one_spot = np.full((5, 2), 70.0)
+    no_numbers = np.full((5, 2), np.nan)
+    picture = np.full((600, 640, 3), 60, np.uint8)
+    with caplog.at_level(logging.WARNING):
+        [result] = pipeline_of(Knowing(good, on_one_spot, no_numbers, good + 3)).restore([picture])
+    assert len(result.faces) == 1
+    assert len(result.skipped_faces) == 3
+    for reason in result.skipped_faces:
+        assert f"image 1: a face was left as it is: {reason}" in caplog.text
