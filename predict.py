@@ -6,6 +6,7 @@ import threading
 
 from cog import BaseRunner, Input, Path
 
+from codeformer.errors import OutputError
 from codeformer.limits import Limits
 from codeformer.pipeline import Pipeline
 from codeformer.request import describe, serve, warm_up
@@ -59,6 +60,8 @@ class Predictor(BaseRunner):
         ),
     ) -> list[Path]:
         """Returns one JPG per photo, in order and of the same size, with every face restored."""
+        # Cog has sent the last request's by the time the next one begins.
+        self._remove_outputs()
         outcome = self.worker.run(
             serve,
             self.pipeline,
@@ -76,11 +79,22 @@ class Predictor(BaseRunner):
         return self._write(outcome.jpegs)
 
     def _write(self, jpegs: list[bytes]) -> list[Path]:
-        """Writes the outputs; Cog has sent the last request's by the time the next one begins."""
+        """Writes all outputs, or none."""
+        is_written = False
+        try:
+            self._outputs = tempfile.TemporaryDirectory(prefix="codeformer-", ignore_cleanup_errors=True)
+            paths = [Path(self._outputs.name) / f"{number}.jpg" for number in range(1, len(jpegs) + 1)]
+            for path, jpeg in zip(paths, jpegs, strict=True):
+                path.write_bytes(jpeg)
+            is_written = True
+        except OSError as cause:
+            raise OutputError(cause.strerror or type(cause).__name__) from cause
+        finally:
+            if not is_written:
+                self._remove_outputs()
+        return paths
+
+    def _remove_outputs(self) -> None:
         if self._outputs is not None:
             self._outputs.cleanup()
-        self._outputs = tempfile.TemporaryDirectory(prefix="codeformer-")
-        paths = [Path(self._outputs.name) / f"{number}.jpg" for number in range(1, len(jpegs) + 1)]
-        for path, jpeg in zip(paths, jpegs, strict=True):
-            path.write_bytes(jpeg)
-        return paths
+            self._outputs = None

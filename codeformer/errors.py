@@ -185,6 +185,20 @@ class NonFiniteOutputError(CodeFormerError, ArithmeticError):
     """A network answered with NaN or infinity; in half precision a float32 pass may still succeed."""
 
 
+class OutputError(CodeFormerError):
+    """The restored pictures cannot be written; nothing was returned.
+
+    Attributes: `cause`, in words.
+    """
+
+    def __init__(self, cause: str) -> None:
+        self.cause = cause
+        super().__init__(
+            f"expected to write the restored pictures, got: {cause}. Send the request again later, or ask "
+            "the operator to make the server's temporary folder writable and free space there."
+        )
+
+
 class TrainingError(CodeFormerError, RuntimeError):
     """A training cannot start or go on."""
 

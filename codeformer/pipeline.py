@@ -53,6 +53,8 @@ from codeformer.weights.manifest import WeightSet, load_weight_set
 
 logger = logging.getLogger(__name__)
 
+# Up to so many faces a request's progress is not worth a log line.
+_QUIET_FACES: Final = 10
 # What torch, its compiler, OpenCV and our adapters raise; anything else is a bug and keeps its own name.
 _STAGE_ERRORS: Final = (RuntimeError, MemoryError, cv2.error, FailOnRecompileLimitHit, NonFiniteOutputError)
 
@@ -298,6 +300,8 @@ class _Request:
                 continue
             self._paste(batch, *restored)
             done += len(batch)
+            if len(jobs) > _QUIET_FACES and _tenths(done, jobs) > _tenths(done - len(batch), jobs):
+                logger.info("%d of %d faces are restored", done, len(jobs))
             yield done
 
     @torch.inference_mode()
@@ -398,6 +402,10 @@ class _Request:
         except _STAGE_ERRORS as cause:
             kind = DeviceMemoryError if is_out_of_memory(cause) else InferenceError
             raise kind(stage, where, f"{type(cause).__name__}: {cause}") from cause
+
+
+def _tenths(done: int, jobs: Sequence[_FaceJob]) -> int:
+    return 10 * done // len(jobs)
 
 
 def _name_pictures(pictures: Sequence[int]) -> str:

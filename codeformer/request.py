@@ -26,7 +26,7 @@ MAX_IMAGES: Final = 4
 _FILE_WORKERS: Final = min(MAX_IMAGES, os.cpu_count() or 1)
 SAMPLES: Final = Path(__file__).resolve().parents[1] / "data"
 
-# Numbers, and for images.sizes a list of "WIDTHxHEIGHT" strings.
+# Numbers, for images.sizes "WIDTHxHEIGHT" strings, and for faces.skip_reasons sentences.
 Metrics = dict[str, float | int | list[str]]
 
 
@@ -169,6 +169,11 @@ def _summarise(results: Sequence[RestoredImage]) -> Metrics:
     metrics["faces.detected"] = restored + skipped
     metrics["faces.restored"] = restored
     metrics["faces.skipped"] = skipped
+    metrics["faces.skip_reasons"] = [
+        f"image {number}: {reason}"
+        for number, result in enumerate(results, start=1)
+        for reason in result.skipped_faces
+    ]
     metrics["faces.float32_retries"] = sum(result.float32_retries for result in results)
     metrics["faces.memory_retries"] = sum(result.memory_retries for result in results)
     metrics["images.count"] = len(results)

@@ -1,7 +1,9 @@
 """Fetching weights from a server on loopback that behaves, cuts, corrupts, stalls and refuses."""
 
+import contextlib
 import hashlib
 import multiprocessing
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +19,7 @@ from codeformer.errors import DownloadError, WeightFileError
 from codeformer.weights import download
 from codeformer.weights.download import ATTEMPTS_PER_SOURCE, fetch_file
 from codeformer.weights.manifest import WeightFile
+from tests.faults import largest_file
 
 CONTENT = np.random.default_rng(0).bytes(1_500_000)
 FAST_TIMEOUT = (2.0, 0.5)
@@ -84,6 +87,13 @@ class Handler(BaseHTTPRequestHandler):
         self.reply(CONTENT[:600_000], length=len(CONTENT))
         self.wfile.flush()
         time.sleep(2)
+        self.close_connection = True
+
+    def serve_slow(self, asked: str | None) -> None:
+        # The client is killed meanwhile.
+        with contextlib.suppress(ConnectionError):
+            self.reply(CONTENT[:900_000], length=len(CONTENT))
+            time.sleep(60)
         self.close_connection = True
 
     def serve_missing(self, asked: str | None) -> None:
@@ -298,6 +308,47 @@ def test_a_folder_that_cannot_be_made_is_a_clear_error(
     (tmp_path / "set").write_text("a file where the folder should be")
     with pytest.raises(WeightFileError, match="writable"):
         fetch(weight_file("good"))
+
+
+def test_a_full_disk_is_a_clear_error_and_what_was_fetched_is_kept(
+    weight_file: Callable[..., WeightFile], server: tuple[str, Log]
+) -> None:
+    file = weight_file("good")
+    with (
+        largest_file(700_000),
+        pytest.raises(WeightFileError, match="leave 1,500,000 bytes free"),
+    ):
+        fetch(file)
+    assert not file.path.exists()
+    kept = partial_of(file).stat().st_size
+    assert 0 < kept <= 700_000
+    fetch(file)
+    assert_complete(file)
+    assert server[1].requests == [("/good", None), ("/good", f"bytes={kept}-")]
+
+
+def test_a_process_killed_in_mid_download_is_continued_by_the_next(
+    weight_file: Callable[..., WeightFile], server: tuple[str, Log], tmp_path: Path
+) -> None:
+    file = weight_file("slow-once")
+    process = multiprocessing.get_context("spawn").Process(
+        target=_fetch_in_process, args=(file, tmp_path / "ready")
+    )
+    process.start()
+    deadline = time.monotonic() + 60
+    # What Python has not yet handed to the system is lost with the process.
+    while time.monotonic() < deadline and not (
+        partial_of(file).exists() and partial_of(file).stat().st_size > 200_000
+    ):
+        time.sleep(0.02)
+    process.kill()
+    process.join(30)
+    assert process.exitcode == -signal.SIGKILL
+    assert not file.path.exists()
+    kept = partial_of(file).stat().st_size
+    fetch(file)
+    assert_complete(file)
+    assert server[1].requests == [("/slow-once", None), ("/slow-once", f"bytes={kept}-")]
 
 
 def _fetch_in_process(file: WeightFile, ready: Path) -> None:

@@ -1,7 +1,11 @@
 """The Cog predictor: its interface, and what it does in process."""
 
 import ast
+import contextlib
+import errno
 import json
+import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +17,7 @@ import yaml
 
 from codeformer import plan as plans
 from codeformer import request
-from codeformer.errors import DeviceError, ImageError, OptionError
+from codeformer.errors import DeviceError, ImageError, OptionError, OutputError
 from codeformer.images import decode_image
 from codeformer.pipeline import Pipeline
 from codeformer.request import MAX_IMAGES, describe, serve
@@ -21,6 +25,7 @@ from codeformer.restoration import FaceRestorer
 from predict import Predictor
 from scripts.write_schema import PINNED_SCHEMA, build_schema
 from tests.compare import assert_pictures_close
+from tests.faults import largest_file
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -224,6 +229,61 @@ def test_a_failed_request_leaves_the_predictor_usable(
     with pytest.raises(ImageError):
         run(predictor, [photo_path, bad])
     assert len(run(predictor, [photo_path])) == 1
+
+
+@pytest.mark.parametrize("fault", ["full disk", "no folder", "read-only"])
+def test_outputs_that_cannot_be_written_are_a_clear_error_and_none_is_left(
+    predictor: Predictor, photo_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    with monkeypatch.context() as patch, contextlib.ExitStack() as faults:
+        if fault == "full disk":
+            faults.enter_context(largest_file(500))
+        elif fault == "no folder":
+            patch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+        else:
+            # The superuser may write anywhere.
+            patch.setattr(os, "mkdir", refuse)
+        with pytest.raises(OutputError, match="expected to write the restored pictures") as raised:
+            run(predictor, [photo_path, photo_path])
+    assert str(tmp_path) not in str(raised.value), "a client learns no path of the server"
+    assert list(folder.iterdir()) == []
+    assert len(run(predictor, [photo_path])) == 1
+
+
+def refuse(*_: object, **__: object) -> None:
+    raise PermissionError(errno.EROFS, "Read-only file system")
+
+
+def test_a_request_that_is_interrupted_while_it_writes_leaves_no_file(
+    predictor: Predictor, photo_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Interruption(BaseException):
+        pass
+
+    def interrupted(path: Path, data: bytes) -> int:
+        with path.open("wb") as stream:
+            stream.write(data[:100])
+        raise Interruption
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", interrupted)
+        with pytest.raises(Interruption):
+            run(predictor, [photo_path])
+    assert list(tmp_path.glob("codeformer-*")) == []
+    assert len(run(predictor, [photo_path])) == 1
+
+
+def test_a_failed_request_leaves_no_file_of_the_one_before(
+    predictor: Predictor, photo_path: Path, tmp_path: Path
+) -> None:
+    [output] = run(predictor, [photo_path])
+    with pytest.raises(ImageError):
+        run(predictor, [tmp_path / "gone.jpg"])
+    assert not output.parent.exists()
 
 
 def test_setup_fails_where_the_device_cannot_restore_a_face(

@@ -159,6 +159,7 @@ def test_a_data_uri(server: CogServer, png: bytes, smooth: np.ndarray) -> None:
         "detected": 0,
         "restored": 0,
         "skipped": 0,
+        "skip_reasons": [],
         "float32_retries": 0,
         "memory_retries": 0,
     }
