@@ -1,6 +1,6 @@
 """Reports for people: one self-contained HTML page, and its plots as PNG files beside it.
 
-Takes the JSON files of run_bench, bench_single_image, bench_stages and quality, in any mixture.
+Takes the JSON files of the other programs, in any mixture.
 """
 
 import argparse
@@ -125,6 +125,7 @@ def _sections(file: Path, number: int, prices: Prices) -> Iterator[Section]:
         "quality": _quality,
         "parts": _parts,
         "networks": _networks,
+        "soak": _soak,
     }[report["kind"]]
     yield make(report, f"{number + 1}_{file.stem}", prices)
 
@@ -339,6 +340,37 @@ def _networks(report: Report, _name: str, _prices: Prices) -> Section:
     )
 
 
+def _soak(report: Report, name: str, _prices: Prices) -> Section:
+    times = report["times_ms"]
+    served = sum(report["requests"].values())
+    faults = [f"Fault: {fault}." for fault in report["faults"]]
+    cancelled = ", ".join(f"{number} {status}" for status, number in report["cancelled"].items())
+    notes = [
+        _sentence(
+            f"{served} requests and {sum(report['cancelled'].values())} to be cancelled ({cancelled})",
+            f"{len(faults) or 'no'} faults",
+            f"memory {report['growth']:+.2%} from request {report['resident_mib'][0][0]} on",
+            f"at most {report['most_files']} files at a time, {len(report['files_left']) or 'none'} left",
+        )
+    ]
+    rows = [
+        [
+            kind,
+            number,
+            *((f"{times[kind]['p50']:,.0f}", f"{times[kind]['p99']:,.0f}") if kind in times else ("-", "-")),
+            f"{times[kind]['p99'] / times[kind]['p50']:.2f}" if kind in times else "-",
+        ]
+        for kind, number in report["requests"].items()
+    ]
+    return Section(
+        "Many requests of all kinds",
+        [*notes, *faults, *_provenance(report)],
+        ["request", "times", "p50 ms", "p99 ms", "p99 to p50"],
+        rows,
+        {f"{name}_memory.png": plot_memory(report["resident_mib"])},
+    )
+
+
 def _quality(report: Report, _name: str, _prices: Prices) -> Section:
     rows: list[Row] = [["degraded", "", *_scores(report["degraded"])]]
     rows += [
@@ -451,6 +483,17 @@ def plot_scaling(lines: Mapping[str, Sequence[tuple[float, float]]], axis: str) 
     if axis == "faces":
         axes.xaxis.get_major_locator().set_params(integer=True)
     figure.legend(frameon=False, fontsize="small", loc="outside lower center", ncols=2)
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def plot_memory(resident_mib: Sequence[tuple[int, float]]) -> Figure:
+    """Memory over the number of requests served."""
+    figure, axes = _figure(3)
+    axes.plot(*zip(*resident_mib, strict=True), color=COLOURS[3])
+    axes.set_xlabel("requests")
+    axes.set_ylabel("resident MiB")
+    axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     return figure
 

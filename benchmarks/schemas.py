@@ -265,7 +265,33 @@ _NETWORKS: Final = _report(
     },
 )
 
+_SOAK: Final = _report(
+    "soak",
+    {
+        "command": _TEXT,
+        "requests": _map_of({"type": "integer", "minimum": 1}),
+        # What became of the cancelled ones, in Cog's words.
+        "cancelled": _map_of({"type": "integer", "minimum": 1}),
+        "faults": _list_of(_TEXT),
+        "times_ms": _map_of(SUMMARY),
+        # Number of requests served, MiB; from the first on that counts.
+        "resident_mib": _list_of(
+            {
+                "type": "array",
+                "prefixItems": [_COUNT, _TIME],
+                "items": False,
+                "minItems": 2,
+            },
+            at_least=2,
+        ),
+        "growth": _NUMBER,
+        "most_files": _COUNT,
+        "files_left": _list_of(_TEXT),
+    },
+)
+
 SCHEMAS: Final[dict[str, Schema]] = {
+    "soak": _SOAK,
     "networks": _NETWORKS,
     "parts": _PARTS,
     "requests": _REQUESTS,

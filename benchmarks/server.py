@@ -72,6 +72,7 @@ class Server:
         self._session = requests.Session()
         # A proxy is for other hosts.
         self._session.trust_env = False
+        self.url = f"http://{HOST}:{port}"
         self.kind = kind
         self.setup_s = setup_s
 
@@ -81,7 +82,7 @@ class Server:
         Raises:
             BenchmarkError: the server is gone, or does not come to an end with a late request.
         """
-        url = f"http://{HOST}:{self._port}/predictions"
+        url = f"{self.url}/predictions"
         body = json.dumps({"input": dict(inputs)}).encode()
         headers = {"Content-Type": "application/json"}
         deadline = time.monotonic() + _BUSY_S
@@ -91,7 +92,7 @@ class Server:
                 reply = self._session.post(url, data=body, headers=headers, timeout=timeout_s)
             except requests.Timeout:
                 late = Answer(_since(started), error=f"no answer within {timeout_s:g} s (--timeout-sec)")
-                self._wait_until_idle(max(timeout_s, _BUSY_S))
+                self.wait_until_idle(max(timeout_s, _BUSY_S))
                 return late
             except requests.RequestException as cause:
                 raise BenchmarkError(
@@ -105,7 +106,34 @@ class Server:
                 return _read_answer(reply, elapsed_ms)
             time.sleep(_POLL_S)
 
-    def _wait_until_idle(self, limit_s: float) -> None:
+    def predict_as(self, name: str, inputs: Mapping[str, Any], timeout_s: float) -> str:
+        """Sends a request under a name it can be cancelled by; returns what became of it, in Cog's word.
+
+        May be called from another thread.
+
+        Raises:
+            BenchmarkError: there is no proper answer.
+        """
+        try:
+            reply = requests.put(
+                f"{self.url}/predictions/{name}", json={"input": dict(inputs)}, timeout=timeout_s
+            )
+            return str(reply.json()["status"])
+        except (requests.RequestException, ValueError, KeyError) as cause:
+            raise BenchmarkError(
+                f"no proper answer ({cause!r}); the end of its log:\n{tail(self._log)}"
+            ) from cause
+
+    def cancel(self, name: str) -> None:
+        """Cancels a request, if it is still at work."""
+        requests.post(f"{self.url}/predictions/{name}/cancel", timeout=_BUSY_S)
+
+    def wait_until_idle(self, limit_s: float) -> None:
+        """Waits until the server takes requests.
+
+        Raises:
+            BenchmarkError: it does not.
+        """
         deadline = time.monotonic() + limit_s
         while time.monotonic() < deadline:
             state, _ = _health(self._session, self._port)
@@ -115,6 +143,17 @@ class Server:
                 break
             time.sleep(_POLL_S)
         raise BenchmarkError(f"the server does not get over a late request:\n{tail(self._log)}")
+
+    @property
+    def pid(self) -> int:
+        """Of the server's first process; the others are its children."""
+        return self._process.pid
+
+    def resident_mib(self) -> float:
+        """What the server's processes hold in memory now."""
+        parent = psutil.Process(self._process.pid)
+        family = [parent, *parent.children(recursive=True)]
+        return float(sum(member.memory_info().rss for member in family)) / 2**20
 
     def peak_memory_mib(self) -> tuple[float, str] | tuple[None, None]:
         """The most memory the server has held so far, and of what: the GPU or its processes."""
@@ -138,6 +177,7 @@ def running_server(
     kind: ServerKind | None = None,
     weights: str | None = None,
     deadline_s: float = START_DEADLINE_S,
+    temporary: Path | None = None,
 ) -> Iterator[Server]:
     """Starts a server, and ends it whatever happens.
 
@@ -147,6 +187,7 @@ def running_server(
             the first that is possible here.
         weights: the weight set; None for the server's own choice, the only one in Docker.
         deadline_s: how long to wait until it is ready; `cog serve` may have to build the image first.
+        temporary: where a direct server keeps temporary files; None for the system's folder.
 
     Raises:
         BenchmarkError: the port is in use, the server cannot be started, its setup fails, it is not ready in
@@ -161,7 +202,7 @@ def running_server(
     with tempfile.TemporaryDirectory(prefix="codeformer-bench-") as folder:
         log = Path(folder) / "server.log"
         started = time.monotonic()
-        process = _start(kind, port, weights, Path(folder), log)
+        process = _start(kind, port, weights, Path(folder), log, temporary)
         try:
             _wait(process, port, log, started + deadline_s)
             yield Server(process, port, log, kind, time.monotonic() - started)
@@ -204,7 +245,7 @@ def tail(log: Path) -> str:
 
 
 def _start(
-    kind: ServerKind, port: int, weights: str | None, folder: Path, log: Path
+    kind: ServerKind, port: int, weights: str | None, folder: Path, log: Path, temporary: Path | None
 ) -> subprocess.Popen[bytes]:
     environment = dict(os.environ)
     if kind == "cog":
@@ -213,9 +254,9 @@ def _start(
         write_schema(SERVER_SCHEMA)
         command = [sys.executable, "-m", "cog.server.http", "--host", HOST]
         environment |= {
-            # Cog starts its worker as `python` from PATH.
             # Threads beside the first could not keep freed memory in arenas of their own.
             "MALLOC_ARENA_MAX": "1",
+            # Cog starts its worker as `python` from PATH.
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}",
             "PORT": str(port),
             "COG_PREDICT_TYPE_STUB": "predict.py:Predictor",
@@ -223,6 +264,8 @@ def _start(
             "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
             "TRITON_CACHE_DIR": str(folder / "triton"),
         }
+        if temporary:
+            environment["TMPDIR"] = str(temporary)
         if weights:
             # A folder is meant as seen from here, not from where the server runs.
             environment["CODEFORMER_WEIGHTS"] = (
@@ -271,18 +314,30 @@ def _stop(process: subprocess.Popen[bytes], port: int, kind: ServerKind) -> None
         # The container is no child of ours: it has to end itself.
         with contextlib.suppress(requests.RequestException):
             requests.post(f"http://{HOST}:{port}/shutdown", timeout=5)
-    family = [psutil.Process(process.pid)] if process.poll() is None else []
-    family += [child for parent in family for child in parent.children(recursive=True)]
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
-        for member in family:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                member.send_signal(number)
-        _, family = psutil.wait_procs(family, _STOP_S)
-        if not family:
-            break
+    family = _family(process.pid)
+    # The server ends its worker, which then removes its temporary files.
+    with contextlib.suppress(ProcessLookupError):
+        process.terminate()
+    _, family = psutil.wait_procs(family, _STOP_S)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    for member in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
     process.wait(_STOP_S)
+
+
+def _family(pid: int) -> list[psutil.Process]:
+    """A process, its children, and what it has left behind in its group."""
+    members = set()
+    with contextlib.suppress(psutil.NoSuchProcess):
+        first = psutil.Process(pid)
+        members |= {first, *first.children(recursive=True)}
+    for other in psutil.process_iter():
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if os.getpgid(other.pid) == pid:
+                members.add(other)
+    return list(members)
 
 
 def _wait_until_free(port: int) -> None:

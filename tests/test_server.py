@@ -4,11 +4,8 @@ import base64
 import contextlib
 import functools
 import http.server
-import os
-import signal
 import socket
-import subprocess
-import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -20,8 +17,9 @@ import numpy as np
 import pytest
 import requests
 
+from benchmarks.server import Server, running_server
+from codeformer.errors import BenchmarkError
 from codeformer.images import decode_image, encode_jpeg
-from scripts.write_schema import SERVER_SCHEMA, write_schema
 from tests import pictures, shared
 from tests.compare import assert_pictures_close
 
@@ -37,10 +35,11 @@ def free_port() -> int:
 
 
 class CogServer:
-    """A running Cog server."""
+    """A running Cog server; `under_test` is the handle the benchmarks have on it."""
 
-    def __init__(self, port: int) -> None:
-        self.url = f"http://127.0.0.1:{port}"
+    def __init__(self, under_test: Server) -> None:
+        self.under_test = under_test
+        self.url = under_test.url
 
     def predict(self, **inputs: Any) -> tuple[int, dict[str, Any]]:
         deadline = time.monotonic() + REQUEST_TIMEOUT_S
@@ -69,62 +68,23 @@ class CogServer:
 
 
 @contextlib.contextmanager
-def running(weights: Path, log_path: Path) -> Iterator[CogServer]:
-    """Starts a server on a free port and ends it, by its process group, whatever happens."""
-    write_schema(SERVER_SCHEMA)
-    port = free_port()
-    environment = os.environ | {
-        # Cog starts its worker as `python` from PATH.
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "PORT": str(port),
-        "COG_PREDICT_TYPE_STUB": "predict.py:Predictor",
-        "CODEFORMER_WEIGHTS": str(weights),
-    }
-    with log_path.open("wb") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "cog.server.http", "--host", "127.0.0.1"],
-            cwd=ROOT,
-            env=environment,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    try:
-        wait_until_ready(f"http://127.0.0.1:{port}/health-check", process, log_path)
-        yield CogServer(port)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait(20)
-
-
-def wait_until_ready(url: str, process: subprocess.Popen[bytes], log_path: Path) -> None:
-    deadline = time.monotonic() + START_DEADLINE_S
-    status = "no answer"
-    while time.monotonic() < deadline and process.poll() is None:
-        with contextlib.suppress(requests.ConnectionError):
-            status = requests.get(url, timeout=5).json()["status"]
-        if status == "READY":
-            return
-        if status == "SETUP_FAILED":
-            break
-        time.sleep(0.2)
-    pytest.fail(f"the server is not ready ({status}):\n{log_path.read_text(errors='replace')[-4000:]}")
+def running(weights: Path, temporary: Path | None = None) -> Iterator[CogServer]:
+    """Starts a server on a free port and ends it, with all its processes, whatever happens."""
+    with running_server(
+        free_port(), kind="direct", weights=str(weights), deadline_s=START_DEADLINE_S, temporary=temporary
+    ) as under_test:
+        yield CogServer(under_test)
 
 
 @pytest.fixture(scope="module")
-def server(blind_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[CogServer]:
-    with running(blind_weights, tmp_path_factory.mktemp("server") / "log") as cog_server:
+def server(blind_weights: Path) -> Iterator[CogServer]:
+    with running(blind_weights) as cog_server:
         yield cog_server
 
 
 @pytest.fixture(scope="module")
-def face_server(tiny_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[CogServer]:
-    with running(tiny_weights, tmp_path_factory.mktemp("server") / "log") as cog_server:
+def face_server(tiny_weights: Path) -> Iterator[CogServer]:
+    with running(tiny_weights) as cog_server:
         yield cog_server
 
 
@@ -211,7 +171,9 @@ def test_bad_requests_fail_clearly_and_the_next_one_works(server: CogServer, png
     shorthands = {5: [uri] * 5, 1: [uri], "one": uri, "cut": [uri, data_uri(png[:-300])]}
     if isinstance(inputs.get("images"), int | str):
         inputs = inputs | {"images": shorthands[inputs["images"]]}
-    assert message in server.fail(**inputs)
+    error = server.fail(**inputs)
+    assert message in error
+    assert not any(path in error for path in (str(ROOT), tempfile.gettempdir())), "a path of the server"
     server.succeed(images=[uri])
 
 
@@ -252,11 +214,9 @@ def test_faces_of_a_photo_are_restored(face_server: CogServer, profile: str) -> 
 
 
 @pytest.mark.slow
-def test_official_size_networks_restore_a_photo_as_upstream_does(
-    filled_weights: Path, tmp_path: Path
-) -> None:
+def test_official_size_networks_restore_a_photo_as_upstream_does(filled_weights: Path) -> None:
     photo = shared.path_of("photos/scene_00_large.jpg").read_bytes()
-    with running(filled_weights, tmp_path / "log") as cog_server:
+    with running(filled_weights) as cog_server:
         answer = cog_server.succeed(images=[data_uri(photo)])
     assert answer["metrics"]["faces"]["restored"] == 4
     assert answer["metrics"]["timing"]["parse"] > 0
@@ -267,6 +227,5 @@ def test_official_size_networks_restore_a_photo_as_upstream_does(
 
 
 def test_setup_without_weights_says_so(tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    with pytest.raises(pytest.fail.Exception, match="CODEFORMER_WEIGHTS"), running(tmp_path, log):
+    with pytest.raises(BenchmarkError, match="CODEFORMER_WEIGHTS"), running(tmp_path):
         pass

@@ -1,0 +1,154 @@
+"""The real server when something goes wrong around it: cancelled, ended, its weights taken away."""
+
+import http.server
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from codeformer.errors import BenchmarkError
+from codeformer.images import encode_jpeg
+from tests import pictures
+from tests.test_server import CogServer, data_uri, running
+
+pytestmark = pytest.mark.slow
+
+TIMEOUT_S = 60.0
+
+
+def files_in(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.fixture(scope="module")
+def temporary(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("temporary")
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory, tiny_weights: Path) -> Path:
+    """A weight set to do harm to."""
+    return Path(shutil.copytree(tiny_weights, tmp_path_factory.mktemp("copy") / "weights"))
+
+
+@pytest.fixture(scope="module")
+def server(weights: Path, temporary: Path) -> Iterator[CogServer]:
+    with running(weights, temporary) as cog_server:
+        yield cog_server
+    assert files_in(temporary) == [], "left behind by a server that has ended"
+
+
+def one_face() -> dict[str, Any]:
+    return {"images": [data_uri(encode_jpeg(pictures.small_portrait()))]}
+
+
+def many_faces() -> dict[str, Any]:
+    return {"images": [data_uri(encode_jpeg(pictures.group()))] * 4}
+
+
+@pytest.mark.parametrize("after_s", [0.05, 0.3, 0.8, 1.5])
+def test_a_cancelled_request_leaves_no_file_and_no_state(
+    server: CogServer, temporary: Path, after_s: float
+) -> None:
+    before = server.succeed(**one_face())["output"]
+    server.succeed(images=["data/1.jpg"])
+    name = uuid.uuid4().hex
+    with ThreadPoolExecutor(1) as other:
+        status = other.submit(server.under_test.predict_as, name, many_faces(), TIMEOUT_S)
+        time.sleep(after_s)
+        server.under_test.cancel(name)
+        assert status.result() == "canceled"
+    server.under_test.wait_until_idle(TIMEOUT_S)
+    assert files_in(temporary) == []
+    assert server.succeed(**one_face())["output"] == before
+
+
+def test_a_failed_request_leaves_no_file(server: CogServer, temporary: Path) -> None:
+    server.succeed(**one_face())
+    server.fail(images=[*one_face()["images"], data_uri(b"no picture")])
+    assert files_in(temporary) == []
+
+
+def test_weights_taken_away_from_a_running_server_are_not_missed_until_it_starts_again(
+    server: CogServer, weights: Path
+) -> None:
+    before = server.succeed(**one_face())["output"]
+    (weights / "detector.pth").unlink()
+    with (weights / "restorer.safetensors").open("r+b") as file:
+        file.truncate(1000)
+    assert server.succeed(**one_face())["output"] == before
+    # These networks are made only now.
+    server.succeed(**one_face(), runtime_profile="fast", stability_mode="optimized", compile_backend="none")
+    assert server.succeed(**one_face())["output"] == before
+    with pytest.raises(BenchmarkError, match=r"Weight file .*restorer\.safetensors: expected .*1,000 bytes"):  # noqa: SIM117
+        with running(weights):
+            pass
+
+
+def test_a_server_that_is_told_to_end_finishes_its_request_and_leaves_nothing_behind(
+    tiny_weights: Path, tmp_path: Path
+) -> None:
+    inputs = many_faces()
+    with running(tiny_weights, tmp_path) as server, ThreadPoolExecutor(1) as other:
+        first = psutil.Process(server.under_test.pid)
+        family = [first, *first.children(recursive=True)]
+        assert len(family) >= 2
+        answer = other.submit(server.succeed, **inputs)
+        time.sleep(0.5)
+        assert not answer.done()
+        os.kill(first.pid, signal.SIGTERM)
+        assert len(answer.result(TIMEOUT_S)["output"]) == len(inputs["images"])
+        _, alive = psutil.wait_procs(family, 30)
+        assert alive == []
+    assert files_in(tmp_path) == []
+
+
+class Counting(http.server.SimpleHTTPRequestHandler):
+    """Serves files and remembers which were asked for."""
+
+    asked: list[str]
+
+    def do_GET(self) -> None:
+        self.asked.append(self.path)
+        super().do_GET()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_two_servers_that_start_on_an_empty_folder_fetch_each_file_once(
+    tiny_weights: Path, tmp_path: Path
+) -> None:
+    asked: list[str] = []
+    handler = type("Handler", (Counting,), {"asked": asked})
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    with http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), lambda *arguments: handler(*arguments, directory=str(tiny_weights))
+    ) as files:
+        threading.Thread(target=files.serve_forever, daemon=True).start()
+        manifest = json.loads((tiny_weights / "manifest.json").read_text())
+        for network in ("restorer", "detector"):
+            source = f"http://127.0.0.1:{files.server_port}/{manifest[network]['file']}"
+            manifest[network]["sources"] = [source]
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+
+        def start_and_serve() -> int:
+            with running(folder) as cog_server:
+                return int(cog_server.succeed(**one_face())["metrics"]["faces"]["restored"])
+
+        with ThreadPoolExecutor(2) as starts:
+            assert [start.result() for start in [starts.submit(start_and_serve) for _ in range(2)]] == [1, 1]
+        files.shutdown()
+    assert sorted(asked) == ["/detector.pth", "/restorer.safetensors"]
+    assert not list(folder.glob("*.part"))
