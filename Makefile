@@ -12,7 +12,7 @@ FLAGS ?=
 WEIGHTS ?= $(or $(CODEFORMER_WEIGHTS),lite)
 
 .DEFAULT_GOAL := help
-.PHONY: help predict test lint typecheck format serve schema data sheet bench compile-cache clean
+.PHONY: help predict test lint typecheck format serve schema data sheet bench soak audit compile-cache clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -67,6 +67,12 @@ bench: $(VENV)/.tools  ## Measure profiles and stages on data/, and write output
 	$(PYTHON) benchmarks/run_bench.py --weights "$(WEIGHTS)"
 	$(PYTHON) benchmarks/bench_stages.py --weights "$(WEIGHTS)"
 	$(PYTHON) -m benchmarks.report benchmarks/last_bench.json benchmarks/last_bench_stages.json
+
+soak: $(VENV)/.tools  ## Send 1000 mixed requests to the real server; memory, files and errors must stay as they should
+	$(PYTHON) benchmarks/soak.py --weights "$(WEIGHTS)"
+
+audit: $(VENV)/.tools  ## Look the installed packages up in the database of known vulnerabilities (needs pypi.org)
+	$(PYTHON) -m pip_audit --local --strict
 
 compile-cache: $(VENV)/.runtime  ## Compile for compile_backend inductor ahead of time, into CACHE
 	$(PYTHON) -m codeformer compile "$(CACHE)" --weights "$(WEIGHTS)"

@@ -84,6 +84,17 @@ class Findings:
         """How much memory has grown since it was first looked at, as a share."""
         return self.resident_mib[-1][1] / self.resident_mib[0][1] - 1
 
+    def verdicts(self, files_left: Sequence[str]) -> list[str]:
+        """Everything that is not as it should be, in words."""
+        found = [*self.faults, *(f"left behind: {path}" for path in files_left)]
+        if self.growth() > MAX_GROWTH:
+            found.append(f"memory grew by {self.growth():.1%} after request {self.resident_mib[0][0]}")
+        for name, values in self.times_ms.items():
+            p50, p99 = np.percentile(values, (50, 99))
+            if p99 > MAX_TAIL * p50:
+                found.append(f"{name}: p99 is {p99 / p50:.1f} times p50")
+        return found
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the soak.
@@ -123,7 +134,6 @@ def _run(options: argparse.Namespace, command: str) -> int:
         ) as server:
             _work_through(plan, server, temporary, options.settled, findings)
         files_left = sorted(str(path.relative_to(temporary)) for path in temporary.rglob("*"))
-    times_ms = {name: summarise(values) for name, values in findings.times_ms.items()}
     write_report(
         options.output,
         "soak",
@@ -134,19 +144,14 @@ def _run(options: argparse.Namespace, command: str) -> int:
             "requests": dict(findings.requests),
             "cancelled": dict(findings.cancelled),
             "faults": findings.faults,
-            "times_ms": times_ms,
+            "times_ms": {name: summarise(values) for name, values in findings.times_ms.items()},
             "resident_mib": findings.resident_mib,
             "growth": round(findings.growth(), 5),
             "most_files": findings.most_files,
             "files_left": files_left,
         },
     )
-    verdicts = [*findings.faults, *(f"left behind: {path}" for path in files_left)]
-    if findings.growth() > MAX_GROWTH:
-        verdicts.append(f"memory grew by {findings.growth():.1%} after request {options.settled}")
-    for name, summary in times_ms.items():
-        if (tail := summary["p99"] / summary["p50"]) > MAX_TAIL:
-            verdicts.append(f"{name}: p99 is {tail:.1f} times p50")
+    verdicts = findings.verdicts(files_left)
     for verdict in verdicts:
         print(verdict, file=sys.stderr)
     print(f"wrote {options.output}: {len(verdicts) or 'no'} faults")

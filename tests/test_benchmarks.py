@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from benchmarks import (
     quality,
     report,
     run_bench,
+    soak,
 )
 from benchmarks.measure import (
     PeakMemory,
@@ -674,9 +676,74 @@ def test_costs_follow_the_price_table(tmp_path: Path) -> None:
         report.read_prices(tmp_path / "prices.json")
 
 
+def test_a_tenth_of_a_soak_is_bad_and_every_kind_comes_in_turn() -> None:
+    plan = soak.make_plan(1000, 10)
+    assert [kind.name if kind else None for kind in plan] == [
+        kind.name if kind else None for kind in soak.make_plan(1000, 10)
+    ]
+    requests = Counter(kind.name for kind in plan if kind)
+    assert plan.count(None) == 10
+    assert requests.total() == 1000
+    assert sum(requests[kind.name] for kind in soak.bad_requests()) == 100
+    assert set(requests) == {kind.name for kind in [*soak.good_requests(), *soak.bad_requests()]}
+    assert min(requests.values()) >= 10
+
+
+GOOD = soak.Kind("good", {}, sizes=("9x8",))
+BAD = soak.Kind("bad", {}, error="not a picture")
+
+
+@pytest.mark.parametrize(
+    ("kind", "answer", "fault"),
+    [
+        (GOOD, Answer(1.0, {"images.sizes": ["9x8"]}), ""),
+        (GOOD, Answer(1.0, {"images.sizes": ["9x9"]}), "expected pictures of"),
+        (GOOD, Answer(1.0, {}), "expected pictures of"),
+        (GOOD, Answer(1.0, error="the device is gone"), "the device is gone"),
+        (BAD, Answer(1.0, error="Image 1: not a picture this service reads"), ""),
+        (BAD, Answer(1.0, error="something else"), "expected an error with 'not a picture'"),
+        (BAD, Answer(1.0, {"images.sizes": ["9x8"]}), "expected an error with 'not a picture'"),
+    ],
+)
+def test_a_soak_knows_a_wrong_answer(kind: soak.Kind, answer: Answer, fault: str) -> None:
+    found = kind.fault_of(answer)
+    assert fault in found
+    assert bool(found) == bool(fault)
+
+
+def test_a_soak_sees_growth_tails_and_what_is_left() -> None:
+    fine = soak.Findings(resident_mib=[[200, 1000.0], [1000, 1019.0]])
+    fine.times_ms["like"] = [10.0] * 99 + [29.0]
+    assert fine.verdicts([]) == []
+    poor = soak.Findings(faults=["request 3: wrong"], resident_mib=[[200, 1000.0], [1000, 1021.0]])
+    poor.times_ms["like"] = [10.0] * 90 + [40.0] * 10
+    assert poor.verdicts(["a.jpg"]) == [
+        "request 3: wrong",
+        "left behind: a.jpg",
+        "memory grew by 2.1% after request 200",
+        "like: p99 is 4.0 times p50",
+    ]
+
+
+@pytest.mark.slow
+def test_a_short_soak_finds_nothing_wrong_with_the_server(tiny_weights: Path, tmp_path: Path) -> None:
+    output = tmp_path / "soak.json"
+    # How much memory and time vary in so few requests says nothing.
+    command = ["--requests", "30", "--cancelled", "2", "--settled", "10", "--port", str(free_port())]
+    soak.main([*command, "--weights", str(tiny_weights), "--output", str(output)])
+    found = read_report(output)
+    assert found["faults"] == []
+    assert found["files_left"] == []
+    assert sum(found["requests"].values()) == 30
+    assert sum(found["cancelled"].values()) == 2
+    assert found["cancelled"]["canceled"] >= 1
+    assert found["resident_mib"][0][0] == 10
+    assert found["resident_mib"][-1][0] == 30
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "program", ["run_bench.py", "bench_single_image.py", "bench_stages.py", "bench_parts.py"]
+    "program", ["run_bench.py", "bench_single_image.py", "bench_stages.py", "bench_parts.py", "soak.py"]
 )
 def test_programs_run_as_the_readme_calls_them(program: str) -> None:
     done = subprocess.run(

@@ -1,5 +1,6 @@
 """Inputs nobody hoped for: each gets the right picture, or an error that names the picture and the reason."""
 
+import base64
 import contextlib
 import io
 import os
@@ -37,6 +38,20 @@ def turned(orientation: int) -> bytes:
     return picture_file("JPEG", exif=exif)
 
 
+# Made by `jpegtran -arithmetic`; nothing in the environment writes these.
+ARITHMETIC_JPEG = base64.b64decode(
+    "/9j/4AAQSkZJRgABAQAAAQABAAD/2wBDABsSFBcUERsXFhceHBsgKEIrKCUlKFE6PTBCYFVlZF9VXVtqeJmBanGQc1tdhbWGkJ6j"
+    "q62rZ4C8ybqmx5moq6T/2wBDARweHigjKE4rK06kbl1upKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSk"
+    "pKSkpKSkpKT/yQARCAAwAEADASIAAhEBAxEB/8wACgAQEAUBEBEF/9oADAMBAAIRAxEAPwD/AD3zB7xKcDrLvYQMMswUvSJBWIy5"
+    "tlG8xkTLbxVJtHbe1DxybNTn521X3kFyNlutzhPpz7I8847pkYp6dxZnVK2KcJe+fyXfW75dSiUTpr7Y/9k="
+)
+
+
+def webp_with_frames() -> bytes:
+    frames = [Image.new("RGB", (64, 48), colour) for colour in ("red", "green")]
+    return save(frames[0], "WEBP", save_all=True, append_images=frames[1:])
+
+
 def gif_with_frames() -> bytes:
     frames = [Image.new("P", (64, 48), colour) for colour in (1, 2, 3)]
     return save(frames[0], "GIF", save_all=True, append_images=frames[1:])
@@ -63,7 +78,10 @@ GOOD: dict[str, tuple[Callable[[], bytes], tuple[int, int]]] = {
     "one bit": (lambda: picture_file("PNG", "1"), (64, 48)),
     "16 bits": (tiff_16, (64, 48)),
     "progressive": (lambda: picture_file("JPEG", progressive=True), (64, 48)),
-    "animated": (gif_with_frames, (64, 48)),
+    "arithmetic": (lambda: ARITHMETIC_JPEG, (64, 48)),
+    "animated GIF": (gif_with_frames, (64, 48)),
+    "animated WebP": (webp_with_frames, (64, 48)),
+    "a single pixel": (lambda: picture_file("PNG", size=(1, 1)), (1, 1)),
     "one pixel high": (lambda: picture_file("PNG", size=(20, 1)), (20, 1)),
     "narrow": (lambda: picture_file("PNG", size=(30, 600)), (30, 600)),
     "with data after its end": (lambda: picture_file("JPEG") + b"\0" * 999, (64, 48)),
@@ -93,7 +111,8 @@ BAD: dict[str, tuple[Callable[[], bytes], str]] = {
     "a bomb": (lambda: png_header(60_000, 60_000), "pixels"),
     "a larger bomb": (lambda: png_header(2**31 - 1, 2**31 - 1), "pixels"),
     "no width": (lambda: png_header(0, 100), "damaged|not a picture|expected"),
-    "a line": (lambda: picture_file("PNG", size=(5000, 2)), "times the short one"),
+    "a line": (lambda: picture_file("PNG", size=(1, 5000)), "times the short one"),
+    "a strip": (lambda: picture_file("PNG", size=(10_000, 30)), "times the short one"),
     "floats": (lambda: save(Image.fromarray(np.ones((9, 9), np.float32)), "TIFF"), "unsupported samples"),
     "a text bomb": (text_bomb, "damaged|not a picture"),
 }
