@@ -110,6 +110,16 @@ def test_shrinking_averages_areas_and_growing_interpolates() -> None:
     assert set(np.unique(resize_for_detection(steps)[0])) == {0, 25, 75, 100}
 
 
+def test_anchors_of_many_sizes_are_not_kept_for_ever() -> None:
+    for width in range(640, 640 + 32 * 40, 32):
+        anchors_for(640, width, CPU)
+    kept = anchors_for.cache_info()
+    assert kept.currsize <= 32
+    before = kept.misses
+    anchors_for(640, 640 + 32 * 39, CPU)
+    assert anchors_for.cache_info().misses == before, "the last ones are kept"
+
+
 @pytest.mark.parametrize("level", [0, 128, 255])
 def test_a_flat_picture_has_no_face(detector: FaceDetector, level: int) -> None:
     assert detector.detect([np.full((300, 400, 3), level, np.uint8)]) == [[]]

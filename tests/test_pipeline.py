@@ -314,6 +314,9 @@ def test_a_batch_that_does_not_fit_is_halved_and_nothing_is_lost(
     restorer.holds = 0
     with pytest.raises(DeviceMemoryError, match=r"image 1 face 1: .*too little memory"):
         pipeline.restore(photos, plan=plan)
+    restorer.holds = 6
+    for again, expected in zip(images(pipeline.restore(photos, plan=plan)), images(whole), strict=True):
+        assert_pictures_close(again, expected, mean=0.1, within=2, share=0.999)
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ from codeformer.errors import InputError, TrainingError
 from codeformer.models import load_models
 from codeformer.networks.codeformer import CodeFormer
 from codeformer.networks.retinaface import build_retinaface
+from codeformer.training import faces
 from codeformer.training.__main__ import CONFIGURATIONS, main
 from codeformer.training.align import aligned_faces
 from codeformer.training.detector import DistillationStage
@@ -382,6 +383,40 @@ def test_a_pair_is_one_face_before_and_after_its_degradation(face_folder: Path) 
     assert len(brightness) > 6
     assert len(corners) > 6
     assert all(0 <= start <= 256 and start % 32 == 0 for corner in corners for start in corner)
+
+
+def test_a_crop_is_the_window_of_the_face_that_its_place_says(tmp_path: Path) -> None:
+    file = tmp_path / "slopes.png"
+    yy, xx = np.mgrid[0:512, 0:512]
+    cv2.imwrite(str(file), np.stack([xx // 2, yy // 2, (xx + yy) // 4], axis=2).astype(np.uint8))
+    whole = read_face(file).astype(float)
+    pairs = FacePairs([file], 12, seed=5, crop=192, augment=False)
+    assert len({tuple(pairs[index][2].tolist()) for index in range(12)}) > 6
+    for index in range(12):
+        degraded, clean, (top, left) = pairs[index]
+        expected = whole[top : top + 192, left : left + 192]
+        for part, tolerance in ((clean, 1e-3), (degraded, 12)):
+            levels = (part.permute(1, 2, 0).numpy()[:, :, ::-1] + 1) * 127.5
+            # A degraded slope is the same slope on average, also beside the crop's border.
+            assert np.abs((levels - expected)[:16].mean(axis=(0, 1))).max() < tolerance
+            assert np.abs((levels - expected)[:, -16:].mean(axis=(0, 1))).max() < tolerance
+
+
+@pytest.mark.parametrize("corner", [(0, 0), (128, 320), (256, 0)])
+def test_a_face_cut_by_the_border_is_cut_alike_in_every_part(corner: tuple[int, int]) -> None:
+    face = np.full((512, 512, 3), 250, np.uint8)
+    row, column = corner
+    sides = set()
+    for seed in range(12):
+        whole, _ = faces._beyond_border(face, face, np.random.default_rng(seed), (0, 0))
+        part = face[row : row + 192, column : column + 192]
+        clean, degraded = faces._beyond_border(part, part, np.random.default_rng(seed), corner)
+        np.testing.assert_array_equal(clean, whole[row : row + 192, column : column + 192])
+        np.testing.assert_array_equal(degraded, clean)
+        covered = (whole != 250).all(axis=2)
+        assert 20 / 512 <= covered.mean() <= 1 / 3
+        sides.add((covered[0].all(), covered[-1].all(), covered[:, 0].all(), covered[:, -1].all()))
+    assert len(sides) == 4
 
 
 def test_without_augmentation_faces_come_in_order(face_folder: Path) -> None:

@@ -23,6 +23,8 @@ PICTURE_SUFFIXES: Final = (".jpg", ".jpeg", ".png", ".webp")
 VALIDATION_SHARE: Final = 30
 # Crops begin at multiples of this, where latent cells of up to so many px do.
 CROP_GRID: Final = 32
+# What blur, down-sampling and JPEG blocks may bring into a crop from outside, in px.
+_MARGIN: Final = 64
 _EXPECTED: Final = f"expected an aligned {FACE_SIZE} px face"
 _REMEDY: Final = "`python -m codeformer.training align` makes them of photographs."
 
@@ -88,15 +90,22 @@ class FacePairs(Dataset[tuple[Tensor, Tensor, Tensor]]):
         chosen = int(rng.integers(len(self._files))) if self._augment else index % len(self._files)
         clean = read_face(self._files[chosen])
         if self._augment:
-            clean = _augmented(clean, rng)
+            clean = _moved(clean, rng)
+        cells = (FACE_SIZE - self._crop) // CROP_GRID
+        top, left = (int(start) * CROP_GRID for start in rng.integers(0, cells, 2, endpoint=True))
+        # The rest of the face is not worth degrading.
+        first_row, first_column = max(0, top - _MARGIN), max(0, left - _MARGIN)
+        beyond = self._crop + _MARGIN
+        clean = np.ascontiguousarray(clean[first_row : top + beyond, first_column : left + beyond])
+        if self._augment:
+            clean = _recoloured(clean, rng)
         degraded = clean
         if self._mixture is not None:
             degraded = self._mixture.sample(rng).sample(rng).apply(clean, rng)
             if self._augment and rng.random() < 0.1:
-                clean, degraded = _beyond_border(clean, degraded, rng)
-        cells = (FACE_SIZE - self._crop) // CROP_GRID
-        top, left = (int(start) * CROP_GRID for start in rng.integers(0, cells, 2, endpoint=True))
-        window = np.s_[top : top + self._crop, left : left + self._crop]
+                clean, degraded = _beyond_border(clean, degraded, rng, (first_row, first_column))
+        row, column = top - first_row, left - first_column
+        window = np.s_[row : row + self._crop, column : column + self._crop]
         return to_tensor(degraded[window]), to_tensor(clean[window]), torch.tensor([top, left])
 
 
@@ -180,18 +189,22 @@ def to_tensor(face_bgr: ImageU8) -> Tensor:
     return torch.from_numpy(rgb).float().div_(127.5).sub_(1.0)
 
 
-def _augmented(face: ImageU8, rng: np.random.Generator) -> ImageU8:
+def _moved(face: ImageU8, rng: np.random.Generator) -> ImageU8:
     if rng.random() < 0.5:
         face = face[:, ::-1]
     if rng.random() < 0.3:
         face = _misaligned(face, rng)
+    return face
+
+
+def _recoloured(face: ImageU8, rng: np.random.Generator) -> ImageU8:
     if rng.random() < 0.5:
         gain = rng.uniform(0.8, 1.2, 3) * rng.uniform(0.75, 1.15)
         face = np.clip(face * gain + rng.uniform(-15, 15), 0, 255).astype(np.uint8)
     if rng.random() < 0.12:
-        grey = cv2.cvtColor(np.ascontiguousarray(face), cv2.COLOR_BGR2GRAY)
+        grey = cv2.cvtColor(face, cv2.COLOR_BGR2GRAY)
         face = np.asarray(cv2.cvtColor(grey, cv2.COLOR_GRAY2BGR), dtype=np.uint8)
-    return np.ascontiguousarray(face)
+    return face
 
 
 def _misaligned(face: ImageU8, rng: np.random.Generator) -> ImageU8:
@@ -211,12 +224,22 @@ def _misaligned(face: ImageU8, rng: np.random.Generator) -> ImageU8:
     return np.asarray(moved, dtype=np.uint8)
 
 
-def _beyond_border(clean: ImageU8, degraded: ImageU8, rng: np.random.Generator) -> tuple[ImageU8, ImageU8]:
-    """A face cut by the picture's border: one side in the colour crops have there."""
+def _beyond_border(
+    clean: ImageU8, degraded: ImageU8, rng: np.random.Generator, corner: tuple[int, int]
+) -> tuple[ImageU8, ImageU8]:
+    """A face cut by the picture's border: one side in the colour crops have there.
+
+    Args:
+        clean: a part of the face.
+        degraded: the same part.
+        rng: decides which side, and how far in.
+        corner: row and column of the part's top left corner in the face.
+    """
     depth, side = int(rng.integers(20, FACE_SIZE // 3)), int(rng.integers(4))
-    pair = []
-    for face in (clean, degraded):
-        turned = np.rot90(face, side).copy()
-        turned[:depth] = BORDER_BGR
-        pair.append(np.ascontiguousarray(np.rot90(turned, -side)))
-    return pair[0], pair[1]
+    inside = np.zeros((FACE_SIZE, FACE_SIZE), bool)
+    inside[depth:] = True
+    height, width = clean.shape[:2]
+    part = np.s_[corner[0] : corner[0] + height, corner[1] : corner[1] + width]
+    kept = np.rot90(inside, side)[part][:, :, None]
+    border = np.array(BORDER_BGR, np.uint8)
+    return np.where(kept, clean, border), np.where(kept, degraded, border)
