@@ -1,36 +1,32 @@
 """The Cog predictor: a thin adapter over the `codeformer` package."""
 
 import logging
-import tempfile
 import threading
 
 from cog import BaseRunner, Input, Path
 
-from codeformer.errors import OutputError
 from codeformer.limits import Limits
+from codeformer.outputs import OutputFolder
 from codeformer.pipeline import Pipeline
-from codeformer.request import describe, serve, warm_up
+from codeformer.request import serve, warm_up
 from codeformer.worker import Worker
-
-logger = logging.getLogger("codeformer")
 
 
 class Predictor(BaseRunner):
     """Restores the faces of 1 to 4 photos."""
-
-    _outputs: tempfile.TemporaryDirectory[str] | None = None
 
     def setup(self) -> None:
         """Loads the networks, fetching and verifying their weights, and tries them once."""
         logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
         self.limits = Limits.from_environment()
         self.pipeline = Pipeline.load()
+        self.outputs = OutputFolder()
         self.worker = Worker()
         self.worker.run(warm_up, self.pipeline, stop=threading.Event())
 
     def healthcheck(self) -> bool:
-        """Whether the device still computes; Cog asks beside requests."""
-        return self.pipeline.is_alive()
+        """Whether the working thread is there and the device computes; Cog asks beside requests."""
+        return self.worker.is_alive() and self.pipeline.is_alive()
 
     def run(
         self,
@@ -61,7 +57,7 @@ class Predictor(BaseRunner):
     ) -> list[Path]:
         """Returns one JPG per photo, in order and of the same size, with every face restored."""
         # Cog has sent the last request's by the time the next one begins.
-        self._remove_outputs()
+        self.outputs.clear()
         outcome = self.worker.run(
             serve,
             self.pipeline,
@@ -75,26 +71,4 @@ class Predictor(BaseRunner):
         )
         for name, value in outcome.metrics.items():
             self.record_metric(name, value)
-        logger.info("%s", describe(outcome.metrics))
-        return self._write(outcome.jpegs)
-
-    def _write(self, jpegs: list[bytes]) -> list[Path]:
-        """Writes all outputs, or none."""
-        is_written = False
-        try:
-            self._outputs = tempfile.TemporaryDirectory(prefix="codeformer-", ignore_cleanup_errors=True)
-            paths = [Path(self._outputs.name) / f"{number}.jpg" for number in range(1, len(jpegs) + 1)]
-            for path, jpeg in zip(paths, jpegs, strict=True):
-                path.write_bytes(jpeg)
-            is_written = True
-        except OSError as cause:
-            raise OutputError(cause.strerror or type(cause).__name__) from cause
-        finally:
-            if not is_written:
-                self._remove_outputs()
-        return paths
-
-    def _remove_outputs(self) -> None:
-        if self._outputs is not None:
-            self._outputs.cleanup()
-            self._outputs = None
+        return [Path(path) for path in self.outputs.write(outcome.jpegs)]

@@ -6,6 +6,7 @@ pictures under 512 px are detected and cropped in; elsewhere the same as picture
 (2, 3) float64 matrix A with [x', y'] = A @ [x, y, 1], named from_to_to.
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -102,12 +103,15 @@ def make_working_copy(image_bgr: ImageU8) -> WorkingCopy:
     return WorkingCopy(np.asarray(enlarged, dtype=np.uint8), scale)
 
 
-def align_faces(working: WorkingCopy, detections: Sequence[Detection]) -> tuple[list[AlignedFace], list[str]]:
+def align_faces(
+    working: WorkingCopy, detections: Sequence[Detection], at_most: int = sys.maxsize
+) -> tuple[list[AlignedFace], list[str]]:
     """Finds the place of every alignable face's crop.
 
     Args:
         working: the copy the detections come from.
         detections: faces in the working frame.
+        at_most: faces to align; the rest is not looked at.
 
     Returns:
         The aligned faces in the detections' order, and for each face left out the reason.
@@ -116,11 +120,13 @@ def align_faces(working: WorkingCopy, detections: Sequence[Detection]) -> tuple[
     skipped: list[str] = []
     taken: list[npt.NDArray[np.float32]] = []
     for detection in detections:
+        if len(aligned) == at_most:
+            break
         eye_distance = float(np.linalg.norm(detection.landmarks_xy[0] - detection.landmarks_xy[1]))
         if eye_distance < MIN_EYE_DISTANCE:
-            skipped.append(f"eyes {eye_distance:.1f} px apart, less than {MIN_EYE_DISTANCE:g}")
+            skipped.append(f"eyes less than {MIN_EYE_DISTANCE:g} px apart")
             continue
-        if any(_same_face(detection.landmarks_xy, other) for other in taken):
+        if taken and _is_among(detection.landmarks_xy, np.stack(taken)):
             skipped.append("the same face as one with a better score")
             continue
         working_to_face = estimate_similarity(detection.landmarks_xy)
@@ -147,14 +153,15 @@ def estimate_similarity(landmarks_xy: npt.NDArray[np.floating]) -> FloatArray | 
     return np.asarray(matrix, dtype=np.float64)
 
 
-def _same_face(landmarks_xy: npt.NDArray[np.float32], other_xy: npt.NDArray[np.float32]) -> bool:
-    """Whether two sets of landmarks lie nearly on each other, whatever their boxes do.
+def _is_among(landmarks_xy: npt.NDArray[np.float32], others_xy: npt.NDArray[np.float32]) -> bool:
+    """Whether landmarks (5, 2) lie nearly on some of the others (N, 5, 2), whatever their boxes do.
 
     Suppression by boxes leaves two detections of one face whose boxes differ much in size.
     """
-    distance = np.linalg.norm(landmarks_xy - other_xy, axis=1).mean()
-    eyes = max(np.linalg.norm(points[0] - points[1]) for points in (landmarks_xy, other_xy))
-    return bool(distance < _SAME_FACE * eyes)
+    distances = np.linalg.norm(others_xy - landmarks_xy, axis=2).mean(axis=1)
+    eyes = np.linalg.norm(others_xy[:, 0] - others_xy[:, 1], axis=1)
+    own_eyes = np.linalg.norm(landmarks_xy[0] - landmarks_xy[1])
+    return bool((distances < _SAME_FACE * np.maximum(eyes, own_eyes)).any())
 
 
 def crop_face(image_bgr: ImageU8, image_to_face: FloatArray) -> ImageU8:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from codeformer.compile_cache import FOLDER_VARIABLE, fill_compile_cache
 from codeformer.errors import CodeFormerError, InputError, WeightsError
 from codeformer.images import ImageU8, encode_jpeg
+from codeformer.limits import Limits
 from codeformer.pipeline import Pipeline
 from codeformer.plan import (
     COMPILE_BACKENDS,
@@ -22,12 +23,12 @@ from codeformer.plan import (
     STABILITY_MODES,
     check_fidelity,
 )
-from codeformer.request import describe, serve
+from codeformer.request import serve
 from codeformer.weights.checkpoints import read_verified
 from codeformer.weights.download import fetch_set, is_verified
 from codeformer.weights.manifest import DEFAULT_SET, SET_VARIABLE, available_sets, load_weight_set
 
-PHOTO_SUFFIXES: Final = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+PHOTO_SUFFIXES: Final = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 _COMPARE_GAP: Final = 8
 
 logger = logging.getLogger(__name__)
@@ -127,6 +128,7 @@ def _restore(options: argparse.Namespace) -> int:
 
 
 def _restore_one(pipeline: Pipeline, photo: Path, target: Path, options: argparse.Namespace) -> int:
+    logger.info("%s", photo)
     outcome = serve(
         pipeline,
         [photo],
@@ -134,8 +136,8 @@ def _restore_one(pipeline: Pipeline, photo: Path, target: Path, options: argpars
         runtime_profile=options.runtime_profile,
         stability_mode=options.stability_mode,
         compile_backend=options.compile_backend,
+        limits=Limits.from_environment(),
     )
-    logger.info("%s: %s", photo, describe(outcome.metrics))
     _write(target, outcome.jpegs[0])
     if options.compare:
         pair = _side_by_side(outcome.images_bgr[0], outcome.results[0].image_bgr)
@@ -191,8 +193,14 @@ def _comparison_of(target: Path) -> Path:
 
 def _write(path: Path, data: bytes) -> None:
     partial = path.with_name(f"{path.name}.part")
-    partial.write_bytes(data)
-    partial.replace(path)
+    is_written = False
+    try:
+        partial.write_bytes(data)
+        partial.replace(path)
+        is_written = True
+    finally:
+        if not is_written:
+            partial.unlink(missing_ok=True)
 
 
 def _side_by_side(before_bgr: ImageU8, after_bgr: ImageU8) -> ImageU8:

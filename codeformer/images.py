@@ -7,7 +7,6 @@ order, upright. The limits are checked from the header, before a pixel is decode
 import io
 import logging
 import struct
-import warnings
 import zlib
 from typing import Final
 
@@ -18,6 +17,7 @@ from PIL import Image, ImageCms, UnidentifiedImageError
 
 from codeformer.errors import ImageError
 from codeformer.limits import DEFAULT_LIMITS, Limits
+from codeformer.memory import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,16 @@ _TIFF_BITS_PER_SAMPLE: Final = 258
 _TIFF_EXTRA_SAMPLES: Final = 338
 _PREMULTIPLIED_ALPHA: Final = 1
 _STRAIGHT_ALPHA: Final = 2
+_TIFF_PHOTOMETRIC: Final = 262
+_WHITE_IS_ZERO: Final = 0
+_RGB: Final = 2
+_TIFF_PLANAR_CONFIGURATION: Final = 284
+_INTERLEAVED: Final = 1
 _PNG_BIT_DEPTH_OFFSET: Final = 24
+# Rows that are converted at a time: float copies of a whole large picture would outgrow memory.
+_BAND: Final = 256
+# Profiles that change no colour by more than this, in levels, are sRGB under whatever name.
+_SRGB_TOLERANCE: Final = 2
 # Per EXIF orientation: mirror left-right first, then quarter turns counter-clockwise (EXIF 2.3, 4.6.4).
 _MIRROR_AND_TURNS: Final = {
     2: (True, 0), 3: (False, 2), 4: (True, 2), 5: (True, 1), 6: (False, 3), 7: (True, 3), 8: (False, 1),
@@ -43,8 +52,8 @@ _MIRROR_AND_TURNS: Final = {
 
 _SRGB: Final = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
 
-# Our own limit is the stricter one; Pillow's warning would only repeat it.
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+# The limits below are looked at before anything is decoded; Pillow's own would override larger ones.
+Image.MAX_IMAGE_PIXELS = None
 
 # What Pillow's and OpenCV's decoders raise on damaged data.
 _DECODER_ERRORS: Final = (
@@ -85,28 +94,46 @@ def decode_image(data: bytes, index: int | None = None, limits: Limits = DEFAULT
             return _turn_upright(_to_srgb(bgr, picture), picture)
     except ImageError:
         raise
+    except (MemoryError, cv2.error) as cause:
+        if not is_out_of_memory(cause):
+            raise _damaged(cause, index) from cause
+        raise ImageError("too little memory to decode it; send a smaller copy.", index) from cause
     except UnidentifiedImageError as cause:
         raise ImageError(
             f"not a picture this service reads; send one of {', '.join(FORMATS)} "
             f"(the data begins with {data[:12]!r}).",
             index,
         ) from cause
-    except Image.DecompressionBombError as cause:
-        raise ImageError(f"more than {limits.max_pixels:,} pixels; send a smaller copy.", index) from cause
     except _DECODER_ERRORS as cause:
-        raise ImageError(f"the file is damaged or cut short ({cause}); send it again.", index) from cause
+        raise _damaged(cause, index) from cause
 
 
-def encode_jpeg(image_bgr: ImageU8) -> bytes:
+def encode_jpeg(image_bgr: ImageU8, index: int | None = None) -> bytes:
     """Encodes (H, W, 3) uint8 BGR as a JPEG of quality 95.
 
+    Args:
+        image_bgr: the picture.
+        index: its place in the request, from 1, for error messages.
+
     Raises:
-        ImageError: OpenCV's encoder refused the picture.
+        ImageError: OpenCV's encoder refused the picture, or had too little memory for it.
     """
-    ok, data = cv2.imencode(".jpg", image_bgr, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
+    try:
+        ok, data = cv2.imencode(".jpg", image_bgr, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
+    except (MemoryError, cv2.error) as cause:
+        raise _unwritable(image_bgr, index) from cause
     if not ok:
-        raise ImageError(f"a {image_bgr.shape[1]} x {image_bgr.shape[0]} picture cannot be written as JPEG.")
+        raise _unwritable(image_bgr, index)
     return data.tobytes()
+
+
+def _damaged(cause: BaseException, index: int | None) -> ImageError:
+    return ImageError(f"the file is damaged or cut short ({cause}); send it again.", index)
+
+
+def _unwritable(image_bgr: ImageU8, index: int | None) -> ImageError:
+    height, width = image_bgr.shape[:2]
+    return ImageError(f"{width} x {height} px cannot be written as JPEG; send a smaller copy.", index)
 
 
 def check_size(width: int, height: int, index: int | None = None, limits: Limits = DEFAULT_LIMITS) -> None:
@@ -149,9 +176,12 @@ def _has_16_bits(picture: Image.Image, data: bytes) -> bool:
     if picture.format == "PNG":
         return data[_PNG_BIT_DEPTH_OFFSET] == 16
     if picture.format == "TIFF":
-        bits = _tiff_tag(picture, _TIFF_BITS_PER_SAMPLE)
-        # OpenCV would take four inks for colours and transparency.
-        return 16 in bits and picture.mode != "CMYK"
+        # OpenCV leaves memory as it was where colours lie in planes, and takes inks for colours.
+        return (
+            16 in _tiff_tag(picture, _TIFF_BITS_PER_SAMPLE)
+            and _tiff_tag(picture, _TIFF_PLANAR_CONFIGURATION) in {(), (_INTERLEAVED,)}
+            and max(_tiff_tag(picture, _TIFF_PHOTOMETRIC), default=_RGB) <= _RGB
+        )
     return False
 
 
@@ -165,13 +195,22 @@ def _decode_16_bit(picture: Image.Image, data: bytes) -> ImageU8 | None:
 
     None where OpenCV cannot, and Pillow's high byte must do.
     """
-    samples = cv2.imdecode(
+    decoded = cv2.imdecode(
         np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED | cv2.IMREAD_IGNORE_ORIENTATION
     )
-    if samples is None or samples.dtype != np.uint16:
+    if decoded is None or decoded.dtype != np.uint16:
         return None
-    if samples.ndim == 2:
-        samples = samples[:, :, None]
+    samples = np.asarray(decoded, dtype=np.uint16).reshape(*decoded.shape[:2], -1)
+    if picture.format == "TIFF" and _tiff_tag(picture, _TIFF_PHOTOMETRIC) == (_WHITE_IS_ZERO,):
+        samples = ~samples
+    bgr = np.empty((*samples.shape[:2], 3), np.uint8)
+    for top in range(0, len(samples), _BAND):
+        bgr[top : top + _BAND] = _to_8_bits(samples[top : top + _BAND], picture)
+    return bgr
+
+
+def _to_8_bits(samples: npt.NDArray[np.uint16], picture: Image.Image) -> ImageU8:
+    """Rows of 16-bit samples (H, W, 1 to 4), transparency laid over white."""
     scaled = samples.astype(np.float32) / 257.0
     bgr = scaled[:, :, :3] if scaled.shape[2] >= 3 else scaled[:, :, :1].repeat(3, axis=2)
     if scaled.shape[2] == 4:
@@ -217,12 +256,22 @@ def _icc_profile(picture: Image.Image, colour_space: str) -> ImageCms.ImageCmsPr
         return None
     try:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(data))
-        name = ImageCms.getProfileDescription(profile)
     except (ImageCms.PyCMSError, OSError, ValueError) as cause:
         logger.warning("the ICC profile cannot be read (%s); the colours are taken as they are", cause)
         return None
-    same_space = profile.profile.xcolor_space.strip() == colour_space
-    return profile if same_space and "sRGB" not in name else None
+    if profile.profile.xcolor_space.strip() != colour_space or _is_srgb(profile):
+        return None
+    return profile
+
+
+def _is_srgb(profile: ImageCms.ImageCmsProfile) -> bool:
+    """Whether a profile leaves colours as they are; names tell too little."""
+    if profile.profile.xcolor_space.strip() != "RGB":
+        return False
+    steps = np.linspace(0, 255, 9).astype(np.uint8)
+    colours = np.stack(np.meshgrid(steps, steps, steps), axis=-1).reshape(27, 27, 3)
+    converted = np.asarray(_convert(Image.fromarray(colours), profile))
+    return int(np.abs(converted.astype(int) - colours).max()) <= _SRGB_TOLERANCE
 
 
 def _convert(pixels: Image.Image, profile: ImageCms.ImageCmsProfile) -> Image.Image:

@@ -13,6 +13,9 @@ from codeformer.errors import CancelledError, OptionError, TimeLimitError
 MEGAPIXELS_VARIABLE: Final = "CODEFORMER_MAX_MEGAPIXELS"
 FACES_VARIABLE: Final = "CODEFORMER_MAX_FACES"
 SECONDS_VARIABLE: Final = "CODEFORMER_MAX_SECONDS"
+_NOTES_BYTES: Final = 64_000_000
+# No number of a limit has to be larger, and all arithmetic with it stays exact.
+_LARGEST: Final = 1e9
 
 
 @dataclass(frozen=True)
@@ -34,11 +37,11 @@ class Limits:
         """The limits that the environment sets, the defaults for others.
 
         Raises:
-            OptionError: a variable is not a number above 0.
+            OptionError: a variable is not such a number.
         """
         return cls(
             max_megapixels=_positive(environment, MEGAPIXELS_VARIABLE, cls.max_megapixels),
-            max_faces=int(_positive(environment, FACES_VARIABLE, cls.max_faces)),
+            max_faces=int(_positive(environment, FACES_VARIABLE, cls.max_faces, whole=True)),
             max_seconds=_positive(environment, SECONDS_VARIABLE, cls.max_seconds),
         )
 
@@ -46,6 +49,11 @@ class Limits:
     def max_pixels(self) -> int:
         """Of each picture."""
         return int(self.max_megapixels * 1e6)
+
+    @property
+    def max_bytes(self) -> int:
+        """Of each file: four uncompressed 16-bit samples a pixel, and something for profiles and notes."""
+        return 8 * self.max_pixels + _NOTES_BYTES
 
 
 DEFAULT_LIMITS: Final = Limits()
@@ -80,16 +88,15 @@ class Deadline:
             raise TimeLimitError(self._seconds, where)
 
 
-def _positive(environment: Mapping[str, str], name: str, default: float) -> float:
+def _positive(environment: Mapping[str, str], name: str, default: float, *, whole: bool = False) -> float:
     text = environment.get(name, "").strip()
     if not text:
         return default
     try:
-        number = float(text)
-    except ValueError:
+        number = float(int(text)) if whole else float(text)
+    except (ValueError, OverflowError):
         number = math.nan
-    # int() of the number of faces must not make it 0.
-    smallest = 1 if name == FACES_VARIABLE else 0
-    if math.isfinite(number) and number > 0 and number >= smallest:
+    if 0 < number <= _LARGEST:
         return number
-    raise OptionError(name, text, "a number above 0")
+    kind = "a whole number from 1" if whole else "a number above 0"
+    raise OptionError(name, text, f"{kind}, at most {_LARGEST:.0e}")

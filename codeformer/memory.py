@@ -5,6 +5,7 @@ import logging
 import sys
 from typing import Any, Final
 
+import cv2
 import torch
 
 from codeformer.plan import ExecutionPlan
@@ -37,6 +38,8 @@ def batch_size_for(plan: ExecutionPlan) -> int:
 
 def is_out_of_memory(failure: BaseException) -> bool:
     """Whether an error says that host or device had no memory left."""
+    if isinstance(failure, cv2.error):
+        return getattr(failure, "code", None) == cv2.Error.StsNoMem
     # Beside torch's own allocator for GPUs, only the text tells it from other errors.
     return isinstance(failure, (MemoryError, torch.OutOfMemoryError)) or (
         isinstance(failure, RuntimeError) and any(sign in str(failure) for sign in _OUT_OF_MEMORY)

@@ -5,6 +5,8 @@ Data flows one way: picture, working copy, detections, aligned crops, restored c
 
 import itertools
 import logging
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -55,6 +57,10 @@ logger = logging.getLogger(__name__)
 
 # Up to so many faces a request's progress is not worth a log line.
 _QUIET_FACES: Final = 10
+# How long a health check waits for a recording to end, in seconds.
+_BUSY_S: Final = 1.0
+_CAUSE_CHARACTERS: Final = 300
+_PATH: Final = re.compile(r"(?<![\w.])/[\w.+-]+/[^\s'\",;:)]*")
 # What torch, its compiler, OpenCV and our adapters raise; anything else is a bug and keeps its own name.
 _STAGE_ERRORS: Final = (RuntimeError, MemoryError, cv2.error, FailOnRecompileLimitHit, NonFiniteOutputError)
 
@@ -141,13 +147,21 @@ class Pipeline:
         return cls(load_models(weight_set, chosen), chosen)
 
     def is_alive(self) -> bool:
-        """Whether the device computes, by a sum of a few numbers."""
+        """Whether the device computes, by a sum of a few numbers.
+
+        One that records a graph, or whose memory is full of work, does.
+        """
+        if not recording_lock.acquire(timeout=_BUSY_S):
+            return True
         try:
-            with recording_lock:
-                return float(torch.ones(8, device=self.device).sum()) == 8
+            return float(torch.ones(8, device=self.device).sum()) == 8
         except RuntimeError as cause:
+            if is_out_of_memory(cause):
+                return True
             logger.warning("%s does not compute any more: %s", self.device, cause)
             return False
+        finally:
+            recording_lock.release()
 
     def check(self, plan: ExecutionPlan) -> None:
         """Raises what `restore` would raise for this plan, before any work.
@@ -268,7 +282,7 @@ class _Request:
         jobs: list[_FaceJob] = []
         for picture, (copy, found) in enumerate(zip(working, detections, strict=True)):
             with self._stage("align", [picture], _name_pictures([picture])):
-                aligned, self._skipped[picture] = align_faces(copy, found)
+                aligned, self._skipped[picture] = align_faces(copy, found, self._limits.max_faces + 1)
                 gray = False
                 if aligned:
                     image = self._images[picture]
@@ -277,12 +291,12 @@ class _Request:
                     self._canvases[picture] = kind(image, copy, self._plan.device)
             if len(aligned) > self._limits.max_faces:
                 raise FaceLimitError(
-                    f"expected at most {self._limits.max_faces} faces, found {len(aligned)}; cut the "
-                    "picture, or ask the operator to raise CODEFORMER_MAX_FACES.",
+                    f"expected at most {self._limits.max_faces} faces, found more; cut the picture, or ask "
+                    "the operator to raise CODEFORMER_MAX_FACES.",
                     picture + 1,
                 )
-            for reason in self._skipped[picture]:
-                logger.warning("image %d: a face was left as it is: %s", picture + 1, reason)
+            for reason, count in Counter(self._skipped[picture]).items():
+                logger.warning("image %d: a face left as it is (%d times): %s", picture + 1, count, reason)
             jobs += [_FaceJob(picture, number, face, gray) for number, face in enumerate(aligned, start=1)]
         return jobs
 
@@ -401,11 +415,18 @@ class _Request:
                 yield
         except _STAGE_ERRORS as cause:
             kind = DeviceMemoryError if is_out_of_memory(cause) else InferenceError
-            raise kind(stage, where, f"{type(cause).__name__}: {cause}") from cause
+            logger.warning("%s failed on %s: %s: %s", stage, where, type(cause).__name__, cause)
+            raise kind(stage, where, _in_words(cause)) from cause
 
 
 def _tenths(done: int, jobs: Sequence[_FaceJob]) -> int:
     return 10 * done // len(jobs)
+
+
+def _in_words(cause: BaseException) -> str:
+    """A failure for the one who sent the request: its first line, without the server's paths."""
+    lines = str(cause).strip().splitlines() or [""]
+    return f"{type(cause).__name__}: {_PATH.sub('...', lines[0])[:_CAUSE_CHARACTERS]}"
 
 
 def _name_pictures(pictures: Sequence[int]) -> str:

@@ -6,6 +6,7 @@ import os
 import stat
 import threading
 import time
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -89,10 +90,11 @@ def serve(
     with ThreadPoolExecutor(_FILE_WORKERS, thread_name_prefix="codeformer-files") as workers:
         images = list(workers.map(_read, paths, itertools.count(1), itertools.repeat(limits)))
         decoded = time.perf_counter()
-        for result in pipeline.restore_each(images, fidelity, plan, limits, deadline):
+        each = pipeline.restore_each(images, fidelity, plan, limits, deadline)
+        for index, result in enumerate(each, start=1):
             results.append(result)
             # Beside the device's work on the pictures that follow.
-            encodings.append(workers.submit(encode_jpeg, result.image_bgr))
+            encodings.append(workers.submit(encode_jpeg, result.image_bgr, index))
         restored = time.perf_counter()
         jpegs = [encoding.result() for encoding in encodings]
     finished = time.perf_counter()
@@ -107,6 +109,7 @@ def serve(
     rounded: Metrics = {
         name: round(value, 3) if isinstance(value, float) else value for name, value in metrics.items()
     }
+    logger.info("%s", describe(rounded))
     return Outcome(images, results, jpegs, rounded)
 
 
@@ -138,8 +141,14 @@ def describe(metrics: Metrics) -> str:
 def _read(source: object, index: int, limits: Limits) -> ImageU8:
     path = source if isinstance(source, Path) else _sample_picture(source, index)
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
             raise ImageError("expected a file, got a folder or a device.", index)
+        if status.st_size > limits.max_bytes:
+            raise ImageError(
+                f"expected at most {limits.max_bytes:,} bytes, got {status.st_size:,}; send a smaller copy.",
+                index,
+            )
         data = path.read_bytes()
     except OSError as cause:
         raise ImageError(f"the file cannot be read ({cause.strerror}); send it again.", index) from cause
@@ -170,9 +179,9 @@ def _summarise(results: Sequence[RestoredImage]) -> Metrics:
     metrics["faces.restored"] = restored
     metrics["faces.skipped"] = skipped
     metrics["faces.skip_reasons"] = [
-        f"image {number}: {reason}"
+        f"image {number}: {reason} ({count} times)"
         for number, result in enumerate(results, start=1)
-        for reason in result.skipped_faces
+        for reason, count in Counter(result.skipped_faces).items()
     ]
     metrics["faces.float32_retries"] = sum(result.float32_retries for result in results)
     metrics["faces.memory_retries"] = sum(result.memory_retries for result in results)

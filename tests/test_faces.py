@@ -9,9 +9,19 @@ import numpy as np
 import pytest
 import torch
 
-from codeformer.alignment import FFHQ_TEMPLATE_XY, crop_face, invert, reduction_for, transform_points
+from codeformer.alignment import (
+    FFHQ_TEMPLATE_XY,
+    align_faces,
+    crop_face,
+    invert,
+    make_working_copy,
+    reduction_for,
+    transform_points,
+)
 from codeformer.detection import Detection, FaceDetector
+from codeformer.errors import FaceLimitError
 from codeformer.images import ImageU8
+from codeformer.limits import Limits
 from codeformer.models import Models
 from codeformer.parsing import TemplateMask
 from codeformer.pipeline import Pipeline
@@ -158,5 +168,20 @@ def test_landmarks_that_are_no_face_are_counted_with_their_reason(caplog: pytest
         [result] = pipeline_of(Knowing(good, on_one_spot, no_numbers, good + 3)).restore([picture])
     assert len(result.faces) == 1
     assert len(result.skipped_faces) == 3
-    for reason in result.skipped_faces:
-        assert f"image 1: a face was left as it is: {reason}" in caplog.text
+    said = "image 1: a face left as it is "
+    assert f"{said}(1 times): eyes less than 5 px apart" in caplog.text
+    assert f"{said}(1 times): landmarks that are not those of a face" in caplog.text
+    assert f"{said}(1 times): the same face as one with a better score" in caplog.text
+
+
+def test_of_thousands_of_faces_no_more_than_allowed_are_looked_at() -> None:
+    spots = [np.array([x, y]) for y in range(20, 3900, 40) for x in range(20, 3900, 40)]
+    faces_xy = [FFHQ_TEMPLATE_XY / 10 + spot for spot in spots]
+    picture = np.zeros((4000, 4000, 3), np.uint8)
+    detections = Knowing(*faces_xy).detect([picture])[0]
+    aligned, skipped = align_faces(make_working_copy(picture), detections, at_most=30)
+    assert len(detections) > 9000
+    assert len(aligned) == 30
+    assert skipped == []
+    with pytest.raises(FaceLimitError, match="at most 29 faces, found more"):
+        pipeline_of(Knowing(*faces_xy)).restore([picture], limits=Limits(max_faces=29))

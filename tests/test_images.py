@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import tifffile
 from PIL import Image, ImageCms
+from PIL.PngImagePlugin import PngImageFile
 
 from codeformer.errors import ImageError
 from codeformer.images import JPEG_QUALITY, MAX_ASPECT_RATIO, decode_image, encode_jpeg, is_gray
+from codeformer.limits import Limits
 from tests import shared
 from tests.compare import assert_pictures_close
 from tests.test_detection import PHOTOS
@@ -21,7 +23,8 @@ from tests.test_detection import PHOTOS
 def gradient(height: int = 40, width: int = 60) -> np.ndarray:
     """(H, W, 3) uint8 RGB, smooth, every corner another colour."""
     yy, xx = np.mgrid[0:height, 0:width]
-    channels = [xx * 255 / (width - 1), yy * 255 / (height - 1), 255 - xx * 255 / (width - 1)]
+    across, down = xx * 255 / max(1, width - 1), yy * 255 / max(1, height - 1)
+    channels = [across, down, 255 - across]
     return np.stack(channels, axis=2).round().astype(np.uint8)
 
 
@@ -103,14 +106,14 @@ def test_palette_transparency_and_grey_alpha() -> None:
 
 
 def swapped_profile() -> bytes:
-    """An RGB profile, sRGB's but with the primaries of red and green exchanged, under another name."""
+    """An RGB profile, sRGB's but with the primaries of red and green exchanged, and under its name."""
     data = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
     # A tag table of 12 bytes each from byte 132: name, offset, size.
     count = int.from_bytes(data[128:132], "big")
     entries = {bytes(data[at : at + 4]): slice(at + 4, at + 8) for at in range(132, 132 + 12 * count, 12)}
     red, green = entries[b"rXYZ"], entries[b"gXYZ"]
     data[red], data[green] = data[green], data[red]
-    return bytes(data).replace("sRGB".encode("utf-16-be"), "odd!".encode("utf-16-be"))
+    return bytes(data)
 
 
 @pytest.mark.parametrize(("kind", "options"), [("PNG", {}), ("TIFF", {}), ("WEBP", {"lossless": True})])
@@ -121,6 +124,22 @@ def test_colours_with_a_profile_become_srgb(kind: str, options: dict[str, Any]) 
     # Red light is called green there; greys stay what they are.
     assert_pictures_close(decoded[:4], np.full((4, 8, 3), (60, 220, 30), np.uint8), mean=1, within=2)
     assert_pictures_close(decoded[4:], rgb[4:], mean=1, within=2)
+
+
+def test_a_profile_is_judged_by_what_it_does_not_by_its_name() -> None:
+    linear = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    for tag in (b"rTRC", b"gTRC", b"bTRC"):
+        # In the tag table: name, offset, size.
+        entry = linear.index(tag)
+        start, size = struct.unpack(">II", linear[entry + 4 : entry + 12])
+        gamma_one = b"para" + bytes(4) + struct.pack(">HHI", 0, 0, 0x10000)
+        linear[start : start + size] = gamma_one.ljust(size, b"\0")
+    assert "sRGB" in ImageCms.getProfileDescription(ImageCms.ImageCmsProfile(io.BytesIO(bytes(linear))))
+    picture = Image.new("RGB", (4, 4), (55, 55, 55))
+    # 55 of 255 as a share of light: 12.92 and 2.4 are sRGB's own numbers.
+    expected = round(255 * (1.055 * (55 / 255) ** (1 / 2.4) - 0.055))
+    decoded = decode_image(save(picture, "PNG", icc_profile=bytes(linear)))
+    assert np.abs(decoded.astype(int) - expected).max() <= 1
 
 
 @pytest.mark.parametrize("profile", [b"no profile", swapped_profile()[:200]])
@@ -265,6 +284,31 @@ def test_a_16_bit_grey_png_with_a_transparent_level() -> None:
     assert decode_image(data[:33] + chunk + data[33:]).tolist() == [[[255] * 3, [200] * 3]]
 
 
+def tiff(samples: np.ndarray, **options: Any) -> bytes:
+    stream = io.BytesIO()
+    tifffile.imwrite(stream, samples, **options)
+    return stream.getvalue()
+
+
+def test_a_16_bit_tiff_in_planes_shows_itself_and_nothing_of_others() -> None:
+    planes = np.stack([np.full((300, 400), level * 257, np.uint16) for level in (230, 120, 3)])
+    data = tiff(planes, photometric="rgb", planarconfig="separate")
+    for level in (0x4242, 0x7777):
+        # What lies in memory after another picture.
+        ok, other = cv2.imencode(".png", np.full((300, 400, 3), level, np.uint16))
+        assert ok
+        decode_image(other.tobytes())
+        np.testing.assert_array_equal(decode_image(data), np.full((300, 400, 3), (3, 120, 230), np.uint8))
+
+
+@pytest.mark.parametrize("depth", [np.uint8, np.uint16])
+def test_a_tiff_whose_zero_is_white_is_no_negative(depth: type) -> None:
+    unit = 257 if depth is np.uint16 else 1
+    ramp = np.arange(256).reshape(16, 16)
+    data = tiff((ramp * unit).astype(depth), photometric="miniswhite")
+    np.testing.assert_array_equal(decode_image(data)[:, :, 0], 255 - ramp)
+
+
 def test_16_bit_cmyk_tiff() -> None:
     stream = io.BytesIO()
     inks = np.tile(np.array([0, 65535, 65535, 0], np.uint16), (4, 4, 1))
@@ -369,6 +413,31 @@ def test_unusable_files_say_which_and_why(data: bytes, reason: str) -> None:
         decode_image(data, 3)
     assert reason in str(raised.value)
     assert raised.value.index == 3
+
+
+def test_limits_above_pillows_own_count() -> None:
+    header = png_header(20_000, 10_000)
+    with pytest.raises(ImageError, match="damaged or cut short"):
+        decode_image(header, 1, Limits(max_megapixels=250))
+    with pytest.raises(ImageError, match="at most 190,000,000 pixels, got 20000 x 10000"):
+        decode_image(header, 1, Limits(max_megapixels=190))
+
+
+@pytest.mark.parametrize("library", ["Pillow", "OpenCV"])
+def test_too_little_memory_is_not_called_damage(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        if library == "Pillow":
+            raise MemoryError
+        failure = cv2.error("Insufficient memory")
+        failure.code = cv2.Error.StsNoMem
+        raise failure
+
+    ok, data = cv2.imencode(".png", np.zeros((9, 9, 3), np.uint16))
+    assert ok
+    owner, name = (PngImageFile, "load") if library == "Pillow" else (cv2, "imdecode")
+    monkeypatch.setattr(owner, name, full)
+    with pytest.raises(ImageError, match=r"^Image 2: too little memory to decode it; send a smaller copy"):
+        decode_image(data.tobytes(), 2)
 
 
 def test_encodes_a_jpeg_of_the_same_size_and_quality() -> None:

@@ -1,6 +1,8 @@
 """What a request may cost, and what it hears when it costs more."""
 
+import os
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,10 +10,12 @@ import torch
 
 from codeformer.detection import FaceDetector
 from codeformer.errors import FaceLimitError, ImageError, OptionError, TimeLimitError
+from codeformer.images import encode_jpeg
 from codeformer.limits import Deadline, Limits
 from codeformer.models import Models
 from codeformer.parsing import TemplateMask
 from codeformer.pipeline import Pipeline
+from codeformer.request import serve
 from codeformer.restoration import FaceRestorer
 from tests import pictures
 from tests.conftest import CPU, make_tiny_restorer
@@ -28,15 +32,27 @@ def test_the_environment_sets_the_limits() -> None:
 
 
 @pytest.mark.parametrize("name", ["MEGAPIXELS", "FACES", "SECONDS"])
-@pytest.mark.parametrize("text", ["0", "-1", "many", "nan", "inf", "1e400"])
+@pytest.mark.parametrize("text", ["0", "-1", "many", "nan", "inf", "1e400", "2e9"])
 def test_other_values_stop_the_start(name: str, text: str) -> None:
-    with pytest.raises(OptionError, match=f"^CODEFORMER_MAX_{name}: expected a number above 0"):
+    with pytest.raises(OptionError, match=f"^CODEFORMER_MAX_{name}: expected a .*number .*got '{text}'"):
         Limits.from_environment({f"CODEFORMER_MAX_{name}": text})
 
 
-def test_half_a_face_is_none() -> None:
-    with pytest.raises(OptionError, match="CODEFORMER_MAX_FACES"):
-        Limits.from_environment({"CODEFORMER_MAX_FACES": "0.5"})
+@pytest.mark.parametrize("text", ["0.5", "3.9"])
+def test_half_a_face_is_none(text: str) -> None:
+    with pytest.raises(OptionError, match="CODEFORMER_MAX_FACES: expected a whole number from 1"):
+        Limits.from_environment({"CODEFORMER_MAX_FACES": text})
+
+
+def test_a_file_larger_than_any_picture_is_not_read(blind_pipeline: Pipeline, tmp_path: Path) -> None:
+    path = tmp_path / "long.jpg"
+    path.write_bytes(encode_jpeg(np.zeros((20, 30, 3), np.uint8)))
+    limits = Limits(max_megapixels=1)
+    assert len(serve(blind_pipeline, [path], limits=limits).jpegs) == 1
+    # Sparse: nothing of it lies on the disk.
+    os.truncate(path, limits.max_bytes + 1)
+    with pytest.raises(ImageError, match=r"^Image 1: expected at most 72,000,000 bytes, got 72,000,001"):
+        serve(blind_pipeline, [path], limits=limits)
 
 
 def test_pixels_are_counted_before_any_work(blind_pipeline: Pipeline) -> None:
@@ -50,7 +66,7 @@ def test_more_faces_than_allowed_are_refused_and_the_next_request_works(tiny_pip
     photo = pictures.group()
     faces = len(tiny_pipeline.restore([photo])[0].faces)
     assert faces > 1
-    with pytest.raises(FaceLimitError, match=rf"^Image 1: expected at most {faces - 1} faces, found {faces}"):
+    with pytest.raises(FaceLimitError, match=rf"^Image 1: expected at most {faces - 1} faces, found more"):
         tiny_pipeline.restore([photo], limits=Limits(max_faces=faces - 1))
     assert len(tiny_pipeline.restore([photo], limits=Limits(max_faces=faces))[0].faces) == faces
 

@@ -2,8 +2,13 @@
 
 import contextvars
 import ctypes
+import gc
+import random
+import sys
 import threading
 import time
+import weakref
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -75,12 +80,82 @@ def test_an_interrupted_call_is_asked_to_stop_and_waited_for() -> None:
     caller = threading.Thread(target=ask)
     caller.start()
     assert begun.wait(20)
-    # The way Cog cancels: an exception set from outside, raised at the thread's next step.
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(
-        ctypes.c_ulong(caller.ident or 0), ctypes.py_object(Interrupted)
-    )
+    interrupt(caller)
     caller.join(20)
     assert ended == ["work", "caller"]
+
+
+def interrupt(thread: threading.Thread) -> None:
+    """The way Cog cancels: an exception set from outside, raised at the thread's next step."""
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(
+        ctypes.c_ulong(thread.ident or 0), ctypes.py_object(Interrupted)
+    )
+
+
+def test_an_interruption_at_any_step_leaves_a_worker_that_works() -> None:
+    worker = Worker()
+    outcomes = Counter[str]()
+
+    def work(*, stop: threading.Event) -> int:
+        return 1
+
+    def ask_often(ready: threading.Event) -> None:
+        try:
+            ready.set()
+            for _ in range(300):
+                worker.run(work, stop=threading.Event())
+            outcomes["done"] += 1
+        except Interrupted:
+            outcomes["interrupted"] += 1
+
+    moments = random.Random(0)
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(4000):
+            ready = threading.Event()
+            caller = threading.Thread(target=ask_often, args=(ready,), daemon=True)
+            caller.start()
+            ready.wait()
+            for _ in range(moments.randrange(20_000)):
+                pass
+            interrupt(caller)
+            caller.join(20)
+            assert not caller.is_alive(), f"stuck after {outcomes}"
+    finally:
+        sys.setswitchinterval(before)
+    assert outcomes["interrupted"] > 2000
+    assert in_new_thread(lambda: worker.run(work, stop=threading.Event())) == 1
+
+
+class Picture:
+    """Something large."""
+
+
+@pytest.mark.parametrize("ending", ["result", "failure"])
+def test_a_call_that_has_ended_holds_nothing(ending: str) -> None:
+    worker = Worker()
+    seen: list[weakref.ref[Picture]] = []
+
+    def work(picture: Picture, *, stop: threading.Event) -> Picture:
+        seen.append(weakref.ref(picture))
+        if ending == "failure":
+            raise ValueError("bad")
+        return picture
+
+    gc.disable()
+    try:
+        try:
+            worker.run(work, Picture(), stop=threading.Event())
+        except ValueError:
+            assert ending == "failure"
+        # The worker lets go a moment after it has answered.
+        deadline = time.monotonic() + 20
+        while seen[0]() is not None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert seen[0]() is None
+    finally:
+        gc.enable()
 
 
 def test_a_cancelled_request_ends_before_its_next_stage(blind_pipeline: Pipeline, tmp_path: Path) -> None:
