@@ -44,11 +44,13 @@ class Answer:
     Attributes:
         elapsed_ms: from sending to the last byte of the answer.
         metrics: the server's by dotted names, empty for a failed request.
+        pictures: the files that came back.
         error: what went wrong, in the server's words; None for success.
     """
 
     elapsed_ms: float
     metrics: Mapping[str, Any] = field(default_factory=dict)
+    pictures: Sequence[bytes] = ()
     error: str | None = None
 
 
@@ -359,7 +361,8 @@ def _read_answer(reply: requests.Response, elapsed_ms: float) -> Answer:
     except ValueError:
         return Answer(elapsed_ms, error=f"HTTP {reply.status_code}: {reply.text[:500]}")
     if reply.status_code == 200 and body.get("status") == "succeeded":
-        return Answer(elapsed_ms, metrics=_dotted(body.get("metrics") or {}))
+        pictures = [base64.b64decode(uri.partition(",")[2]) for uri in body.get("output") or ()]
+        return Answer(elapsed_ms, _dotted(body.get("metrics") or {}), pictures)
     error = body.get("error") or body.get("detail") or body
     return Answer(elapsed_ms, error=f"HTTP {reply.status_code}: {error}")
 

@@ -32,7 +32,7 @@ from codeformer.errors import BenchmarkError
 from codeformer.images import ImageU8, decode_image, encode_jpeg
 from codeformer.machine import describe_machine
 from codeformer.plan import available_device
-from codeformer.request import SAMPLES
+from codeformer.request import MAX_IMAGES, SAMPLES
 from codeformer.weights.manifest import load_weight_set
 
 OUTPUT: Final = Path(__file__).with_name("last_soak.json")
@@ -51,11 +51,20 @@ _CANCELLED: Final = "four pictures, fast"
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of request: what is sent, and either the sizes that come back or a part of the error."""
+    """A kind of request: what is sent, and either what comes back or a part of the error.
+
+    Attributes:
+        name: for people.
+        inputs: the request's.
+        shapes: (H, W, 3) of the pictures that come back.
+        faces: restored in all of them.
+        error: a part of it, for a request that has to fail.
+    """
 
     name: str
     inputs: Mapping[str, Any]
-    sizes: tuple[str, ...] = ()
+    shapes: tuple[tuple[int, ...], ...] = ()
+    faces: int = 0
     error: str = ""
 
     def fault_of(self, answer: Answer) -> str:
@@ -65,8 +74,11 @@ class Kind:
             return "" if is_right else f"expected an error with {self.error!r}, got {answer.error}"
         if answer.error is not None:
             return answer.error
-        sizes = tuple(answer.metrics.get("images.sizes", ()))
-        return "" if sizes == self.sizes else f"expected pictures of {self.sizes}, got {sizes}"
+        shapes = tuple(decode_image(picture).shape for picture in answer.pictures)
+        faces = answer.metrics.get("faces.restored")
+        if (shapes, faces) == (self.shapes, self.faces):
+            return ""
+        return f"expected {self.faces} faces in pictures of {self.shapes}, got {faces} in {shapes}"
 
 
 @dataclass
@@ -81,12 +93,16 @@ class Findings:
     most_files: int = 0
 
     def growth(self) -> float:
-        """How much memory has grown since it was first looked at, as a share."""
-        return self.resident_mib[-1][1] / self.resident_mib[0][1] - 1
+        """How far memory has gone above what it was when it was first looked at, as a share."""
+        return max(mib for _, mib in self.resident_mib) / self.resident_mib[0][1] - 1
 
     def verdicts(self, files_left: Sequence[str]) -> list[str]:
         """Everything that is not as it should be, in words."""
         found = [*self.faults, *(f"left behind: {path}" for path in files_left)]
+        if self.most_files > MAX_IMAGES:
+            found.append(f"{self.most_files} files at a time, more than the last request's results")
+        if self.cancelled and not self.cancelled["canceled"]:
+            found.append("every cancelled request succeeded")
         if self.growth() > MAX_GROWTH:
             found.append(f"memory grew by {self.growth():.1%} after request {self.resident_mib[0][0]}")
         for name, values in self.times_ms.items():
@@ -204,13 +220,16 @@ def _cancel(server: Server, kind: Kind, after_s: float) -> str:
 
 def make_plan(requests: int, cancelled: int) -> list[Kind | None]:
     """The requests in order, None for one to be cancelled; one of `BAD_SHARE` of the others is bad."""
-    good, bad = good_requests(), bad_requests()
-    chosen: list[Kind | None] = [
-        bad[number // BAD_SHARE % len(bad)]
-        if number % BAD_SHARE == BAD_SHARE - 1
-        else good[number % len(good)]
-        for number in range(requests)
-    ]
+    bad = bad_requests()
+    kinds: defaultdict[str, list[Kind]] = defaultdict(list)
+    for kind in good_requests():
+        kinds[kind.name].append(kind)
+    alike = list(kinds.values())
+    chosen: list[Kind | None] = []
+    for number in range(requests):
+        turn, is_bad = number // BAD_SHARE, number % BAD_SHARE == BAD_SHARE - 1
+        among = alike[number % len(alike)]
+        chosen.append(bad[turn % len(bad)] if is_bad else among[number // len(alike) % len(among)])
     order = random.Random(SEED)  # noqa: S311
     order.shuffle(chosen)
     for _ in range(cancelled):
@@ -225,15 +244,17 @@ def good_requests() -> list[Kind]:
     grey: Any = np.repeat(cv2.cvtColor(small, cv2.COLOR_BGR2GRAY)[:, :, None], 3, axis=2)
     plain: Any = np.full((300, 400, 3), (90, 120, 60), np.uint8)
     tall: Any = np.full((900, 330, 3), (20, 20, 120), np.uint8)
+    # Every one has another size: what is kept for sizes shows.
+    growing = [plain[:, : 300 + number] for number in range(60)]
     optimized = {"stability_mode": "optimized", "compile_backend": "none"}
     return [
-        _request("portrait, baseline", [portrait]),
-        _request("portrait, fast, optimized", [portrait], runtime_profile="fast", **optimized),
-        _request("small and grey, max_speed", [small, grey], runtime_profile="max_speed"),
-        _request("no face", [plain]),
-        _request("no face, tall", [tall], runtime_profile="fast"),
-        _request(_CANCELLED, [small, plain, grey, small], runtime_profile="fast", **optimized),
-        _request("w = 0", [small], codeformer_fidelity=0.0),
+        _request("portrait, baseline", [portrait], 1),
+        _request("portrait, fast, optimized", [portrait], 1, runtime_profile="fast", **optimized),
+        _request("small and grey, max_speed", [small, grey], 2, runtime_profile="max_speed"),
+        _request("no face, tall", [tall], 0, runtime_profile="fast"),
+        _request(_CANCELLED, [small, plain, grey, small], 3, runtime_profile="fast", **optimized),
+        _request("w = 0", [small], 1, codeformer_fidelity=0.0),
+        *(_request("no face, many sizes", [picture], 0) for picture in growing),
     ]
 
 
@@ -257,9 +278,9 @@ def bad_requests() -> list[Kind]:
     ]
 
 
-def _request(name: str, pictures: Sequence[ImageU8], **inputs: Any) -> Kind:
-    sizes = tuple(f"{picture.shape[1]}x{picture.shape[0]}" for picture in pictures)
-    return Kind(name, {"images": [_uri(encode_jpeg(picture)) for picture in pictures], **inputs}, sizes)
+def _request(name: str, pictures: Sequence[ImageU8], faces: int, **inputs: Any) -> Kind:
+    images = [_uri(encode_jpeg(np.ascontiguousarray(picture))) for picture in pictures]
+    return Kind(name, {"images": images, **inputs}, tuple(picture.shape for picture in pictures), faces)
 
 
 def _uri(data: bytes) -> str:

@@ -60,7 +60,7 @@ _QUIET_FACES: Final = 10
 # How long a health check waits for a recording to end, in seconds.
 _BUSY_S: Final = 1.0
 _CAUSE_CHARACTERS: Final = 300
-_PATH: Final = re.compile(r"(?<![\w.])/[\w.+-]+/[^\s'\",;:)]*")
+_PATH: Final = re.compile(r"/[\w.+-]+/[^\s'\",;:)]*")
 # What torch, its compiler, OpenCV and our adapters raise; anything else is a bug and keeps its own name.
 _STAGE_ERRORS: Final = (RuntimeError, MemoryError, cv2.error, FailOnRecompileLimitHit, NonFiniteOutputError)
 

@@ -689,20 +689,25 @@ def test_a_tenth_of_a_soak_is_bad_and_every_kind_comes_in_turn() -> None:
     assert min(requests.values()) >= 10
 
 
-GOOD = soak.Kind("good", {}, sizes=("9x8",))
+PICTURE = encode_jpeg(np.zeros((8, 9, 3), np.uint8))
+OTHER = encode_jpeg(np.zeros((9, 9, 3), np.uint8))
+GOOD = soak.Kind("good", {}, shapes=((8, 9, 3),), faces=2)
 BAD = soak.Kind("bad", {}, error="not a picture")
+TWO_FACES = {"faces.restored": 2}
 
 
 @pytest.mark.parametrize(
     ("kind", "answer", "fault"),
     [
-        (GOOD, Answer(1.0, {"images.sizes": ["9x8"]}), ""),
-        (GOOD, Answer(1.0, {"images.sizes": ["9x9"]}), "expected pictures of"),
-        (GOOD, Answer(1.0, {}), "expected pictures of"),
+        (GOOD, Answer(1.0, TWO_FACES, [PICTURE]), ""),
+        (GOOD, Answer(1.0, TWO_FACES, [OTHER]), "expected 2 faces in pictures of"),
+        (GOOD, Answer(1.0, TWO_FACES, [PICTURE, PICTURE]), "expected 2 faces in pictures of"),
+        (GOOD, Answer(1.0, {"faces.restored": 1}, [PICTURE]), "got 1 in"),
+        (GOOD, Answer(1.0), "expected 2 faces in pictures of"),
         (GOOD, Answer(1.0, error="the device is gone"), "the device is gone"),
         (BAD, Answer(1.0, error="Image 1: not a picture this service reads"), ""),
         (BAD, Answer(1.0, error="something else"), "expected an error with 'not a picture'"),
-        (BAD, Answer(1.0, {"images.sizes": ["9x8"]}), "expected an error with 'not a picture'"),
+        (BAD, Answer(1.0, TWO_FACES, [PICTURE]), "expected an error with 'not a picture'"),
     ],
 )
 def test_a_soak_knows_a_wrong_answer(kind: soak.Kind, answer: Answer, fault: str) -> None:
@@ -715,11 +720,18 @@ def test_a_soak_sees_growth_tails_and_what_is_left() -> None:
     fine = soak.Findings(resident_mib=[[200, 1000.0], [1000, 1019.0]])
     fine.times_ms["like"] = [10.0] * 99 + [29.0]
     assert fine.verdicts([]) == []
-    poor = soak.Findings(faults=["request 3: wrong"], resident_mib=[[200, 1000.0], [1000, 1021.0]])
+    poor = soak.Findings(
+        faults=["request 3: wrong"],
+        resident_mib=[[200, 1000.0], [500, 1021.0], [1000, 1000.0]],
+        most_files=5,
+        cancelled=Counter(succeeded=2),
+    )
     poor.times_ms["like"] = [10.0] * 90 + [40.0] * 10
     assert poor.verdicts(["a.jpg"]) == [
         "request 3: wrong",
         "left behind: a.jpg",
+        "5 files at a time, more than the last request's results",
+        "every cancelled request succeeded",
         "memory grew by 2.1% after request 200",
         "like: p99 is 4.0 times p50",
     ]

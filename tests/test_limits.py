@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from codeformer import pipeline as pipeline_module
 from codeformer.detection import FaceDetector
 from codeformer.errors import FaceLimitError, ImageError, OptionError, TimeLimitError
+from codeformer.graphs import recording_lock
 from codeformer.images import encode_jpeg
 from codeformer.limits import Deadline, Limits
 from codeformer.models import Models
@@ -118,5 +120,16 @@ def test_health_is_that_of_the_device(blind_pipeline: Pipeline, monkeypatch: pyt
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("CUDA error: unspecified launch failure")
 
-    monkeypatch.setattr(torch, "ones", fail)
-    assert not blind_pipeline.is_alive()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "ones", fail)
+        assert not blind_pipeline.is_alive()
+
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "ones", full)
+        assert blind_pipeline.is_alive(), "a device full of work is no broken one"
+    monkeypatch.setattr(pipeline_module, "_BUSY_S", 0.05)
+    with recording_lock:
+        assert blind_pipeline.is_alive(), "nor is one that records a graph"

@@ -5,12 +5,20 @@ import subprocess
 import sys
 from typing import Any
 
+import cv2
 import pytest
 import torch
 
 from codeformer.memory import BYTES_PER_FACE, batch_size_for, is_out_of_memory
 from codeformer.plan import resolve_plan
 from tests.conftest import CPU
+
+
+def opencv_error(code: int) -> cv2.error:
+    """As OpenCV raises them."""
+    failure = cv2.error("OpenCV(5.0.0) error")
+    failure.code = code
+    return failure
 
 
 def test_a_cpu_takes_the_plans_batches() -> None:
@@ -45,6 +53,8 @@ def test_a_gpu_takes_what_fits(
         (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"), True),
         (RuntimeError("CUDA error: device-side assert triggered"), False),
         (ValueError("out of memory"), False),
+        (opencv_error(cv2.Error.StsNoMem), True),
+        (opencv_error(cv2.Error.StsBadArg), False),
     ],
 )
 def test_too_little_memory_is_told_from_other_failures(failure: Exception, expected: bool) -> None:

@@ -281,6 +281,27 @@ def test_a_failure_names_picture_face_and_cause_and_the_next_request_works(
     assert [len(result.faces) for result in pipeline.restore(photos)] == [4, 1, 0, 1]
 
 
+@pytest.mark.parametrize(
+    ("said", "heard"),
+    [
+        ("/usr/lib/x.so: cannot open", "RuntimeError: ...: cannot open"),
+        ("run g++ '/srv/app/a.cpp' -I/opt/x/include\nmore", "RuntimeError: run g++ '...' -I..."),
+        ("size mismatch: 3/4 of 1/2", "RuntimeError: size mismatch: 3/4 of 1/2"),
+        ("", "RuntimeError: "),
+    ],
+)
+def test_what_the_machine_says_is_told_without_its_paths(
+    detector: FaceDetector, caplog: pytest.LogCaptureFixture, said: str, heard: str
+) -> None:
+    restorer = FailingRestorer()
+    restorer.failure, restorer.fails_at = RuntimeError(said), 1
+    pipeline = Pipeline(Models(detector, restorer, TemplateMask()), CPU)
+    with pytest.raises(InferenceError) as raised:
+        pipeline.restore([pictures.portrait()])
+    assert raised.value.cause == heard
+    assert said in caplog.text, "the operator's log has all of it"
+
+
 class RestorerWithLittleMemory(FaceRestorer):
     """Holds so many faces at a time."""
 
