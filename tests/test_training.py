@@ -561,6 +561,8 @@ def test_restorer_scores_are_of_the_truth(tmp_path: Path) -> None:
     assert scores["clean"]["input"]["psnr_db"] == 100
     assert scores["heavy"]["w=0.0"]["ssim"] == pytest.approx(1)
     # Bright pixels cannot get 10 levels brighter.
+    assert scores["moderate"]["blur alone"]["psnr_db"] > scores["moderate"]["input"]["psnr_db"] + 1
+    assert "blur alone" not in scores["clean"]
     assert scores["moderate"]["w=1.0"]["colour_shift"] == pytest.approx(10, abs=0.5)
     assert scores["moderate"]["w=1.0"]["psnr_db"] == pytest.approx(20 * np.log10(25.5), abs=0.3)
     assert scores["heavy"]["input"]["psnr_db"] < scores["moderate"]["input"]["psnr_db"] + 5 < 40

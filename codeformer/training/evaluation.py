@@ -1,6 +1,8 @@
 """Scores of a weight set on pictures it was not trained on, through the adapters that serve requests."""
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -35,9 +37,10 @@ def measure_restorer(restorer: FaceRestorer, files: Sequence[Path]) -> dict[str,
         files: aligned 512 px faces.
 
     Returns:
-        Input kind ("clean", "moderate", "heavy") to method ("input", "filter", "w=0.0", ...) to means over
-        the faces: psnr_db and ssim against the truth, and colour_shift, the largest absolute difference of
-        a channel's mean from the truth's in 8-bit levels.
+        Input kind ("clean", "moderate", "heavy") to method to means over the faces: psnr_db and ssim against
+        the truth, and colour_shift, the largest absolute difference of a channel's mean from the truth's in
+        8-bit levels. Beside the restorer ("w=0.0", ...) the methods are "input"; "blur alone", the same input
+        without its noise and JPEG blocks, what remains where these are taken off without a trace; "filter".
     """
     methods: dict[str, Restore] = {"input": lambda face: face, "filter": denoise_and_sharpen}
     for w in FIDELITIES:
@@ -45,11 +48,16 @@ def measure_restorer(restorer: FaceRestorer, files: Sequence[Path]) -> dict[str,
     kinds: dict[str, DegradationRange | None] = {"clean": None, "moderate": MODERATE, "heavy": HEAVY}
     report = {}
     for kind, degradation in kinds.items():
-        results: dict[str, list[tuple[float, float, float]]] = {method: [] for method in methods}
+        results: defaultdict[str, list[tuple[float, float, float]]] = defaultdict(list)
         for index, file in enumerate(files):
             truth = read_face(file)
             rng = np.random.default_rng((EVALUATION_SEED, index))
-            spoilt = truth if degradation is None else degradation.sample(rng).apply(truth, rng)
+            spoilt = truth
+            if degradation is not None:
+                drawn = degradation.sample(rng)
+                spoilt = drawn.apply(truth, rng)
+                blurred = replace(drawn, noise_sigma=0.0, jpeg_quality=100).apply(truth, rng)
+                results["blur alone"].append(_compare(blurred, truth))
             for method, restore in methods.items():
                 results[method].append(_compare(restore(spoilt), truth))
         report[kind] = {
