@@ -71,7 +71,7 @@ bench: $(VENV)/.tools  ## Measure profiles and stages on data/, and write output
 soak: $(VENV)/.tools  ## Send 1000 mixed requests to the real server; memory, files and errors must stay as they should
 	$(PYTHON) benchmarks/soak.py --weights "$(WEIGHTS)"
 
-audit: $(VENV)/.tools  ## Look the installed packages up in the database of known vulnerabilities (needs pypi.org)
+audit: $(VENV)/.tools  ## Look the installed packages up in the database of known vulnerabilities (needs the network)
 	$(PYTHON) -m pip_audit --local --strict
 
 compile-cache: $(VENV)/.runtime  ## Compile for compile_backend inductor ahead of time, into CACHE
