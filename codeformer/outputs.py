@@ -5,6 +5,7 @@ import os
 import shutil
 import tempfile
 import time
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
@@ -28,8 +29,9 @@ class OutputFolder:
             _remove_abandoned()
             self._owner = tempfile.TemporaryDirectory(prefix=_PREFIX, ignore_cleanup_errors=True)
             # The system gives the lock back when the process ends, however it ends.
-            self._lock = os.open(self._owner.name, os.O_RDONLY)
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            handle = os.open(self._owner.name, os.O_RDONLY)
+            weakref.finalize(self, os.close, handle)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as cause:
             raise _in_words(cause) from cause
         self.path = Path(self._owner.name)
