@@ -6,7 +6,7 @@ the serving path never comes here.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 import cv2
@@ -15,7 +15,10 @@ import numpy as np
 from codeformer.basicsr_compat import import_basicsr
 from codeformer.images import ImageU8
 
+Interpolation = Literal["linear", "cubic"]
+
 _KERNEL_SIZE: Final = 41
+_INTERPOLATIONS: Final = {"linear": cv2.INTER_LINEAR, "cubic": cv2.INTER_CUBIC}
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,8 @@ class Degradation:
         downsampling: factor, at least 1.
         noise_sigma: standard deviation of the additive Gaussian noise in 8-bit levels.
         jpeg_quality: 1 to 100.
+        enlarged_by: the interpolation that brings the picture back to its size. Linear averages noise away
+            that cubic keeps.
     """
 
     blur_kernel: int
@@ -35,6 +40,7 @@ class Degradation:
     downsampling: float
     noise_sigma: float
     jpeg_quality: int
+    enlarged_by: Interpolation = "linear"
 
     def apply(self, image_bgr: ImageU8, rng: np.random.Generator) -> ImageU8:
         """Spoils a picture (H, W, 3) uint8 BGR; the result has its size.
@@ -54,7 +60,9 @@ class Degradation:
         # basicsr's JPEG hands OpenCV floats, which OpenCV 5 only takes under protest.
         _, data = cv2.imencode(".jpg", noisy, [cv2.IMWRITE_JPEG_QUALITY, self.jpeg_quality])
         compressed = np.asarray(cv2.imdecode(data, cv2.IMREAD_COLOR))
-        restored_size = cv2.resize(compressed, (width, height), interpolation=cv2.INTER_LINEAR)
+        restored_size = cv2.resize(
+            compressed, (width, height), interpolation=_INTERPOLATIONS[self.enlarged_by]
+        )
         return np.asarray(restored_size, dtype=np.uint8)
 
 
@@ -68,6 +76,7 @@ class DegradationRange:
         downsampling: bounds of the factor.
         noise_sigma: bounds in 8-bit levels.
         jpeg_quality: bounds, inclusive.
+        enlarged_by: the interpolations to choose from.
     """
 
     blur: tuple[float, float]
@@ -75,6 +84,7 @@ class DegradationRange:
     downsampling: tuple[float, float]
     noise_sigma: tuple[float, float]
     jpeg_quality: tuple[int, int]
+    enlarged_by: tuple[Interpolation, ...] = ("linear",)
 
     def sample(self, rng: np.random.Generator) -> Degradation:
         """Draws one degradation."""
@@ -91,11 +101,21 @@ class DegradationRange:
             downsampling=float(rng.uniform(*self.downsampling)),
             noise_sigma=float(rng.uniform(*self.noise_sigma)),
             jpeg_quality=int(rng.integers(*self.jpeg_quality, endpoint=True)),
+            enlarged_by=self._choose_interpolation(rng),
         )
+
+    def _choose_interpolation(self, rng: np.random.Generator) -> Interpolation:
+        # Nothing is drawn where there is no choice: seeds keep their meaning.
+        if len(self.enlarged_by) == 1:
+            return self.enlarged_by[0]
+        return self.enlarged_by[int(rng.integers(len(self.enlarged_by)))]
 
 
 MODERATE: Final = DegradationRange((3, 11), "kernel", (2, 4), (5, 30), (15, 60))
 """A small, noisy, badly compressed web picture."""
+
+MODERATE_CUBIC: Final = replace(MODERATE, enlarged_by=("cubic",))
+"""The same, enlarged as picture editors and browsers do it."""
 
 HEAVY: Final = DegradationRange((1, 15), "sigma", (1, 30), (0, 20), (30, 90))
 """The range the CodeFormer paper trains on."""

@@ -1,10 +1,13 @@
 """Degradations against OpenCV's own blur, measured noise, and their stated ranges."""
 
+from collections import Counter
+from dataclasses import replace
+
 import cv2
 import numpy as np
 import pytest
 
-from codeformer.degradation import HEAVY, MILD, MODERATE, Degradation, DegradationRange
+from codeformer.degradation import HEAVY, MILD, MODERATE, MODERATE_CUBIC, Degradation, DegradationRange
 from tests import pictures
 from tests.compare import assert_pictures_close
 
@@ -97,3 +100,23 @@ def test_each_part_makes_it_worse(worse: Degradation) -> None:
 def test_any_size_is_kept(shape: tuple[int, int]) -> None:
     picture = np.full((*shape, 3), 77, np.uint8)
     assert HEAVY.sample(rng()).apply(picture, rng()).shape == picture.shape
+
+
+def test_the_way_of_enlarging_changes_nothing_else() -> None:
+    for seed in range(20):
+        linear, cubic = MODERATE.sample(rng(seed)), MODERATE_CUBIC.sample(rng(seed))
+        assert (linear.enlarged_by, cubic.enlarged_by) == ("linear", "cubic")
+        assert replace(linear, enlarged_by="cubic") == cubic
+    either = replace(MODERATE, enlarged_by=("linear", "cubic"))
+    source = rng()
+    drawn = Counter(either.sample(source).enlarged_by for _ in range(400))
+    assert min(drawn["linear"], drawn["cubic"]) > 150
+
+
+def test_cubic_enlarging_keeps_the_noise_that_linear_averages_away() -> None:
+    flat = np.full((384, 384, 3), 128, np.uint8)
+    spread = {
+        way: Degradation(1, 0.1, 3, 20, 100, way).apply(flat, rng()).astype(float).std()
+        for way in ("linear", "cubic")
+    }
+    assert spread["cubic"] > 1.1 * spread["linear"]

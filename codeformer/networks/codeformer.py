@@ -65,13 +65,26 @@ class ControllableFeatureTransform(nn.Module):
         return generator_feature + w * (generator_feature * self.scale(joint) + self.shift(joint))
 
 
+class CorrectionBlock(nn.Module):
+    """One norm and two 3 x 3 convolutions beside the identity; (B, C, H, W) to the same."""
+
+    def __init__(self, channels: int, norm_groups: int) -> None:
+        super().__init__()
+        self.norm = group_norm(channels, norm_groups)
+        self.conv1 = conv3x3(channels, channels)
+        self.conv2 = conv3x3(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv2(F.silu(self.conv1(self.norm(x))))
+
+
 class InputCorrection(nn.Module):
     """Adds to a picture what residual blocks at a quarter of its resolution find to be wrong with it."""
 
     def __init__(self, channels: int, blocks: int, norm_groups: int) -> None:
         super().__init__()
         self.enter = conv3x3(COLOURS * CORRECTION_FACTOR**2, channels)
-        self.blocks = nn.Sequential(*(ResidualBlock(channels, channels, norm_groups) for _ in range(blocks)))
+        self.blocks = nn.Sequential(*(CorrectionBlock(channels, norm_groups) for _ in range(blocks)))
         self.norm = group_norm(channels, norm_groups)
         self.leave = conv3x3(channels, COLOURS * CORRECTION_FACTOR**2)
 

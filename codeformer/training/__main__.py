@@ -60,7 +60,7 @@ LITE: Final[dict[str, Any]] = {
     "norm_groups": 1,
     "connect_list": ["64", "128", "256"],
     "correction_blocks": 8,
-    "correction_channels": 64,
+    "correction_channels": 96,
 }
 START_FACES: Final = 64
 VALIDATION_FACES: Final = 12

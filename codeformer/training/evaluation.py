@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from codeformer.basicsr_compat import import_basicsr
-from codeformer.degradation import HEAVY, MODERATE, DegradationRange
+from codeformer.degradation import HEAVY, MODERATE, MODERATE_CUBIC, DegradationRange
 from codeformer.detection import FaceDetector
 from codeformer.images import ImageU8
 from codeformer.restoration import FaceRestorer
@@ -37,7 +37,7 @@ def measure_restorer(restorer: FaceRestorer, files: Sequence[Path]) -> dict[str,
         files: aligned 512 px faces.
 
     Returns:
-        Input kind ("clean", "moderate", "heavy") to method to means over the faces: psnr_db and ssim against
+        Input kind ("clean", "moderate", ...) to method to means over the faces: psnr_db and ssim against
         the truth, and colour_shift, the largest absolute difference of a channel's mean from the truth's in
         8-bit levels. Beside the restorer ("w=0.0", ...) the methods are "input"; "blur alone", the same input
         without its noise and JPEG blocks, what remains where these are taken off without a trace; "filter".
@@ -45,7 +45,12 @@ def measure_restorer(restorer: FaceRestorer, files: Sequence[Path]) -> dict[str,
     methods: dict[str, Restore] = {"input": lambda face: face, "filter": denoise_and_sharpen}
     for w in FIDELITIES:
         methods[f"w={w}"] = partial(restore_face, restorer, w)
-    kinds: dict[str, DegradationRange | None] = {"clean": None, "moderate": MODERATE, "heavy": HEAVY}
+    kinds: dict[str, DegradationRange | None] = {
+        "clean": None,
+        "moderate": MODERATE,
+        "moderate, cubic": MODERATE_CUBIC,
+        "heavy": HEAVY,
+    }
     report = {}
     for kind, degradation in kinds.items():
         results: defaultdict[str, list[tuple[float, float, float]]] = defaultdict(list)

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -41,7 +41,13 @@ class Mixture:
         return self.ranges[int(chosen)][1]
 
 
-TRAINING_MIXTURE: Final = Mixture(((0.75, MODERATE), (0.2, HEAVY), (0.05, MILD)))
+_EITHER_WAY: Final = ("linear", "cubic")
+TRAINING_MIXTURE: Final = Mixture(
+    tuple(
+        (weight, replace(kind, enlarged_by=_EITHER_WAY))
+        for weight, kind in ((0.75, MODERATE), (0.2, HEAVY), (0.05, MILD))
+    )
+)
 
 
 class FacePairs(Dataset[tuple[Tensor, Tensor, Tensor]]):

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from codeformer.errors import TrainingError
-from codeformer.networks.codeformer import CodeFormer, ControllableFeatureTransform
+from codeformer.networks.codeformer import CodeFormer, ControllableFeatureTransform, CorrectionBlock
 from codeformer.networks.vqgan import (
     ResidualBlock,
     match_statistics,
@@ -61,7 +61,7 @@ def start_idle(network: CodeFormer) -> None:
     with it.
     """
     for module in network.modules():
-        if isinstance(module, ResidualBlock):
+        if isinstance(module, (ResidualBlock, CorrectionBlock)):
             _zero(module.conv2)
         elif isinstance(module, ControllableFeatureTransform):
             _zero(module.scale[2])
