@@ -2,6 +2,7 @@
 
 import ctypes
 import logging
+import os
 import sys
 from typing import Any, Final
 
@@ -12,6 +13,8 @@ from codeformer.plan import ExecutionPlan
 
 logger = logging.getLogger(__name__)
 
+_KERNEL_CACHE_VARIABLE: Final = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+_KERNELS: Final = 256
 # From glibc's malloc.h.
 _M_TRIM_THRESHOLD: Final = -1
 _M_MMAP_THRESHOLD: Final = -3
@@ -50,6 +53,16 @@ def release_cached_memory(device: torch.device) -> None:
     """Gives the memory that torch keeps for reuse back to the device."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def limit_kernel_cache() -> None:
+    """Bounds what oneDNN keeps of kernels it has generated for shapes of tensors, on a CPU.
+
+    Each new size of picture brings the detector's kernels anew, up to a megabyte each with what they keep.
+    oneDNN's own bound is 1024; the networks of one request need about a hundred. It looks for another one only
+    before its first use.
+    """
+    os.environ.setdefault(_KERNEL_CACHE_VARIABLE, str(_KERNELS))
 
 
 def keep_freed_memory() -> bool:

@@ -37,6 +37,7 @@ from codeformer.memory import (
     batch_size_for,
     is_out_of_memory,
     keep_freed_memory,
+    limit_kernel_cache,
     release_cached_memory,
 )
 from codeformer.models import Models, ModelStore, load_models
@@ -141,6 +142,7 @@ class Pipeline:
         chosen = available_device(device)
         if chosen.type == "cpu":
             keep_freed_memory()
+            limit_kernel_cache()
         weight_set = weights if isinstance(weights, WeightSet) else load_weight_set(weights)
         if download:
             fetch_set(weight_set, progress=progress)

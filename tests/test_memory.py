@@ -90,3 +90,41 @@ def test_freed_memory_is_kept() -> None:
         pytest.skip("the C library is not glibc")
     assert int(kept) < 100
     assert int(faults_per_feature_map("leave")) > 10 * 100
+
+
+KERNELS = """
+import os, random, sys
+import torch
+from codeformer.memory import limit_kernel_cache
+if sys.argv[1] == "limited":
+    limit_kernel_cache()
+torch.set_num_threads(1)
+convolve = torch.nn.Conv2d(32, 32, 3).requires_grad_(False)
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def meet(sizes):
+    for size in sizes:
+        convolve(torch.zeros(1, 32, 8, size))
+sizes = list(range(100, 1100))
+random.Random(0).shuffle(sizes)
+meet(sizes[:400])
+before = resident()
+meet(sizes[400:])
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_kernels_for_ever_new_sizes_are_not_kept_for_ever() -> None:
+    growth = {
+        mode: int(
+            subprocess.run(
+                [sys.executable, "-c", KERNELS, mode], capture_output=True, text=True, check=True
+            ).stdout
+        )
+        for mode in ("limited", "free")
+    }
+    if growth["free"] < 4 * 2**20:
+        pytest.skip(f"this CPU's kernels hang on no sizes: {growth}")
+    assert growth["limited"] < growth["free"] / 3
