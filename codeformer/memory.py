@@ -59,8 +59,8 @@ def limit_kernel_cache() -> None:
     """Bounds what oneDNN keeps of kernels it has generated for shapes of tensors, on a CPU.
 
     Each new size of picture brings the detector's kernels anew, up to a megabyte each with what they keep.
-    oneDNN's own bound is 1024; the networks of one request need about a hundred. It looks for another one only
-    before its first use.
+    oneDNN's own bound is 1024; the networks of one request need about a hundred. A bound counts only if it
+    is set before oneDNN's first use.
     """
     os.environ.setdefault(_KERNEL_CACHE_VARIABLE, str(_KERNELS))
 

@@ -114,9 +114,11 @@ def test_held_out_faces_score_as_promised(lite: Models) -> None:
     files = pictures_in(shared.path_of("faces/test"))[::6]
     scores = measure_restorer(lite.restorer, files)
     moderate, heavy = scores["moderate"], scores["heavy"]
-    assert moderate["w=1.0"]["psnr_db"] >= moderate["input"]["psnr_db"] + 2.4
+    cubic = scores["moderate, cubic"]
+    assert cubic["w=1.0"]["psnr_db"] >= cubic["input"]["psnr_db"] + 3.0
+    assert moderate["w=1.0"]["psnr_db"] >= moderate["input"]["psnr_db"] + 2.7
     assert moderate["w=1.0"]["ssim"] >= moderate["input"]["ssim"] + 0.10
-    assert moderate["w=0.5"]["psnr_db"] >= moderate["input"]["psnr_db"] + 1.8
+    assert moderate["w=0.5"]["psnr_db"] >= moderate["input"]["psnr_db"] + 2.0
     assert moderate["w=1.0"]["psnr_db"] > moderate["filter"]["psnr_db"]
     assert moderate["w=1.0"]["ssim"] > moderate["filter"]["ssim"]
     assert heavy["w=1.0"]["psnr_db"] >= heavy["input"]["psnr_db"] + 0.8
