@@ -28,13 +28,10 @@ class OutputFolder:
         try:
             _remove_abandoned()
             self._owner = tempfile.TemporaryDirectory(prefix=_PREFIX, ignore_cleanup_errors=True)
-            # The system gives the lock back when the process ends, however it ends.
-            handle = os.open(self._owner.name, os.O_RDONLY)
-            weakref.finalize(self, os.close, handle)
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.path = Path(self._owner.name)
+            self._lock()
         except OSError as cause:
             raise _in_words(cause) from cause
-        self.path = Path(self._owner.name)
 
     def write(self, jpegs: Sequence[bytes]) -> list[Path]:
         """Writes 1.jpg, 2.jpg, ..., or nothing.
@@ -45,8 +42,10 @@ class OutputFolder:
         paths = [self.path / f"{number}.jpg" for number in range(1, len(jpegs) + 1)]
         is_written = False
         try:
-            # Cleaners of temporary folders take what is old.
-            self.path.mkdir(mode=0o700, exist_ok=True)
+            if not self.path.is_dir():
+                # Cleaners of temporary folders take what is old.
+                self.path.mkdir(mode=0o700)
+                self._lock()
             for path, jpeg in zip(paths, jpegs, strict=True):
                 path.write_bytes(jpeg)
             is_written = True
@@ -61,6 +60,12 @@ class OutputFolder:
         """Removes what lies there; a file that cannot be removed now is removed later."""
         for path in self.path.glob("*"):
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else _unlink(path)
+
+    def _lock(self) -> None:
+        """Marks the folder as in use until the process ends, however it ends."""
+        handle = os.open(self.path, os.O_RDONLY)
+        weakref.finalize(self, os.close, handle)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _unlink(path: Path) -> None:

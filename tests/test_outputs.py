@@ -31,6 +31,16 @@ def test_files_come_in_order_and_go_when_asked() -> None:
     assert list(outputs.path.iterdir()) == []
 
 
+def test_a_folder_that_was_cleaned_away_is_made_and_marked_anew() -> None:
+    outputs = OutputFolder()
+    outputs.path.rmdir()
+    [path] = outputs.write([b"one"])
+    os.utime(outputs.path, (0, 0))
+    # Another server starts, and looks for what nobody uses.
+    OutputFolder()
+    assert path.read_bytes() == b"one"
+
+
 def test_an_interruption_while_writing_leaves_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(path: Path, data: bytes) -> int:
         with path.open("wb") as stream:
