@@ -53,7 +53,7 @@ from codeformer.parsing import FaceParser
 from codeformer.weights.manifest import load_weight_set
 from tests import pictures
 from tests.conftest import CPU
-from tests.test_server import free_port
+from tests.server import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMITTED = sorted((ROOT / "benchmarks" / "results").glob("*.json"))

@@ -19,7 +19,7 @@ import pytest
 from codeformer.errors import BenchmarkError
 from codeformer.images import encode_jpeg
 from tests import pictures
-from tests.test_server import CogServer, data_uri, running
+from tests.server import CogServer, data_uri, running
 
 pytestmark = pytest.mark.slow
 

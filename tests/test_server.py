@@ -1,13 +1,10 @@
 """The real Cog server over HTTP, with small networks."""
 
 import base64
-import contextlib
 import functools
 import http.server
-import socket
 import tempfile
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,65 +12,14 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
-import requests
 
-from benchmarks.server import Server, running_server
 from codeformer.errors import BenchmarkError
 from codeformer.images import decode_image, encode_jpeg
 from tests import pictures, shared
 from tests.compare import assert_pictures_close
+from tests.server import CogServer, data_uri, running
 
 ROOT = Path(__file__).resolve().parents[1]
-START_DEADLINE_S = 90
-REQUEST_TIMEOUT_S = 120
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-class CogServer:
-    """A running Cog server; `under_test` is the handle the benchmarks have on it."""
-
-    def __init__(self, under_test: Server) -> None:
-        self.under_test = under_test
-        self.url = under_test.url
-
-    def predict(self, **inputs: Any) -> tuple[int, dict[str, Any]]:
-        deadline = time.monotonic() + REQUEST_TIMEOUT_S
-        while True:
-            reply = requests.post(
-                f"{self.url}/predictions", json={"input": inputs}, timeout=REQUEST_TIMEOUT_S
-            )
-            # Cog answers a failed request a moment before it frees the worker.
-            if reply.status_code != 409 or time.monotonic() > deadline:
-                return reply.status_code, reply.json()
-            time.sleep(0.05)
-
-    def succeed(self, **inputs: Any) -> dict[str, Any]:
-        status, answer = self.predict(**inputs)
-        assert (status, answer["status"]) == (200, "succeeded"), answer
-        return answer
-
-    def fail(self, **inputs: Any) -> str:
-        """The error's text: schema violations answer 422, failed predictions 200."""
-        status, answer = self.predict(**inputs)
-        if status == 422:
-            return str(answer["detail"])
-        assert (status, answer["status"]) == (200, "failed"), answer
-        assert not answer.get("output")
-        return str(answer["error"])
-
-
-@contextlib.contextmanager
-def running(weights: Path, temporary: Path | None = None) -> Iterator[CogServer]:
-    """Starts a server on a free port and ends it, with all its processes, whatever happens."""
-    with running_server(
-        free_port(), kind="direct", weights=str(weights), deadline_s=START_DEADLINE_S, temporary=temporary
-    ) as under_test:
-        yield CogServer(under_test)
 
 
 @pytest.fixture(scope="module")
@@ -86,10 +32,6 @@ def server(blind_weights: Path) -> Iterator[CogServer]:
 def face_server(tiny_weights: Path) -> Iterator[CogServer]:
     with running(tiny_weights) as cog_server:
         yield cog_server
-
-
-def data_uri(data: bytes, kind: str = "image/jpeg") -> str:
-    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
 def picture_of(output: str) -> np.ndarray:

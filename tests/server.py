@@ -1,0 +1,87 @@
+"""The real Cog server for tests: on a port of its own, and ended with all its processes."""
+
+import base64
+import contextlib
+import random
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import requests
+
+from benchmarks.server import Server, running_server
+
+START_DEADLINE_S: Final = 90
+REQUEST_TIMEOUT_S: Final = 120
+_EPHEMERAL: Final = Path("/proc/sys/net/ipv4/ip_local_port_range")
+_FIRST_PORT: Final = 20_000
+
+_given_out: set[int] = set()
+_giving_out = threading.Lock()
+
+
+def free_port() -> int:
+    """A port that nobody listens on, and that is given out once.
+
+    Not one the kernel would choose: it may give that to any connection before the server is up, or between
+    two servers that follow each other.
+    """
+    ephemeral = int(_EPHEMERAL.read_text().split()[0]) if _EPHEMERAL.exists() else 32_768
+    candidates = range(_FIRST_PORT, ephemeral)
+    with _giving_out:
+        for port in random.sample(candidates, len(candidates)):
+            with socket.socket() as probe, contextlib.suppress(OSError):
+                probe.bind(("127.0.0.1", port))
+                if port not in _given_out:
+                    _given_out.add(port)
+                    return port
+    raise OSError(f"no free port in {candidates}")
+
+
+class CogServer:
+    """A running Cog server; `under_test` is the handle the benchmarks have on it."""
+
+    def __init__(self, under_test: Server) -> None:
+        self.under_test = under_test
+        self.url = under_test.url
+
+    def predict(self, **inputs: Any) -> tuple[int, dict[str, Any]]:
+        deadline = time.monotonic() + REQUEST_TIMEOUT_S
+        while True:
+            reply = requests.post(
+                f"{self.url}/predictions", json={"input": inputs}, timeout=REQUEST_TIMEOUT_S
+            )
+            # Cog answers a failed request a moment before it frees the worker.
+            if reply.status_code != 409 or time.monotonic() > deadline:
+                return reply.status_code, reply.json()
+            time.sleep(0.05)
+
+    def succeed(self, **inputs: Any) -> dict[str, Any]:
+        status, answer = self.predict(**inputs)
+        assert (status, answer["status"]) == (200, "succeeded"), answer
+        return answer
+
+    def fail(self, **inputs: Any) -> str:
+        """The error's text: schema violations answer 422, failed predictions 200."""
+        status, answer = self.predict(**inputs)
+        if status == 422:
+            return str(answer["detail"])
+        assert (status, answer["status"]) == (200, "failed"), answer
+        assert not answer.get("output")
+        return str(answer["error"])
+
+
+@contextlib.contextmanager
+def running(weights: Path, temporary: Path | None = None) -> Iterator[CogServer]:
+    """Starts a server on a free port and ends it, with all its processes, whatever happens."""
+    with running_server(
+        free_port(), kind="direct", weights=str(weights), deadline_s=START_DEADLINE_S, temporary=temporary
+    ) as under_test:
+        yield CogServer(under_test)
+
+
+def data_uri(data: bytes, kind: str = "image/jpeg") -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
