@@ -8,6 +8,8 @@ OUTPUT ?= output
 CACHE ?= .compile-cache
 PORT ?= 8080
 FLAGS ?=
+# Test processes at a time, each with one thread: two with a thread for every core stand in each other's way.
+JOBS ?= 2
 # The set of weights: the one that is in the repository, unless told otherwise.
 WEIGHTS ?= $(or $(CODEFORMER_WEIGHTS),lite)
 
@@ -34,8 +36,8 @@ $(VENV)/.tools: requirements-dev.txt $(VENV)/.runtime
 predict: $(VENV)/.runtime  ## Restore PHOTO (default data/1.jpg) into OUTPUT; WEIGHTS=official FLAGS="--fidelity 0.7"
 	$(PYTHON) -m codeformer restore "$(PHOTO)" -o "$(OUTPUT)" --weights "$(WEIGHTS)" $(FLAGS)
 
-test: $(VENV)/.tools  ## Run the whole test suite
-	$(PYTHON) -m pytest
+test: $(VENV)/.tools  ## Run the whole test suite, JOBS files at a time
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n $(JOBS) --dist loadfile
 
 lint: $(VENV)/.tools  ## Check style and formatting
 	$(PYTHON) -m ruff check .

@@ -42,10 +42,10 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param)
 
 
-def make_tiny_restorer(seed: int = 0) -> CodeFormer:
+def make_tiny_restorer(seed: int = 0, **other_sizes: Any) -> CodeFormer:
     """A small CodeFormer with random weights whose every branch matters."""
     torch.manual_seed(seed)
-    network = CodeFormer(**TINY_CONFIG)
+    network = CodeFormer(**TINY_CONFIG | other_sizes)
     torch.nn.init.normal_(network.quantize.embedding.weight)
     # Codes that hang on the place rather than the picture: rounding noise must not flip them.
     torch.nn.init.normal_(network.position_emb)

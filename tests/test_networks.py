@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from codeformer.basicsr_compat import import_basicsr, register_codeformer
-from codeformer.networks.codeformer import CodeFormer, InputCorrection
+from codeformer.networks.codeformer import CodeFormer, InputCorrection, take_colours
 from codeformer.networks.parsenet import FaceParsingNetwork
 from codeformer.networks.retinaface import build_retinaface
 from codeformer.restoration import faces_to_batch
@@ -113,6 +113,7 @@ def test_small_configurations_are_the_same_class(config: dict[str, Any]) -> None
         ({"latent_size": 200}, "square"),
         ({"dim_embd": 100, "n_head": 8}, "multiple"),
         ({"connect_list": ("33",)}, "connect_list"),
+        ({"colour_patch": -1}, "colour_patch"),
     ],
 )
 def test_impossible_configurations_are_refused(config: dict[str, Any], message: str) -> None:
@@ -143,6 +144,47 @@ def test_fidelity_blends_the_face_with_the_corrected_input() -> None:
         for w in (0.0, 0.3, 1.0):
             expected = (1 - w) * plain(x, w=w, adain=True)[0] + w * corrected
             torch.testing.assert_close(network(x, w=w, adain=True)[0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_colour_cast_goes_and_details_stay() -> None:
+    generator = torch.Generator().manual_seed(0)
+    picture = torch.rand(2, 3, 128, 192, generator=generator)
+    # Details without a mean in any patch.
+    details = torch.rand(2, 3, 2, 64, 3, 64, generator=generator)
+    details = (details - details.mean(dim=(3, 5), keepdim=True)).view(2, 3, 128, 192)
+    smooth = torch.linspace(0, 1, 192).expand(2, 3, 128, 192)
+    result = take_colours(smooth, picture, 64)
+    cast = torch.tensor([0.3, -0.2, 0.1]).view(1, 3, 1, 1)
+    torch.testing.assert_close(take_colours(smooth + cast + details, picture, 64), result + details)
+    torch.testing.assert_close(result.mean(dim=(2, 3)), picture.mean(dim=(2, 3)))
+    torch.testing.assert_close(take_colours(picture, picture, 64), picture)
+
+
+@pytest.mark.parametrize("w", [0.0, 0.4])
+def test_a_generated_face_has_its_inputs_mean_colour_if_asked_to(w: float) -> None:
+    torch.manual_seed(0)
+    plain = make_tiny_restorer()
+    network = CodeFormer(**TINY_CONFIG, colour_patch=64).eval()
+    network.load_state_dict(plain.state_dict())
+    x = torch.rand(1, 3, 512, 512, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    x += torch.tensor([0.2, -0.3, 0.1]).view(1, 3, 1, 1)
+    with torch.inference_mode():
+        generated, face = (net(x, w=w, adain=True)[0] for net in (plain, network))
+    assert (generated - x).mean(dim=(2, 3)).abs().max() > 0.05
+    torch.testing.assert_close(face.mean(dim=(2, 3)), x.mean(dim=(2, 3)), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("w", [0.0, 0.4])
+def test_where_inputs_are_corrected_colours_are_taken_from_there(w: float) -> None:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"correction_blocks": 1, "correction_channels": 8}
+    network = CodeFormer(**TINY_CONFIG, **sizes, colour_patch=64).eval()
+    assert network.correction is not None
+    x = torch.rand(1, 3, 512, 512, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.inference_mode():
+        face, corrected = network(x, w=w, adain=True)[0], network.correction(x)
+    assert (corrected - x).mean(dim=(2, 3)).abs().max() > 1e-3
+    torch.testing.assert_close(face.mean(dim=(2, 3)), corrected.mean(dim=(2, 3)), rtol=0, atol=1e-4)
 
 
 def test_the_correction_moves_with_the_picture() -> None:

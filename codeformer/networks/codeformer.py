@@ -94,6 +94,25 @@ class InputCorrection(nn.Module):
         return picture + F.pixel_shuffle(self.leave(self.norm(features)), CORRECTION_FACTOR)
 
 
+def take_colours(face: Tensor, picture: Tensor, patch: int) -> Tensor:
+    """Gives a face the colours of a picture and leaves it its details.
+
+    What StableSR (Wang et al., 2023) does with wavelets: noise, blocks and blur hardly touch the lowest
+    frequencies of an input, so the truth's are known better from there than from any guess.
+
+    Args:
+        face: (B, 3, H, W), in any range.
+        picture: likewise, in the same range.
+        patch: side in px of the patches whose means are taken over; roughly, if no divisor of H and W.
+
+    Returns:
+        The face, plus the difference of the means, interpolated between the centres of the patches.
+    """
+    height, width = face.shape[2:]
+    difference = F.adaptive_avg_pool2d(picture - face, (max(1, height // patch), max(1, width // patch)))
+    return face + F.interpolate(difference, size=(height, width), mode="bilinear", align_corners=False)
+
+
 class CodeFormer(nn.Module):
     """The restoration network, parametric in width, depth and codebook.
 
@@ -117,6 +136,9 @@ class CodeFormer(nn.Module):
             Not part of the published method: a small network that has to carry the whole picture through
             its codes and guides has little left to restore it with.
         correction_channels: of that branch.
+        colour_patch: side in px of patches whose mean colours the generator's face takes from the input,
+            corrected if inputs are, see `take_colours`; 0 to leave its colours alone. Not part of the
+            published model either: few codes hit the colours of a face only roughly.
 
     Raises:
         ValueError: the sizes contradict each other.
@@ -136,6 +158,7 @@ class CodeFormer(nn.Module):
         norm_groups: int = 32,
         correction_blocks: int = 0,
         correction_channels: int = 64,
+        colour_patch: int = 0,
     ) -> None:
         super().__init__()
         numbers = (
@@ -155,6 +178,8 @@ class CodeFormer(nn.Module):
             raise ValueError(f"latent_size must be a square number, got {latent_size}.")
         if dim_embd % n_head:
             raise ValueError(f"dim_embd ({dim_embd}) must be a multiple of n_head ({n_head}).")
+        if colour_patch < 0:
+            raise ValueError(f"colour_patch must be 0 or more, got {colour_patch}.")
         self.resolution = self.latent_side << (len(channel_multipliers) - 1)
         self.encoder = Encoder(self.resolution, base_channels, channel_multipliers, code_dim, norm_groups)
         self.generator = Generator(self.resolution, base_channels, channel_multipliers, code_dim, norm_groups)
@@ -181,6 +206,7 @@ class CodeFormer(nn.Module):
             if correction_blocks
             else None
         )
+        self.colour_patch = colour_patch
         self._encoder_taps = {self.encoder.tap_blocks[size]: size for size in sizes}
         self._generator_taps = {self.generator.tap_blocks[size]: size for size in sizes}
 
@@ -193,8 +219,8 @@ class CodeFormer(nn.Module):
 
         Returns:
             Code logits (B, side * side, codebook_size), the latent feature `lq_feat`
-            (B, code_dim, side, side), and the encoder's feature for each connected size; where inputs are
-            corrected, the input as well, under `INPUT`.
+            (B, code_dim, side, side), and the encoder's feature for each connected size; where `generate`
+            needs it, the input as well, under `INPUT`.
         """
         lq_feat, features = self.encode(x)
         tokens = self.feat_emb(lq_feat.flatten(2).transpose(1, 2))
@@ -204,7 +230,7 @@ class CodeFormer(nn.Module):
 
     def encode(self, x: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
         """The encoder alone: `lq_feat` and the features, as from `predict`."""
-        features: dict[int, Tensor] = {} if self.correction is None else {INPUT: x}
+        features: dict[int, Tensor] = {INPUT: x} if self.correction or self.colour_patch else {}
         for index, block in enumerate(self.encoder.blocks):
             x = block(x)
             if index in self._encoder_taps:
@@ -225,7 +251,7 @@ class CodeFormer(nn.Module):
         Args:
             logits: from `predict`; the best code of each token is taken.
             lq_feat: from `predict`; the source of statistics under `adain`.
-            features: from `predict`; unused at w = 0.
+            features: from `predict`; the encoder's are unused at w = 0.
             w: fidelity in [0, 1]; the number 0 leaves the guided branches out altogether.
             adain: give the looked-up codes the channel statistics of `lq_feat`.
 
@@ -236,9 +262,13 @@ class CodeFormer(nn.Module):
         if adain:
             latent = match_statistics(latent, lq_feat)
         face = self.decode(latent, features, w)
-        if self.correction is None or not (isinstance(w, Tensor) or w > 0):
+        guided = isinstance(w, Tensor) or w > 0
+        if INPUT not in features or not (guided or self.colour_patch):
             return face
-        return face + w * (self.correction(features[INPUT]) - face)
+        picture = features[INPUT] if self.correction is None else self.correction(features[INPUT])
+        if self.colour_patch:
+            face = take_colours(face, picture, self.colour_patch)
+        return face if self.correction is None else face + w * (picture - face)
 
     def decode(self, x: Tensor, features: Mapping[int, Tensor], w: float | Tensor) -> Tensor:
         """The generator alone: a latent (B, code_dim, side, side) to faces (B, 3, resolution, resolution)."""

@@ -59,8 +59,9 @@ LITE: Final[dict[str, Any]] = {
     "code_dim": 32,
     "norm_groups": 1,
     "connect_list": ["64", "128", "256"],
-    "correction_blocks": 8,
+    "correction_blocks": 12,
     "correction_channels": 96,
+    "colour_patch": 64,
 }
 START_FACES: Final = 64
 VALIDATION_FACES: Final = 12
@@ -337,8 +338,13 @@ def _evaluate(options: argparse.Namespace) -> None:
     if not options.faces and not (options.photographs and options.teacher):
         raise InputError("expected --faces, or --photographs with --teacher, or all three.")
     device = available_device(options.device)
-    models = load_models(load_weight_set(options.weights), device)
-    scores: dict[str, Any] = {"weights": options.weights, "machine": describe_machine(device)}
+    weight_set = load_weight_set(options.weights)
+    models = load_models(weight_set, device)
+    scores: dict[str, Any] = {
+        "weights": options.weights,
+        "sha256": {name: file.sha256 for name, file in weight_set.files()},
+        "machine": describe_machine(device),
+    }
     if options.faces:
         files = pictures_in(options.faces)
         scores["faces"] = len(files)
