@@ -4,7 +4,11 @@ import ast
 import contextlib
 import errno
 import json
+import random
 import tempfile
+import threading
+import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +28,7 @@ from codeformer.restoration import FaceRestorer
 from predict import Predictor
 from scripts.write_schema import PINNED_SCHEMA, build_schema
 from tests.compare import assert_pictures_close
-from tests.faults import largest_file
+from tests.faults import Interrupted, interrupt, largest_file
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -265,6 +269,40 @@ def test_a_failed_request_leaves_no_file_of_the_one_before(
     with pytest.raises(ImageError):
         run(predictor, [tmp_path / "gone.jpg"])
     assert list(output.parent.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_request_cancelled_at_any_moment_leaves_nothing_but_a_working_predictor(
+    predictor: Predictor, photo_path: Path
+) -> None:
+    [output] = run(predictor, [photo_path])
+    expected = output.read_bytes()
+    started = time.monotonic()
+    run(predictor, [photo_path])
+    usual_s = time.monotonic() - started
+    outcomes = Counter[str]()
+
+    def ask() -> None:
+        try:
+            run(predictor, [photo_path])
+            outcomes["done"] += 1
+        except Interrupted:
+            outcomes["interrupted"] += 1
+
+    threads = threading.active_count()
+    moments = random.Random(0)
+    for _ in range(60):
+        caller = threading.Thread(target=ask)
+        caller.start()
+        time.sleep(moments.uniform(0, 1.1 * usual_s))
+        interrupt(caller)
+        caller.join(60)
+        assert not caller.is_alive(), f"stuck after {outcomes}"
+    assert outcomes["interrupted"] >= 15, outcomes
+    assert threading.active_count() <= threads
+    [output] = run(predictor, [photo_path])
+    assert output.read_bytes() == expected
+    assert list(output.parent.iterdir()) == [output]
 
 
 def test_setup_fails_where_the_device_cannot_restore_a_face(

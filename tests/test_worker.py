@@ -1,7 +1,6 @@
 """The thread in which a server works."""
 
 import contextvars
-import ctypes
 import gc
 import random
 import sys
@@ -20,11 +19,8 @@ from codeformer.limits import Deadline
 from codeformer.pipeline import Pipeline
 from codeformer.request import serve
 from codeformer.worker import Worker
+from tests.faults import Interrupted, interrupt
 from tests.test_images import gradient, save
-
-
-class Interrupted(BaseException):
-    """Stands for what Cog raises in the thread of a cancelled request."""
 
 
 def in_new_thread(call: Callable[[], object]) -> object:
@@ -83,13 +79,6 @@ def test_an_interrupted_call_is_asked_to_stop_and_waited_for() -> None:
     interrupt(caller)
     caller.join(20)
     assert ended == ["work", "caller"]
-
-
-def interrupt(thread: threading.Thread) -> None:
-    """The way Cog cancels: an exception set from outside, raised at the thread's next step."""
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(
-        ctypes.c_ulong(thread.ident or 0), ctypes.py_object(Interrupted)
-    )
 
 
 def test_an_interruption_at_any_step_leaves_a_worker_that_works() -> None:
