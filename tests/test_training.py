@@ -715,5 +715,5 @@ def test_the_commands_from_faces_to_a_weight_set(
          str(tmp_path / "held_out"), "--teacher", str(teacher), "--output", str(scores), "--device", "cpu"]
     ) == 0  # fmt: skip
     written = json.loads(scores.read_text())
-    assert set(written) == {"weights", "machine", "faces", "restorer", "detector"}
+    assert set(written) == {"weights", "sha256", "machine", "faces", "restorer", "detector"}
     assert torch.__version__.startswith(written["machine"]["versions"]["torch"])
