@@ -17,6 +17,7 @@ from codeformer.images import JPEG_QUALITY, MAX_ASPECT_RATIO, decode_image, enco
 from codeformer.limits import Limits
 from tests import shared
 from tests.compare import assert_pictures_close
+from tests.profiles import gray_profile, ink_profile
 from tests.test_detection import PHOTOS
 
 
@@ -157,6 +158,37 @@ def test_a_profile_of_srgb_itself_changes_no_pixel() -> None:
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     decoded = decode_image(save(Image.fromarray(rgb), "PNG", icc_profile=srgb))
     np.testing.assert_array_equal(decoded, rgb[:, :, ::-1])
+
+
+def encoded_as_srgb(light: np.ndarray) -> np.ndarray:
+    """Linear light in [0, 1] to uint8, by the formula of IEC 61966-2-1."""
+    curve = 1.055 * np.maximum(light, 1e-9) ** (1 / 2.4) - 0.055
+    return np.asarray(np.rint(255 * np.where(light <= 0.0031308, 12.92 * light, curve)), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_grey_with_a_profile_becomes_srgb(kind: str) -> None:
+    ramp = np.tile(np.arange(256, dtype=np.uint8), (32, 1))
+    options = {"quality": 100} if kind == "JPEG" else {}
+    decoded = decode_image(save(Image.fromarray(ramp), kind, icc_profile=gray_profile(1.8), **options))
+    expected = encoded_as_srgb((ramp / 255) ** 1.8)[:, :, None].repeat(3, axis=2)
+    # The darkest levels are beyond the precision of the colour engine.
+    assert_pictures_close(decoded[:, 16:], expected[:, 16:], mean=0.6, within=3)
+    assert np.abs(expected.astype(int) - ramp[:, :, None]).max() > 10
+
+
+@pytest.mark.parametrize("kind", ["TIFF", "JPEG"])
+def test_inks_become_the_colours_their_profile_says(kind: str) -> None:
+    inks = np.zeros((32, 256, 4), np.uint8)
+    inks[..., 3] = np.arange(256)
+    # Of no effect by this profile, of much without it.
+    inks[..., 0] = 200
+    options = {"quality": 100, "subsampling": 0} if kind == "JPEG" else {}
+    decoded = decode_image(save(Image.fromarray(inks, "CMYK"), kind, icc_profile=ink_profile(), **options))
+    lightness = 100 * (1 - np.arange(256) / 255)
+    light = np.where(lightness > 8, ((lightness + 16) / 116) ** 3, lightness / 903.3)
+    expected = np.broadcast_to(encoded_as_srgb(light)[None, :, None], decoded.shape)
+    assert_pictures_close(decoded, expected, mean=0.6, within=3)
 
 
 def test_a_profile_of_another_colour_space_is_left_aside() -> None:
