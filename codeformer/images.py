@@ -6,6 +6,7 @@ order, upright. The limits are checked from the header, before a pixel is decode
 
 import io
 import logging
+import re
 import struct
 import zlib
 from typing import Final
@@ -13,7 +14,7 @@ from typing import Final
 import cv2
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageCms, UnidentifiedImageError
+from PIL import Image, ImageCms, PngImagePlugin, UnidentifiedImageError
 
 from codeformer.errors import ImageError
 from codeformer.limits import DEFAULT_LIMITS, Limits
@@ -40,7 +41,15 @@ _WHITE_IS_ZERO: Final = 0
 _RGB: Final = 2
 _TIFF_PLANAR_CONFIGURATION: Final = 284
 _INTERLEAVED: Final = 1
+_TIFF_SAMPLES_PER_PIXEL: Final = 277
+_TIFF_MAGIC: Final = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _PNG_BIT_DEPTH_OFFSET: Final = 24
+# Each scan costs a pass over the whole picture, however small it is. Progressive JPEGs have about ten.
+_MAX_SCANS: Final = 100
+_JPEG_MAGIC: Final = b"\xff\xd8\xff"
+# Neither a stuffed byte of a scan, nor a restart, nor padding.
+_JPEG_MARKER: Final = re.compile(rb"\xff([^\x00\xd0-\xd7\xff])")
+_JPEG_START, _JPEG_END, _JPEG_SCAN = b"\xd8", b"\xd9", b"\xda"
 # Rows that are converted at a time: float copies of a whole large picture would outgrow memory.
 _BAND: Final = 256
 # Profiles that change no colour by more than this, in levels, are sRGB under whatever name.
@@ -54,6 +63,8 @@ _SRGB: Final = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
 
 # The limits below are looked at before anything is decoded; Pillow's own would override larger ones.
 Image.MAX_IMAGE_PIXELS = None
+# Programs that make pictures write how they did it into them, often more than the 1 MiB Pillow admits.
+PngImagePlugin.MAX_TEXT_CHUNK = 16 * 2**20
 
 # What Pillow's and OpenCV's decoders raise on damaged data.
 _DECODER_ERRORS: Final = (
@@ -85,11 +96,12 @@ def decode_image(data: bytes, index: int | None = None, limits: Limits = DEFAULT
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
             check_size(picture.width, picture.height, index, limits)
+            _check_scans(data, index)
             # Strictly, also where OpenCV decodes after it: OpenCV passes over some damage.
             picture.load()
             if getattr(picture, "is_animated", False):
                 logger.info("image %s has several frames; the first is taken", index or "")
-            samples = _decode_16_bit(picture, data) if _has_16_bits(picture, data) else None
+            samples = _decode_16_bit(picture, data) if _has_16_bits(picture, data, index) else None
             bgr = _decode_8_bit(picture, index) if samples is None else samples
             return _turn_upright(_to_srgb(bgr, picture), picture)
     except ImageError:
@@ -99,6 +111,8 @@ def decode_image(data: bytes, index: int | None = None, limits: Limits = DEFAULT
             raise _damaged(cause, index) from cause
         raise ImageError("too little memory to decode it; send a smaller copy.", index) from cause
     except UnidentifiedImageError as cause:
+        if data.startswith(_TIFF_MAGIC):
+            raise _unsupported("of this TIFF", index) from cause
         raise ImageError(
             f"not a picture this service reads; send one of {', '.join(FORMATS)} "
             f"(the data begins with {data[:12]!r}).",
@@ -131,6 +145,10 @@ def _damaged(cause: BaseException, index: int | None) -> ImageError:
     return ImageError(f"the file is damaged or cut short ({cause}); send it again.", index)
 
 
+def _unsupported(samples: str, index: int | None) -> ImageError:
+    return ImageError(f"unsupported samples ({samples}); convert it to 8 bits, grey or RGB.", index)
+
+
 def _unwritable(image_bgr: ImageU8, index: int | None) -> ImageError:
     height, width = image_bgr.shape[:2]
     return ImageError(f"{width} x {height} px cannot be written as JPEG; send a smaller copy.", index)
@@ -156,6 +174,22 @@ def check_size(width: int, height: int, index: int | None = None, limits: Limits
         )
 
 
+def _check_scans(data: bytes, index: int | None) -> None:
+    """Refuses a JPEG whose scans would keep a decoder busy for ever; no signal reaches it meanwhile."""
+    if not data.startswith(_JPEG_MAGIC):
+        return
+    scans, position = 0, len(_JPEG_MAGIC) - 1
+    while (marker := _JPEG_MARKER.search(data, position)) and marker[1] != _JPEG_END:
+        position = marker.end()
+        if marker[1] == _JPEG_START:
+            continue
+        scans += marker[1] == _JPEG_SCAN
+        if scans > _MAX_SCANS:
+            raise ImageError(f"expected a JPEG of at most {_MAX_SCANS} scans, got more; save it anew.", index)
+        # Every other marker is followed by a length, which counts itself.
+        position += max(2, int.from_bytes(data[position : position + 2]))
+
+
 def is_gray(image_bgr: ImageU8, threshold: float = 10.0) -> bool:
     """Whether a (H, W, 3) uint8 BGR picture has no colour to speak of.
 
@@ -172,16 +206,26 @@ def is_gray(image_bgr: ImageU8, threshold: float = 10.0) -> bool:
     return True
 
 
-def _has_16_bits(picture: Image.Image, data: bytes) -> bool:
+def _has_16_bits(picture: Image.Image, data: bytes, index: int | None) -> bool:
+    """Whether OpenCV has to decode it.
+
+    Raises:
+        ImageError: neither library reads it.
+    """
     if picture.format == "PNG":
         return data[_PNG_BIT_DEPTH_OFFSET] == 16
     if picture.format == "TIFF":
-        # OpenCV leaves memory as it was where colours lie in planes, and takes inks for colours.
-        return (
-            16 in _tiff_tag(picture, _TIFF_BITS_PER_SAMPLE)
-            and _tiff_tag(picture, _TIFF_PLANAR_CONFIGURATION) in {(), (_INTERLEAVED,)}
-            and max(_tiff_tag(picture, _TIFF_PHOTOMETRIC), default=_RGB) <= _RGB
+        if 16 not in _tiff_tag(picture, _TIFF_BITS_PER_SAMPLE):
+            return False
+        in_planes = (
+            _tiff_tag(picture, _TIFF_PLANAR_CONFIGURATION) not in {(), (_INTERLEAVED,)}
+            and max(_tiff_tag(picture, _TIFF_SAMPLES_PER_PIXEL), default=1) > 1
         )
+        if in_planes:
+            # OpenCV leaves memory as it was, and Pillow takes low bytes for pixels of their own.
+            raise _unsupported("16 bits in separate planes", index)
+        # OpenCV takes inks for colours.
+        return max(_tiff_tag(picture, _TIFF_PHOTOMETRIC), default=_RGB) <= _RGB
     return False
 
 
@@ -227,26 +271,26 @@ def _to_8_bits(samples: npt.NDArray[np.uint16], picture: Image.Image) -> ImageU8
 
 def _decode_8_bit(picture: Image.Image, index: int | None) -> ImageU8:
     if picture.mode.startswith(("I", "F")):
-        raise ImageError(
-            f"unsupported samples (Pillow's mode {picture.mode}); convert it to 8 or 16 bits.", index
-        )
+        raise _unsupported(f"Pillow's mode {picture.mode}", index)
     rgb = picture
     if picture.mode == "CMYK" and (profile := _icc_profile(picture, "CMYK")) is not None:
         rgb = _convert(picture, profile)
     if picture.has_transparency_data:
-        rgba = picture.convert("RGBA")
+        # There is no direct way from premultiplied grey.
+        rgba = (picture.convert("LA") if picture.mode == "La" else picture).convert("RGBA")
         rgb = Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255, 255)), rgba)
     return np.asarray(rgb.convert("RGB"))[:, :, ::-1]
 
 
 def _to_srgb(bgr: ImageU8, picture: Image.Image) -> ImageU8:
     """Colours of a picture with a profile of its own, as every display without one shows them."""
-    for space, mode in (("RGB", "RGB"), ("GRAY", "L")):
-        profile = _icc_profile(picture, space)
-        if profile is not None:
-            pixels = Image.fromarray(np.ascontiguousarray(bgr[:, :, ::-1])).convert(mode)
-            return np.asarray(_convert(pixels, profile))[:, :, ::-1]
-    return bgr
+    # A profile says nothing about pictures of another colour space than its own.
+    space, mode = ("GRAY", "L") if picture.mode.startswith(("1", "L", "I")) else ("RGB", "RGB")
+    profile = _icc_profile(picture, space)
+    if profile is None:
+        return bgr
+    pixels = Image.fromarray(np.ascontiguousarray(bgr[:, :, ::-1])).convert(mode)
+    return np.asarray(_convert(pixels, profile))[:, :, ::-1]
 
 
 def _icc_profile(picture: Image.Image, colour_space: str) -> ImageCms.ImageCmsProfile | None:

@@ -3,13 +3,13 @@
 import io
 import struct
 import zlib
-from typing import Any
+from typing import Any, Final
 
 import cv2
 import numpy as np
 import pytest
 import tifffile
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, PngImagePlugin
 from PIL.PngImagePlugin import PngImageFile
 
 from codeformer.errors import ImageError
@@ -195,6 +195,48 @@ def test_a_profile_of_another_colour_space_is_left_aside() -> None:
     ramp = np.arange(256, dtype=np.uint8).reshape(16, 16)
     decoded = decode_image(save(Image.fromarray(ramp), "PNG", icc_profile=swapped_profile()))
     assert_pictures_close(decoded, np.repeat(ramp[:, :, None], 3, axis=2), mean=1, within=2)
+    for profile in (gray_profile(1.8), ink_profile()):
+        decoded = decode_image(save(Image.fromarray(gradient()), "PNG", icc_profile=profile))
+        np.testing.assert_array_equal(decoded, gradient()[:, :, ::-1])
+
+
+@pytest.mark.parametrize("kind", ["text", "compressed text", "international text"])
+def test_a_png_may_tell_at_length_how_it_was_made(kind: str) -> None:
+    notes, story = PngImagePlugin.PngInfo(), "a prompt " * 200_000
+    if kind == "international text":
+        notes.add_itxt("workflow", story, zip=True)
+    else:
+        notes.add_text("workflow", story, zip=kind == "compressed text")
+    decoded = decode_image(save(Image.fromarray(gradient()), "PNG", pnginfo=notes))
+    np.testing.assert_array_equal(decoded, gradient()[:, :, ::-1])
+
+
+def with_empty_scans(progressive: bytes, count: int) -> bytes:
+    """A progressive JPEG whose last scan is followed by others that change nothing."""
+    header = struct.pack(">HHBBBBBB", 0xFFDA, 8, 1, 1, 0, 1, 63, 0x00)
+    # One run over all blocks of up to 2^14, by a code of a table of one symbol.
+    table = struct.pack(">HHB16BB", 0xFFC4, 20, 0x10, 1, *[0] * 15, 0xE0)
+    end = progressive.rindex(b"\xff\xd9")
+    return progressive[:end] + (table + header + bytes(2) + b"\x7f") * count + progressive[end:]
+
+
+def test_a_jpeg_of_very_many_scans_is_refused_before_they_are_decoded() -> None:
+    picture = Image.fromarray(np.full((64, 64), 100, np.uint8))
+    plain = save(picture, "JPEG", progressive=True, quality=90)
+    for count in (0, 50):
+        decoded = decode_image(with_empty_scans(plain, count))
+        np.testing.assert_array_equal(decoded, decode_image(plain))
+    with pytest.raises(ImageError, match="at most 100 scans"):
+        decode_image(with_empty_scans(plain, 101))
+
+
+def test_what_lies_in_notes_or_behind_a_jpeg_is_no_scan_of_it() -> None:
+    many = b"\xff\xda\x00\x02" * 500
+    photo = save(Image.fromarray(gradient()), "JPEG")
+    note = b"\xff\xed" + struct.pack(">H", len(many) + 2) + many
+    expected = decode_image(photo)
+    np.testing.assert_array_equal(decode_image(photo[:2] + note + photo[2:]), expected)
+    np.testing.assert_array_equal(decode_image(photo + many), expected)
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
@@ -322,15 +364,35 @@ def tiff(samples: np.ndarray, **options: Any) -> bytes:
     return stream.getvalue()
 
 
-def test_a_16_bit_tiff_in_planes_shows_itself_and_nothing_of_others() -> None:
-    planes = np.stack([np.full((300, 400), level * 257, np.uint16) for level in (230, 120, 3)])
-    data = tiff(planes, photometric="rgb", planarconfig="separate")
-    for level in (0x4242, 0x7777):
-        # What lies in memory after another picture.
-        ok, other = cv2.imencode(".png", np.full((300, 400, 3), level, np.uint16))
-        assert ok
-        decode_image(other.tobytes())
-        np.testing.assert_array_equal(decode_image(data), np.full((300, 400, 3), (3, 120, 230), np.uint8))
+# No multiples of 257: both bytes count.
+LEVELS_16_BIT: Final = (50_000, 10_000, 5_000)
+
+
+@pytest.mark.parametrize("options", [{}, {"compression": "zlib"}, {"byteorder": ">"}, {"tile": (16, 16)}])
+@pytest.mark.parametrize("photometric", ["rgb", "separated"])
+def test_a_16_bit_tiff_in_planes_is_refused(photometric: str, options: dict[str, Any]) -> None:
+    levels = LEVELS_16_BIT if photometric == "rgb" else (*LEVELS_16_BIT, 700)
+    planes = np.stack([np.full((30, 40), level, np.uint16) for level in levels])
+    data = tiff(planes, photometric=photometric, planarconfig="separate", **options)
+    with pytest.raises(ImageError, match=r"16 bits in separate planes.*convert it to 8 bits"):
+        decode_image(data)
+
+
+@pytest.mark.parametrize("options", [{}, {"compression": "zlib"}, {"byteorder": ">"}, {"tile": (16, 16)}])
+def test_every_other_16_bit_tiff_is_scaled_from_both_bytes(options: dict[str, Any]) -> None:
+    colours = np.tile(np.array(LEVELS_16_BIT, np.uint16), (30, 40, 1))
+    expected = np.broadcast_to(np.rint(np.array(LEVELS_16_BIT[::-1]) / 257), (30, 40, 3))
+    np.testing.assert_array_equal(decode_image(tiff(colours, photometric="rgb", **options)), expected)
+    grey = tiff(colours[:, :, 0], photometric="minisblack", **options)
+    np.testing.assert_array_equal(decode_image(grey), np.full((30, 40, 3), expected[0, 0, 2]))
+
+
+def test_grey_tiffs_with_alpha_are_laid_over_white_or_refused_for_what_they_are() -> None:
+    half = np.tile(np.array([64, 128], np.uint8), (4, 4, 1))
+    grey = decode_image(tiff(half, photometric="minisblack", extrasamples=["assocalpha"]))
+    assert grey[0, 0].tolist() == pytest.approx([64 + 127] * 3, abs=1)
+    with pytest.raises(ImageError, match=r"unsupported samples \(of this TIFF\); convert it to 8 bits"):
+        decode_image(tiff(half.astype(np.uint16), photometric="minisblack", extrasamples=["unassalpha"]))
 
 
 @pytest.mark.parametrize("depth", [np.uint8, np.uint16])
@@ -343,9 +405,10 @@ def test_a_tiff_whose_zero_is_white_is_no_negative(depth: type) -> None:
 
 def test_16_bit_cmyk_tiff() -> None:
     stream = io.BytesIO()
-    inks = np.tile(np.array([0, 65535, 65535, 0], np.uint16), (4, 4, 1))
+    inks = np.tile(np.array([10_000, 65_535, 50_000, 0], np.uint16), (4, 4, 1))
     tifffile.imwrite(stream, inks, photometric="separated")
-    assert decode_image(stream.getvalue())[0, 0].tolist() == [0, 0, 255]
+    expected = (1 - np.array([50_000, 65_535, 10_000]) / 65_535) * 255
+    np.testing.assert_allclose(decode_image(stream.getvalue())[0, 0], expected, atol=1)
 
 
 @pytest.mark.parametrize("depth", [np.float32, np.int32])
