@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import nms
 
+from codeformer.errors import NonFiniteOutputError
 from codeformer.images import ImageU8
 
 DETECTION_SIDE: Final = 640
@@ -69,6 +70,9 @@ class FaceDetector:
 
         Returns:
             For each picture its faces; an empty list where there are none.
+
+        Raises:
+            NonFiniteOutputError: the network's answer holds NaN or infinity.
         """
         copies = [resize_for_detection(image) for image in images_bgr]
         groups: dict[object, list[int]] = defaultdict(list)
@@ -155,7 +159,12 @@ def select_faces(
 
     Returns:
         Faces in picture pixels, best score first.
+
+    Raises:
+        NonFiniteOutputError: a score, or the place of a face, is NaN or infinite.
     """
+    # No comparison holds for NaN: the answer would be that there is no face.
+    is_finite = bool(torch.isfinite(scores).all())
     confident = scores > SCORE_THRESHOLD
     units = boxes_xyxy.new_tensor(size_wh)
     boxes, scores = boxes_xyxy[confident] * units.repeat(2), scores[confident]
@@ -163,6 +172,8 @@ def select_faces(
     # torchvision's areas lack the "+ 1" of inclusive pixel boxes; moving the far corners adds it.
     keep = nms(boxes + boxes.new_tensor([0.0, 0.0, 1.0, 1.0]), scores, NMS_IOU)
     pixels = torch.cat([boxes[keep], landmarks[keep].flatten(1)], dim=1).cpu().numpy() / np.float32(scale)
+    if not (is_finite and np.isfinite(pixels).all()):
+        raise NonFiniteOutputError("the detector's output is not finite.")
     return [
         Detection(row[:4], float(score), row[4:].reshape(LANDMARKS, 2))
         for row, score in zip(pixels, scores[keep].cpu().numpy(), strict=True)

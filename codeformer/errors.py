@@ -4,9 +4,20 @@ Each message says what was expected, what came and what to do about it; the fact
 behind the message are attributes, so that callers need not parse text.
 """
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Final
+
+_CAUSE_CHARACTERS: Final = 300
+_PATH: Final = re.compile(r"/[\w.+-]+/[^\s'\",;:)]*")
+
+
+def in_words(cause: BaseException) -> str:
+    """A failure for the one who sent the request: its kind and first line, without the server's paths."""
+    lines = str(cause).strip().splitlines() or [""]
+    return f"{type(cause).__name__}: {_PATH.sub('...', lines[0])[:_CAUSE_CHARACTERS]}"
 
 
 class CodeFormerError(Exception):

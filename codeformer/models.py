@@ -11,7 +11,13 @@ import torch
 
 from codeformer.alignment import FACE_SIZE
 from codeformer.detection import FaceDetector
-from codeformer.errors import BackendConflictError, DeviceMemoryError, InferenceError, ManifestError
+from codeformer.errors import (
+    BackendConflictError,
+    DeviceMemoryError,
+    InferenceError,
+    ManifestError,
+    in_words,
+)
 from codeformer.memory import is_out_of_memory
 from codeformer.networks.codeformer import CodeFormer
 from codeformer.networks.inference import for_inference
@@ -112,7 +118,7 @@ class ModelStore:
             return self.reference.optimized(plan.compile_backend)
         except RuntimeError as cause:
             kind = DeviceMemoryError if is_out_of_memory(cause) else InferenceError
-            raise kind("initialisation", "the optimized networks", f"{cause}") from cause
+            raise kind("initialisation", "the optimized networks", in_words(cause)) from cause
 
     def _keep(self, models: Models, plan: ExecutionPlan) -> None:
         if plan.compile_backend is None or models.restorer.has_restored:

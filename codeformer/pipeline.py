@@ -5,7 +5,6 @@ Data flows one way: picture, working copy, detections, aligned crops, restored c
 
 import itertools
 import logging
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,6 +28,7 @@ from codeformer.errors import (
     InferenceError,
     NonFiniteOutputError,
     OptionError,
+    in_words,
 )
 from codeformer.graphs import recording_lock
 from codeformer.images import ImageU8, check_size, is_gray
@@ -60,8 +60,6 @@ logger = logging.getLogger(__name__)
 _QUIET_FACES: Final = 10
 # How long a health check waits for a recording to end, in seconds.
 _BUSY_S: Final = 1.0
-_CAUSE_CHARACTERS: Final = 300
-_PATH: Final = re.compile(r"/[\w.+-]+/[^\s'\",;:)]*")
 # What torch, its compiler, OpenCV and our adapters raise; anything else is a bug and keeps its own name.
 _STAGE_ERRORS: Final = (RuntimeError, MemoryError, cv2.error, FailOnRecompileLimitHit, NonFiniteOutputError)
 
@@ -418,17 +416,11 @@ class _Request:
         except _STAGE_ERRORS as cause:
             kind = DeviceMemoryError if is_out_of_memory(cause) else InferenceError
             logger.warning("%s failed on %s: %s: %s", stage, where, type(cause).__name__, cause)
-            raise kind(stage, where, _in_words(cause)) from cause
+            raise kind(stage, where, in_words(cause)) from cause
 
 
 def _tenths(done: int, jobs: Sequence[_FaceJob]) -> int:
     return 10 * done // len(jobs)
-
-
-def _in_words(cause: BaseException) -> str:
-    """A failure for the one who sent the request: its first line, without the server's paths."""
-    lines = str(cause).strip().splitlines() or [""]
-    return f"{type(cause).__name__}: {_PATH.sub('...', lines[0])[:_CAUSE_CHARACTERS]}"
 
 
 def _name_pictures(pictures: Sequence[int]) -> str:

@@ -21,9 +21,12 @@ from codeformer.errors import (
     OptionError,
 )
 from codeformer.models import Models
+from codeformer.networks.retinaface import build_retinaface
 from codeformer.parsing import TemplateMask
 from codeformer.pipeline import RestoredImage
 from codeformer.restoration import FaceRestorer
+from codeformer.weights.checkpoints import load_into
+from codeformer.weights.manifest import load_weight_set
 from tests import pictures, shared
 from tests.compare import assert_pictures_close
 from tests.conftest import CPU, make_broken_restorer, make_tiny_restorer
@@ -372,6 +375,31 @@ def test_results_come_as_soon_as_their_last_face_is_in(
         next(results)
         faces_restored.append(len(restorer.batches))
     assert faces_restored == [4, 5, 5, 6]
+
+
+@pytest.mark.parametrize("head", ["ClassHead", "BboxHead", "LandmarkHead"])
+def test_a_detector_that_answers_nan_has_not_found_that_there_is_no_face(head: str) -> None:
+    network: Any = build_retinaface("mobile0.25")
+    load_into(network, load_weight_set("lite").detector)
+    for level in getattr(network, head):
+        level.conv1x1.bias.data[:] = float("nan")
+    detector = FaceDetector(network.requires_grad_(False))
+    pipeline = Pipeline(Models(detector, FaceRestorer(make_tiny_restorer()), TemplateMask()), CPU)
+    with pytest.raises(InferenceError, match=r"detect failed on image 1: .*not finite"):
+        pipeline.restore([pictures.portrait()])
+
+
+def test_optimized_networks_that_cannot_be_made_say_so_without_paths(
+    blind_pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("cannot open '/srv/app/kernels.so'\nmore")
+
+    monkeypatch.setattr(Models, "optimized", fail)
+    with pytest.raises(InferenceError) as raised:
+        blind_pipeline.restore([pictures.plain()], plan=resolve_plan("fast", "optimized", "none", device=CPU))
+    message = "initialisation failed on the optimized networks: RuntimeError: cannot open '...'"
+    assert str(raised.value) == message
 
 
 def test_a_non_finite_face_is_a_failure(detector: FaceDetector) -> None:
