@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from codeformer.compile_cache import FOLDER_VARIABLE, fill_compile_cache
 from codeformer.errors import CodeFormerError, InputError, WeightsError
-from codeformer.images import ImageU8, encode_jpeg
+from codeformer.images import MAX_SIDE, ImageU8, encode_jpeg
 from codeformer.limits import Limits
 from codeformer.pipeline import Pipeline
 from codeformer.plan import (
@@ -140,7 +140,7 @@ def _restore_one(pipeline: Pipeline, photo: Path, target: Path, options: argpars
     )
     _write(target, outcome.jpegs[0])
     if options.compare:
-        pair = _side_by_side(outcome.images_bgr[0], outcome.results[0].image_bgr)
+        pair = _pair(outcome.images_bgr[0], outcome.results[0].image_bgr)
         _write(_comparison_of(target), encode_jpeg(pair))
     return len(outcome.results[0].faces)
 
@@ -203,9 +203,12 @@ def _write(path: Path, data: bytes) -> None:
             partial.unlink(missing_ok=True)
 
 
-def _side_by_side(before_bgr: ImageU8, after_bgr: ImageU8) -> ImageU8:
-    gap = np.full((before_bgr.shape[0], _COMPARE_GAP, 3), 255, np.uint8)
-    return np.hstack([before_bgr, gap, after_bgr])
+def _pair(before_bgr: ImageU8, after_bgr: ImageU8) -> ImageU8:
+    """Both pictures side by side; one above the other where a JPEG cannot be that wide."""
+    height, width = before_bgr.shape[:2]
+    if 2 * width + _COMPARE_GAP > MAX_SIDE:
+        return np.vstack([before_bgr, np.full((_COMPARE_GAP, width, 3), 255, np.uint8), after_bgr])
+    return np.hstack([before_bgr, np.full((height, _COMPARE_GAP, 3), 255, np.uint8), after_bgr])
 
 
 def _list_weights(options: argparse.Namespace) -> int:

@@ -53,6 +53,14 @@ def test_restores_a_folder_and_compares(
     assert "no face found" in capsys.readouterr().out
 
 
+def test_a_pair_too_wide_for_a_jpeg_stands_one_above_the_other(tmp_path: Path) -> None:
+    photo = tmp_path / "wide.png"
+    assert cv2.imwrite(str(photo), np.full((1700, 33_000, 3), 90, np.uint8))
+    output = tmp_path / "out"
+    assert main(["restore", str(photo), "-o", str(output), "--compare"]) == 0
+    assert shared.read_picture(output / "wide_compare.jpg").shape == (2 * 1700 + 8, 33_000, 3)
+
+
 def test_a_bad_photo_among_good_ones_is_reported_and_the_others_are_done(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
