@@ -29,6 +29,7 @@ ROOT: Final = Path(__file__).resolve().parents[1]
 HOST: Final = "127.0.0.1"
 START_DEADLINE_S: Final = 600.0
 _POLL_S: Final = 0.1
+_STATE_POLL_S: Final = 0.01
 _STOP_S: Final = 20.0
 # How long a failed request may keep the worker after its answer.
 _BUSY_S: Final = 30.0
@@ -71,9 +72,7 @@ class Server:
         self._process = process
         self._port = port
         self._log = log
-        self._session = requests.Session()
-        # A proxy is for other hosts.
-        self._session.trust_env = False
+        self._session = _direct_session()
         self.url = f"http://{HOST}:{port}"
         self.kind = kind
         self.setup_s = setup_s
@@ -117,9 +116,9 @@ class Server:
             BenchmarkError: there is no proper answer.
         """
         try:
-            reply = requests.put(
-                f"{self.url}/predictions/{name}", json={"input": dict(inputs)}, timeout=timeout_s
-            )
+            with _direct_session() as session:
+                url = f"{self.url}/predictions/{name}"
+                reply = session.put(url, json={"input": dict(inputs)}, timeout=timeout_s)
             return str(reply.json()["status"])
         except (requests.RequestException, ValueError, KeyError) as cause:
             raise BenchmarkError(
@@ -128,7 +127,16 @@ class Server:
 
     def cancel(self, name: str) -> None:
         """Cancels a request, if it is still at work."""
-        requests.post(f"{self.url}/predictions/{name}/cancel", timeout=_BUSY_S)
+        with _direct_session() as session:
+            session.post(f"{self.url}/predictions/{name}/cancel", timeout=_BUSY_S)
+
+    def wait_until_busy(self, limit_s: float) -> None:
+        """Waits until the server is at work on a request that was sent from another thread.
+
+        Raises:
+            BenchmarkError: it does not begin.
+        """
+        self._wait_for("BUSY", limit_s, "does not begin with a request")
 
     def wait_until_idle(self, limit_s: float) -> None:
         """Waits until the server takes requests.
@@ -136,15 +144,18 @@ class Server:
         Raises:
             BenchmarkError: it does not.
         """
+        self._wait_for("READY", limit_s, "does not get over a late request")
+
+    def _wait_for(self, wanted: str, limit_s: float, otherwise: str) -> None:
         deadline = time.monotonic() + limit_s
         while time.monotonic() < deadline:
             state, _ = _health(self._session, self._port)
-            if state == "READY":
+            if state == wanted:
                 return
             if state in _DEAD:
                 break
-            time.sleep(_POLL_S)
-        raise BenchmarkError(f"the server does not get over a late request:\n{tail(self._log)}")
+            time.sleep(_STATE_POLL_S)
+        raise BenchmarkError(f"the server {otherwise}:\n{tail(self._log)}")
 
     @property
     def pid(self) -> int:
@@ -284,10 +295,16 @@ def _start(
             ) from cause
 
 
+def _direct_session() -> requests.Session:
+    """A session that goes past any proxy: those are for other hosts. For one thread."""
+    session = requests.Session()
+    session.trust_env = False
+    return session
+
+
 def _wait(process: subprocess.Popen[bytes], port: int, log: Path, deadline: float) -> None:
     state = "no answer"
-    with requests.Session() as session:
-        session.trust_env = False
+    with _direct_session() as session:
         while time.monotonic() < deadline:
             if process.poll() is not None:
                 raise BenchmarkError(f"the server ended with status {process.returncode}:\n{tail(log)}")
@@ -314,8 +331,8 @@ def _stop(process: subprocess.Popen[bytes], port: int, kind: ServerKind) -> None
     """Ends the server and all that it has started, first kindly."""
     if kind == "cog":
         # The container is no child of ours: it has to end itself.
-        with contextlib.suppress(requests.RequestException):
-            requests.post(f"http://{HOST}:{port}/shutdown", timeout=5)
+        with contextlib.suppress(requests.RequestException), _direct_session() as session:
+            session.post(f"http://{HOST}:{port}/shutdown", timeout=5)
     family = _family(process.pid)
     # The server ends its worker, which then removes its temporary files.
     with contextlib.suppress(ProcessLookupError):

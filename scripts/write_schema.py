@@ -6,6 +6,7 @@ Docker `make serve` and the tests make it with this script.
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any, Final
@@ -60,7 +61,10 @@ def build_schema() -> dict[str, Any]:
 def write_schema(path: Path) -> None:
     """Writes the schema to a file, making its folder if need be."""
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(build_schema(), indent=2) + "\n", encoding="utf-8")
+    # Whole or not at all: another server may be starting beside this one.
+    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
+    partial.write_text(json.dumps(build_schema(), indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
 
 
 if __name__ == "__main__":

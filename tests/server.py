@@ -26,11 +26,12 @@ _giving_out = threading.Lock()
 def free_port() -> int:
     """A port that nobody listens on, and that is given out once.
 
-    Not one the kernel would choose: it may give that to any connection before the server is up, or between
-    two servers that follow each other.
+    Not one the kernel would choose, if there are others: it may give that to any connection before the server
+    is up, or between two servers that follow each other.
     """
-    ephemeral = int(_EPHEMERAL.read_text().split()[0]) if _EPHEMERAL.exists() else 32_768
-    candidates = range(_FIRST_PORT, ephemeral)
+    low, high = map(int, _EPHEMERAL.read_text().split()) if _EPHEMERAL.exists() else (32_768, 60_999)
+    candidates = [port for port in range(_FIRST_PORT, 65_536) if not low <= port <= high]
+    candidates = candidates or list(range(_FIRST_PORT, 65_536))
     with _giving_out:
         for port in random.sample(candidates, len(candidates)):
             with socket.socket() as probe, contextlib.suppress(OSError):
@@ -38,7 +39,7 @@ def free_port() -> int:
                 if port not in _given_out:
                     _given_out.add(port)
                     return port
-    raise OSError(f"no free port in {candidates}")
+    raise OSError(f"no free port from {_FIRST_PORT} on")
 
 
 class CogServer:
@@ -51,9 +52,11 @@ class CogServer:
     def predict(self, **inputs: Any) -> tuple[int, dict[str, Any]]:
         deadline = time.monotonic() + REQUEST_TIMEOUT_S
         while True:
-            reply = requests.post(
-                f"{self.url}/predictions", json={"input": inputs}, timeout=REQUEST_TIMEOUT_S
-            )
+            with requests.Session() as session:
+                # A proxy is for other hosts.
+                session.trust_env = False
+                url = f"{self.url}/predictions"
+                reply = session.post(url, json={"input": inputs}, timeout=REQUEST_TIMEOUT_S)
             # Cog answers a failed request a moment before it frees the worker.
             if reply.status_code != 409 or time.monotonic() > deadline:
                 return reply.status_code, reply.json()

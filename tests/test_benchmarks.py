@@ -34,7 +34,6 @@ from benchmarks import (
     soak,
 )
 from benchmarks.measure import (
-    PeakMemory,
     check_report,
     interleave,
     pair_ratios,
@@ -116,14 +115,23 @@ def test_times_are_the_calls_times() -> None:
     assert result is None
 
 
+PEAKS = """
+import numpy as np, torch
+from benchmarks.measure import PeakMemory
+with PeakMemory(torch.device("cpu")) as small:
+    pass
+with PeakMemory(torch.device("cpu")) as large:
+    np.ones(200 * 2**20 // 8).sum()
+print(0 if small.mib is None or large.mib is None else large.mib - small.mib)
+"""
+
+
 def test_peak_memory_sees_what_was_freed_again() -> None:
-    with PeakMemory(CPU) as small:
-        pass
-    with PeakMemory(CPU) as large:
-        np.ones(200 * 2**20 // 8).sum()
-    if small.mib is None or large.mib is None:
+    # In a process of its own: a pipeline makes freed memory stay.
+    done = subprocess.run([sys.executable, "-c", PEAKS], cwd=ROOT, capture_output=True, text=True, check=True)
+    if not float(done.stdout):
         pytest.skip("this system does not let a process reset its peak memory")
-    assert large.mib - small.mib > 150
+    assert float(done.stdout) > 150
 
 
 def test_pictures_come_in_numeric_order(tmp_path: Path) -> None:
@@ -266,7 +274,7 @@ def test_the_next_request_after_a_late_one_meets_an_idle_server(blind_weights: P
     port = free_port()
     with running_server(port, kind="direct", weights=str(blind_weights), deadline_s=120) as server:
         inputs = {"images": [as_input(folder / "10.jpg")] * 4}
-        late = server.predict(inputs, 0.2)
+        late = server.predict(inputs, 0.01)
         assert "no answer within" in str(late.error)
         assert server.predict(inputs, 60).error is None
 

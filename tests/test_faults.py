@@ -59,21 +59,25 @@ def many_faces() -> dict[str, Any]:
     return {"images": [data_uri(encode_jpeg(pictures.group()))] * 4}
 
 
-@pytest.mark.parametrize("after_s", [0.05, 0.2, 0.4, 0.8])
-def test_a_cancelled_request_leaves_no_file_and_no_state(
-    server: CogServer, temporary: Path, after_s: float
-) -> None:
+def test_a_cancelled_request_leaves_no_file_and_no_state(server: CogServer, temporary: Path) -> None:
     before = server.succeed(**one_face())["output"]
-    server.succeed(images=["data/1.jpg"])
-    name = uuid.uuid4().hex
-    with ThreadPoolExecutor(1) as other:
-        status = other.submit(server.under_test.predict_as, name, many_faces(), TIMEOUT_S)
-        time.sleep(after_s)
-        server.under_test.cancel(name)
-        assert status.result() == "canceled"
-    server.under_test.wait_until_idle(TIMEOUT_S)
-    assert files_in(temporary) == []
-    assert server.succeed(**one_face())["output"] == before
+    statuses = []
+    for after_s in (0.0, 0.1, 0.3, 0.6):
+        server.succeed(images=["data/1.jpg"])
+        name = uuid.uuid4().hex
+        with ThreadPoolExecutor(1) as other:
+            status = other.submit(server.under_test.predict_as, name, many_faces(), TIMEOUT_S)
+            server.under_test.wait_until_busy(TIMEOUT_S)
+            time.sleep(after_s)
+            server.under_test.cancel(name)
+            statuses.append(status.result())
+        server.under_test.wait_until_idle(TIMEOUT_S)
+        if statuses[-1] == "canceled":
+            assert files_in(temporary) == []
+        assert server.succeed(**one_face())["output"] == before
+    # A fast machine may be done before the last ones are cancelled.
+    assert statuses[0] == "canceled"
+    assert set(statuses) <= {"canceled", "succeeded"}
 
 
 def test_a_failed_request_leaves_no_file(server: CogServer, temporary: Path) -> None:
@@ -107,8 +111,7 @@ def test_a_server_that_is_told_to_end_finishes_its_request_and_leaves_nothing_be
         family = [first, *first.children(recursive=True)]
         assert len(family) >= 2
         answer = other.submit(server.succeed, **inputs)
-        time.sleep(0.5)
-        assert not answer.done()
+        server.under_test.wait_until_busy(TIMEOUT_S)
         os.kill(first.pid, signal.SIGTERM)
         assert len(answer.result(TIMEOUT_S)["output"]) == len(inputs["images"])
         _, alive = psutil.wait_procs(family, 30)
