@@ -133,7 +133,8 @@ def _run(options: argparse.Namespace, command: str) -> int:
         "best_warm": _best(cases, "warm_ms"),
         "best_cold": _best(cases, "cold_ms"),
     }
-    write_report(options.output, "single_image", machine, weights, report)
+    # An image serves weights of its own.
+    write_report(options.output, "single_image", machine, weights if kind == "direct" else None, report)
     for key in ("best_warm", "best_cold"):
         print(f"{key}: {report[key]}")
     print(f"wrote {options.output}")

@@ -135,7 +135,8 @@ def _run(options: argparse.Namespace, command: str) -> int:
         },
         "ratios_to_first": _ratios(tallies),
     }
-    write_report(options.output, "requests", machine, weights, report)
+    # An image serves weights of its own.
+    write_report(options.output, "requests", machine, weights if server.kind == "direct" else None, report)
     _print(report)
     print(f"wrote {options.output}")
     return int(any(tally.failures for tally in tallies.values()))

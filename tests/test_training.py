@@ -28,7 +28,7 @@ from codeformer.training.detector import DistillationStage
 from codeformer.training.evaluation import measure_detector, measure_restorer
 from codeformer.training.export import export_network, write_manifest
 from codeformer.training.faces import FacePairs, read_face, read_photograph, split_faces, split_pictures
-from codeformer.training.loop import MuonWithAdamW, Options, read_checkpoint, train
+from codeformer.training.loop import MuonWithAdamW, Options, digest_of, read_checkpoint, train
 from codeformer.training.losses import code_loss, discriminator_loss, luma, picture_loss, ssim
 from codeformer.training.matching import Agreement, box_iou
 from codeformer.training.restorer import (
@@ -231,6 +231,47 @@ def test_another_configurations_checkpoint_is_refused(options: Options) -> None:
     train(make_stage("transform", options), Pairs, options, header=SMALL)
     with pytest.raises(TrainingError, match="--run"):
         train(make_stage("transform", options), Pairs, options, header={**SMALL, "n_layers": 2})
+
+
+def test_a_stage_is_not_resumed_on_another_network_than_it_began_with(options: Options) -> None:
+    options = dataclasses.replace(options, steps=1, begun_from="one")
+    train(make_stage("transform", options), Pairs, options, header=SMALL)
+    train(make_stage("transform", options), Pairs, options, header=SMALL)
+    other = dataclasses.replace(options, begun_from="another")
+    with pytest.raises(TrainingError, match="begun_from"):
+        train(make_stage("transform", other), Pairs, other, header=SMALL)
+
+
+def test_checkpoints_are_told_apart_by_any_number_in_them() -> None:
+    average = {"a": torch.arange(4.0), "steps": torch.tensor(3)}
+    same = {name: tensor.clone() for name, tensor in average.items()}
+    assert digest_of({"average": average}) == digest_of({"average": same})
+    same["steps"] += 1
+    assert digest_of({"average": average}) != digest_of({"average": same})
+
+
+def test_a_correction_of_another_network_is_not_exported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = SMALL | CORRECTING
+    state = {"header": config, "average": CodeFormer(**config).state_dict(), "step": 1, "steps": 1}
+    torch.save(state, tmp_path / "transform.pt")
+    torch.save(state | {"recipe": {"begun_from": "another"}}, tmp_path / "correction.pt")
+    arguments = ["export", "--run", str(tmp_path), "--to", str(tmp_path / "set")]
+    assert main([*arguments, "--description", "a test's", "--licence", "MIT"]) == 1
+    assert "trained further since" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stage_name", ["codes", "transform"])
+def test_a_generator_is_scored_by_its_own_faces(options: Options, stage_name: str) -> None:
+    stage = make_stage(stage_name, options)
+    scores = set()
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        network = CodeFormer(**SMALL, **CORRECTING, colour_patch=16).to(options.device)
+        start_idle(network)
+        scores.add(round(stage.score(network), 3))
+    assert len(scores) == 2
 
 
 def test_codes_are_the_means_of_the_latents_that_fall_to_them(options: Options) -> None:

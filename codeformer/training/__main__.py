@@ -5,7 +5,7 @@ import json
 import logging
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,7 +20,7 @@ from codeformer.machine import describe_machine
 from codeformer.models import load_models
 from codeformer.networks.codeformer import CodeFormer
 from codeformer.networks.retinaface import build_retinaface
-from codeformer.plan import available_device
+from codeformer.plan import available_device, torch_switches
 from codeformer.training.align import aligned_faces
 from codeformer.training.detector import BACKBONE, DistillationStage, load_teacher
 from codeformer.training.evaluation import measure_detector, measure_restorer
@@ -35,7 +35,7 @@ from codeformer.training.faces import (
     split_faces,
     split_pictures,
 )
-from codeformer.training.loop import Options, read_checkpoint, train
+from codeformer.training.loop import Options, digest_of, read_checkpoint, train
 from codeformer.training.restorer import (
     AUTOENCODER_CROP,
     AutoencoderStage,
@@ -210,8 +210,11 @@ def _config(text: str) -> dict[str, Any]:
     return dict(config)
 
 
-def _loop_options(options: argparse.Namespace, stage: str) -> Options:
+def _loop_options(options: argparse.Namespace, stage: str, *after: str) -> Options:
+    """How to run a stage that begins with the networks of others."""
+    begun_from = " ".join(digest_of(read_checkpoint(options.run / f"{earlier}.pt")) for earlier in after)
     return Options(
+        begun_from=begun_from,
         checkpoint=options.run / f"{stage}.pt",
         steps=options.steps,
         batch=options.batch,
@@ -249,7 +252,7 @@ def _autoencoder(options: argparse.Namespace) -> None:
 
 
 def _codes(options: argparse.Namespace) -> None:
-    loop = _loop_options(options, "codes")
+    loop = _loop_options(options, "codes", "autoencoder")
     training, validation = split_faces(options.faces)
     network = _network(options, loop, start="autoencoder")
     stage = CodePredictionStage(network, _fixed_pairs(validation, mixture=TRAINING_MIXTURE), loop)
@@ -262,7 +265,7 @@ def _codes(options: argparse.Namespace) -> None:
 
 
 def _transform(options: argparse.Namespace) -> None:
-    loop = _loop_options(options, "transform")
+    loop = _loop_options(options, "transform", "codes", "autoencoder")
     training, validation = split_faces(options.faces)
     stage = TransformationStage(
         _network(options, loop, start="codes"),
@@ -280,7 +283,7 @@ def _transform(options: argparse.Namespace) -> None:
 
 
 def _correction(options: argparse.Namespace) -> None:
-    loop = _loop_options(options, "correction")
+    loop = _loop_options(options, "correction", "transform")
     training, validation = split_faces(options.faces)
     stage = CorrectionStage(
         _network(options, loop, start="transform"),
@@ -320,6 +323,8 @@ def _export(options: argparse.Namespace) -> None:
         found = [path for stage in stages if (path := options.run / f"{stage}.pt").exists()]
         for path in found[:1]:
             checkpoint = read_checkpoint(path)
+            for earlier in found[1:]:
+                _check_begun_from(path, checkpoint, earlier)
             entries[role] = export_network(checkpoint, role, options.to, options.licence)
             print(
                 f"{options.to / entries[role]['file']}: {entries[role]['bytes'] / 1e6:.2f} MB, from step "
@@ -332,6 +337,14 @@ def _export(options: argparse.Namespace) -> None:
     write_manifest(options.to, options.description, entries)
     # Says what is missing, --detector-from for example.
     load_models(load_weight_set(options.to), torch.device("cpu"))
+
+
+def _check_begun_from(path: Path, checkpoint: Mapping[str, Any], earlier: Path) -> None:
+    if digest_of(read_checkpoint(earlier)) != checkpoint["recipe"].get("begun_from"):
+        raise TrainingError(
+            f"{path}: expected a stage that began with the network in {earlier.name}, which has been trained "
+            f"further since; remove {path.name}, and run its stage again."
+        )
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -348,7 +361,8 @@ def _evaluate(options: argparse.Namespace) -> None:
     if options.faces:
         files = pictures_in(options.faces)
         scores["faces"] = len(files)
-        scores["restorer"] = measure_restorer(models.restorer, files)
+        with torch_switches(cudnn_benchmark=False):
+            scores["restorer"] = measure_restorer(models.restorer, files)
         for kind, methods in scores["restorer"].items():
             for method, quality in methods.items():
                 print(
@@ -357,7 +371,8 @@ def _evaluate(options: argparse.Namespace) -> None:
                 )
     if options.photographs and options.teacher:
         teacher = FaceDetector(load_teacher(options.teacher).to(device))
-        scores["detector"] = measure_detector(models.detector, teacher, pictures_in(options.photographs))
+        with torch_switches(cudnn_benchmark=False):
+            scores["detector"] = measure_detector(models.detector, teacher, pictures_in(options.photographs))
         for name, value in scores["detector"].items():
             print(f"detector {name}: {value:.4g}")
     if options.output:

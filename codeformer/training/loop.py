@@ -1,6 +1,7 @@
 """The training loop all stages share: seeded, resumable, averaged, with progress."""
 
 import copy
+import hashlib
 import logging
 import math
 import pickle
@@ -50,6 +51,7 @@ class Options:
         save_every: steps between validations, each of which also writes the checkpoint.
         patience: validations without a better score after which a stage stops; 0 for never.
         optimiser: of the network, adamw or muon.
+        begun_from: which networks of earlier stages it begins with, see `digest_of`.
     """
 
     checkpoint: Path
@@ -64,6 +66,7 @@ class Options:
     save_every: int = 200
     patience: int = 0
     optimiser: Literal["adamw", "muon"] = "adamw"
+    begun_from: str = ""
 
     def autocast(self) -> torch.autocast:
         """The context to run networks in."""
@@ -239,6 +242,7 @@ class _Run(Generic[NetworkT]):
             "batch": options.batch,
             "critics": len(stage.critics),
             "optimiser": options.optimiser,
+            "begun_from": options.begun_from,
         }
         self._parameters = [p for p in stage.network.parameters() if p.requires_grad]
         self._optimiser = _OPTIMISERS[options.optimiser](stage.network, options.learning_rate)
@@ -329,7 +333,8 @@ class _Run(Generic[NetworkT]):
             if state[name] != expected:
                 raise TrainingError(
                     f"{path}: expected a checkpoint of {expected}, got one of {state[name]}. "
-                    "Name another --run folder, or the same options."
+                    "Name another --run folder, or the same options; if begun_from alone differs, an earlier "
+                    "stage has been trained further: remove this file to begin this one anew."
                 )
         self._stage.network.load_state_dict(state["network"])
         self.average.load_state_dict(state["average"])
@@ -361,6 +366,15 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or not {"header", "average", "step", "steps"} <= set(state):
         raise TrainingError(f"{path}: expected a stage's checkpoint, got another file; remove it.")
     return state
+
+
+def digest_of(checkpoint: Mapping[str, Any]) -> str:
+    """Tells a checkpoint's averaged network from every other."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(checkpoint["average"].items()):
+        digest.update(name.encode())
+        digest.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
 
 
 def _learning_rate_share(progress: float) -> float:

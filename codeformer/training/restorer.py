@@ -165,8 +165,8 @@ class CodePredictionStage:
 
     @torch.no_grad()
     def score(self, network: CodeFormer) -> float:
-        """PSNR of restored faces at w = 0, in dB."""
-        return _restored_psnr(network, self._validation, self._options.device, fidelity=0.0)
+        """PSNR of generated faces at w = 0, in dB."""
+        return _generated_psnr(network, self._validation, self._options.device, fidelity=0.0)
 
 
 class TransformationStage:
@@ -248,9 +248,9 @@ class TransformationStage:
 
     @torch.no_grad()
     def score(self, network: CodeFormer) -> float:
-        """PSNR of restored faces, in dB, averaged over w = 0, 0.5 and 1."""
+        """PSNR of generated faces, in dB, averaged over w = 0, 0.5 and 1."""
         scores = [
-            _restored_psnr(network, self._validation, self._options.device, fidelity=w)
+            _generated_psnr(network, self._validation, self._options.device, fidelity=w)
             for w in (0.0, 0.5, 1.0)
         ]
         return sum(scores) / len(scores)
@@ -438,9 +438,12 @@ def _as_layout(picture: Tensor) -> Tensor:
     return picture.contiguous(memory_format=torch.channels_last)
 
 
-def _restored_psnr(network: CodeFormer, pairs: Pairs, device: torch.device, *, fidelity: float) -> float:
-    results = [
-        psnr(network(_as_layout(degraded.to(device)), fidelity, adain=True)[0], clean.to(device))
-        for degraded, clean, _ in pairs
-    ]
+def _generated_psnr(network: CodeFormer, pairs: Pairs, device: torch.device, *, fidelity: float) -> float:
+    """Of the generator's own faces: a correction, and colours taken from it, are yet to come."""
+    results = []
+    for degraded, clean, _ in pairs:
+        logits, lq_feat, features = network.predict(_as_layout(degraded.to(device)))
+        latent = network.quantize.lookup(logits.argmax(dim=2), network.latent_side)
+        face = network.decode(match_statistics(latent, lq_feat), features, fidelity)
+        results.append(psnr(face, clean.to(device)))
     return sum(results) / len(results)
