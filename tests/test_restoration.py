@@ -26,6 +26,9 @@ SMALL_FACES: dict[str, Any] = {
     "latent_size": 64,
     "channel_multipliers": (1, 2),
     "connect_list": ("16",),
+    "correction_blocks": 1,
+    "correction_channels": 8,
+    "colour_patch": 8,
 }
 
 
