@@ -15,6 +15,7 @@ from codeformer.alignment import align_faces, crop_face, make_working_copy
 from codeformer.degradation import HEAVY, MODERATE, DegradationRange
 from codeformer.detection import FaceDetector
 from codeformer.models import Models, load_models
+from codeformer.training.__main__ import LITE
 from codeformer.training.evaluation import measure_detector, measure_restorer, restore_face
 from codeformer.training.faces import pictures_in
 from codeformer.weights.manifest import WEIGHTS_ROOT, load_weight_set
@@ -111,25 +112,34 @@ def test_the_portrait_is_found_once(lite: Models, turn: float, scale: float) -> 
     assert errors.mean() < 0.12
 
 
-def assert_as_promised(scores: dict[str, dict[str, dict[str, float]]], slack_db: float = 0.0) -> None:
-    """What the README says of the mean over all held-out faces; single ones may gain less."""
-    moderate, heavy = scores["moderate"], scores["heavy"]
-    cubic = scores["moderate, cubic"]
-    assert cubic["w=1.0"]["psnr_db"] >= cubic["input"]["psnr_db"] + 3.0 - slack_db
-    assert moderate["w=1.0"]["psnr_db"] >= moderate["input"]["psnr_db"] + 2.7 - slack_db
-    assert moderate["w=1.0"]["ssim"] >= moderate["input"]["ssim"] + 0.10
-    assert moderate["w=0.5"]["psnr_db"] >= moderate["input"]["psnr_db"] + 2.0 - slack_db
+def assert_as_promised(scores: dict[str, dict[str, dict[str, float]]], share: float = 1.0) -> None:
+    """What the README says of the mean over all held-out faces, or a share of it for a few of them."""
+    promised_db = {
+        ("moderate", "w=1.0"): 2.9,
+        ("moderate, cubic", "w=1.0"): 3.4,
+        ("moderate", "w=0.5"): 2.0,
+        ("heavy", "w=1.0"): 1.0,
+    }
+    for (kind, method), gain_db in promised_db.items():
+        assert scores[kind][method]["psnr_db"] >= scores[kind]["input"]["psnr_db"] + share * gain_db, kind
+    moderate = scores["moderate"]
+    assert moderate["w=1.0"]["ssim"] >= moderate["input"]["ssim"] + share * 0.10
     assert moderate["w=1.0"]["psnr_db"] > moderate["filter"]["psnr_db"]
     assert moderate["w=1.0"]["ssim"] > moderate["filter"]["ssim"]
-    assert heavy["w=1.0"]["psnr_db"] >= heavy["input"]["psnr_db"] + 0.8 - slack_db
     assert scores["clean"]["w=1.0"]["psnr_db"] >= 30
-    assert max(kind["w=1.0"]["colour_shift"] for kind in scores.values()) <= 2
+    for kind, methods in scores.items():
+        for w in ("w=0.0", "w=0.5", "w=1.0"):
+            assert methods[w]["colour_shift"] <= 2, (kind, w)
 
 
 @pytest.mark.slow
 def test_some_held_out_faces_score_as_promised(lite: Models) -> None:
     files = pictures_in(shared.path_of("faces/test"))[::18]
-    assert_as_promised(measure_restorer(lite.restorer, files), slack_db=0.7)
+    assert_as_promised(measure_restorer(lite.restorer, files), share=0.5)
+
+
+def test_the_training_commands_make_a_set_of_this_size() -> None:
+    assert dict(load_weight_set("lite").restorer.config) == LITE
 
 
 def test_the_scores_in_the_readme_are_of_these_weights_and_as_promised() -> None:
