@@ -59,6 +59,16 @@ def many_faces() -> dict[str, Any]:
     return {"images": [data_uri(encode_jpeg(pictures.group()))] * 4}
 
 
+def wait_until_begun(temporary: Path) -> None:
+    """Waits until a request that follows a successful one is in our hands: its first step removes the
+    other's results. Before that, Cog is busy with its inputs.
+    """
+    deadline = time.monotonic() + TIMEOUT_S
+    while list(temporary.glob("codeformer-outputs-*/*")):
+        assert time.monotonic() < deadline, "not begun"
+        time.sleep(0.005)
+
+
 def test_a_cancelled_request_leaves_no_file_and_no_state(server: CogServer, temporary: Path) -> None:
     before = server.succeed(**one_face())["output"]
     statuses = []
@@ -67,7 +77,7 @@ def test_a_cancelled_request_leaves_no_file_and_no_state(server: CogServer, temp
         name = uuid.uuid4().hex
         with ThreadPoolExecutor(1) as other:
             status = other.submit(server.under_test.predict_as, name, many_faces(), TIMEOUT_S)
-            server.under_test.wait_until_busy(TIMEOUT_S)
+            wait_until_begun(temporary)
             time.sleep(after_s)
             server.under_test.cancel(name)
             statuses.append(status.result())
