@@ -47,9 +47,9 @@ _PNG_BIT_DEPTH_OFFSET: Final = 24
 # Each scan costs a pass over the whole picture, however small it is. Progressive JPEGs have about ten.
 _MAX_SCANS: Final = 100
 _JPEG_MAGIC: Final = b"\xff\xd8\xff"
-# Neither a stuffed byte of a scan, nor a restart, nor padding.
-_JPEG_MARKER: Final = re.compile(rb"\xff([^\x00\xd0-\xd7\xff])")
-_JPEG_START, _JPEG_END, _JPEG_SCAN = b"\xd8", b"\xd9", b"\xda"
+# Neither a stuffed byte of a scan, nor one of the markers that stand alone, nor padding.
+_JPEG_MARKER: Final = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])")
+_JPEG_END, _JPEG_SCAN = b"\xd9", b"\xda"
 # Rows that are converted at a time: float copies of a whole large picture would outgrow memory.
 _BAND: Final = 256
 # Profiles that change no colour by more than this, in levels, are sRGB under whatever name.
@@ -181,8 +181,6 @@ def _check_scans(data: bytes, index: int | None) -> None:
     scans, position = 0, len(_JPEG_MAGIC) - 1
     while (marker := _JPEG_MARKER.search(data, position)) and marker[1] != _JPEG_END:
         position = marker.end()
-        if marker[1] == _JPEG_START:
-            continue
         scans += marker[1] == _JPEG_SCAN
         if scans > _MAX_SCANS:
             raise ImageError(f"expected a JPEG of at most {_MAX_SCANS} scans, got more; save it anew.", index)
