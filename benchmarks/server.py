@@ -72,7 +72,7 @@ class Server:
         self._process = process
         self._port = port
         self._log = log
-        self._session = _direct_session()
+        self._session = direct_session()
         self.url = f"http://{HOST}:{port}"
         self.kind = kind
         self.setup_s = setup_s
@@ -116,7 +116,7 @@ class Server:
             BenchmarkError: there is no proper answer.
         """
         try:
-            with _direct_session() as session:
+            with direct_session() as session:
                 url = f"{self.url}/predictions/{name}"
                 reply = session.put(url, json={"input": dict(inputs)}, timeout=timeout_s)
             return str(reply.json()["status"])
@@ -127,7 +127,7 @@ class Server:
 
     def cancel(self, name: str) -> None:
         """Cancels a request, if it is still at work."""
-        with _direct_session() as session:
+        with direct_session() as session:
             session.post(f"{self.url}/predictions/{name}/cancel", timeout=_BUSY_S)
 
     def wait_until_busy(self, limit_s: float) -> None:
@@ -295,7 +295,7 @@ def _start(
             ) from cause
 
 
-def _direct_session() -> requests.Session:
+def direct_session() -> requests.Session:
     """A session that goes past any proxy: those are for other hosts. For one thread."""
     session = requests.Session()
     session.trust_env = False
@@ -304,7 +304,7 @@ def _direct_session() -> requests.Session:
 
 def _wait(process: subprocess.Popen[bytes], port: int, log: Path, deadline: float) -> None:
     state = "no answer"
-    with _direct_session() as session:
+    with direct_session() as session:
         while time.monotonic() < deadline:
             if process.poll() is not None:
                 raise BenchmarkError(f"the server ended with status {process.returncode}:\n{tail(log)}")
@@ -331,7 +331,7 @@ def _stop(process: subprocess.Popen[bytes], port: int, kind: ServerKind) -> None
     """Ends the server and all that it has started, first kindly."""
     if kind == "cog":
         # The container is no child of ours: it has to end itself.
-        with contextlib.suppress(requests.RequestException), _direct_session() as session:
+        with contextlib.suppress(requests.RequestException), direct_session() as session:
             session.post(f"http://{HOST}:{port}/shutdown", timeout=5)
     family = _family(process.pid)
     # The server ends its worker, which then removes its temporary files.

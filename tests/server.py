@@ -10,9 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-import requests
-
-from benchmarks.server import Server, running_server
+from benchmarks.server import Server, direct_session, running_server
 
 START_DEADLINE_S: Final = 90
 REQUEST_TIMEOUT_S: Final = 120
@@ -52,9 +50,7 @@ class CogServer:
     def predict(self, **inputs: Any) -> tuple[int, dict[str, Any]]:
         deadline = time.monotonic() + REQUEST_TIMEOUT_S
         while True:
-            with requests.Session() as session:
-                # A proxy is for other hosts.
-                session.trust_env = False
+            with direct_session() as session:
                 url = f"{self.url}/predictions"
                 reply = session.post(url, json={"input": inputs}, timeout=REQUEST_TIMEOUT_S)
             # Cog answers a failed request a moment before it frees the worker.
