@@ -5,12 +5,16 @@ behind the message are attributes, so that callers need not parse text.
 """
 
 import re
+import reprlib
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
 _CAUSE_CHARACTERS: Final = 300
+_VALUE_CHARACTERS: Final = 80
+# Python refuses to write longer whole numbers in decimal.
+_LARGEST_BITS: Final = 10_000
 _PATH: Final = re.compile(r"/[\w.+-]+/[^\s'\",;:)]*")
 
 
@@ -18,6 +22,23 @@ def in_words(cause: BaseException) -> str:
     """A failure for the one who sent the request: its kind and first line, without the server's paths."""
     lines = str(cause).strip().splitlines() or [""]
     return f"{type(cause).__name__}: {_PATH.sub('...', lines[0])[:_CAUSE_CHARACTERS]}"
+
+
+class _ShortRepr(reprlib.Repr):
+    """The `repr` of a value, bounded whatever was sent: its beginning and end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxlong = self.maxother = _VALUE_CHARACTERS
+        self.maxlevel = 2
+
+    def repr_int(self, x: int, level: int) -> str:
+        if x.bit_length() > _LARGEST_BITS:
+            return f"a whole number of {x.bit_length()} bits"
+        return super().repr_int(x, level)
+
+
+_short_repr: Final = _ShortRepr().repr
 
 
 class CodeFormerError(Exception):
@@ -38,7 +59,7 @@ class OptionError(InputError):
         self.option = option
         self.value = value
         self.expected = expected
-        super().__init__(f"{option}: expected {expected}, got {value!r}.")
+        super().__init__(f"{option}: expected {expected}, got {_short_repr(value)}.")
 
 
 class BackendConflictError(InputError):

@@ -19,6 +19,7 @@ from PIL import Image, ImageCms, PngImagePlugin, UnidentifiedImageError
 from codeformer.errors import ImageError
 from codeformer.limits import DEFAULT_LIMITS, Limits
 from codeformer.memory import is_out_of_memory
+from codeformer.server_log import operator_logger
 
 logger = logging.getLogger(__name__)
 
@@ -113,10 +114,10 @@ def decode_image(data: bytes, index: int | None = None, limits: Limits = DEFAULT
     except UnidentifiedImageError as cause:
         if data.startswith(_TIFF_MAGIC):
             raise _unsupported("of this TIFF", index) from cause
+        # A file may come from an address that the client itself cannot reach.
+        operator_logger.warning("image %s: the data begins with %r", index or "", data[:12])
         raise ImageError(
-            f"not a picture this service reads; send one of {', '.join(FORMATS)} "
-            f"(the data begins with {data[:12]!r}).",
-            index,
+            f"not a picture this service reads; send one of {', '.join(FORMATS)}.", index
         ) from cause
     except _DECODER_ERRORS as cause:
         raise _damaged(cause, index) from cause
@@ -142,7 +143,9 @@ def encode_jpeg(image_bgr: ImageU8, index: int | None = None) -> bytes:
 
 
 def _damaged(cause: BaseException, index: int | None) -> ImageError:
-    return ImageError(f"the file is damaged or cut short ({cause}); send it again.", index)
+    # Decoders quote the file, such as the name of a PNG's broken chunk.
+    operator_logger.warning("image %s: the decoder found %r", index or "", cause)
+    return ImageError("the file is damaged or cut short; send it again.", index)
 
 
 def _unsupported(samples: str, index: int | None) -> ImageError:
@@ -339,6 +342,6 @@ def _exif_orientation(picture: Image.Image) -> int:
         value = picture.getexif().get(_EXIF_ORIENTATION)
     except _DECODER_ERRORS as cause:
         # Damaged notes are no reason to refuse an intact picture.
-        logger.warning("EXIF data cannot be read (%s); the picture is taken as it is", cause)
+        operator_logger.warning("EXIF data cannot be read (%r); the picture is taken as it is", cause)
         return 1
     return value if isinstance(value, int) else 1
