@@ -130,9 +130,15 @@ def add_repetition(parser: argparse.ArgumentParser, *, warmup: int, repeats: int
     parser.add_argument("--repeats", type=positive, default=repeats, help=f"rounds, default {repeats}")
 
 
+def add_port(parser: argparse.ArgumentParser) -> None:
+    """--port."""
+    text = f"a free one, default {PORT}; 0 for one that the system chooses (not with cog)"
+    parser.add_argument("--port", type=count, default=PORT, help=text)
+
+
 def add_server(parser: argparse.ArgumentParser) -> None:
     """How the server is started, and waited for."""
-    parser.add_argument("--port", type=int, default=PORT, help=f"a free one, default {PORT}")
+    add_port(parser)
     parser.add_argument(
         "--server",
         choices=("auto", "cog", "direct"),

@@ -195,7 +195,8 @@ def running_server(
     """Starts a server, and ends it whatever happens.
 
     Args:
-        port: a free one.
+        port: a free one; 0 for one that the kernel chooses, so that nobody else can take it first (not
+            possible with "cog", which does not tell it).
         kind: "cog" for `cog serve` in Docker, "direct" for Cog's server in this environment; None takes
             the first that is possible here.
         weights: the weight set; None for the server's own choice, the only one in Docker.
@@ -212,13 +213,17 @@ def running_server(
         raise BenchmarkError(
             "--weights: an image serves its own weights; leave it out, or use --server direct."
         )
+    if kind == "cog" and not port:
+        raise BenchmarkError(
+            "--port 0: `cog serve` needs a number; name a free port, or use --server direct."
+        )
     with tempfile.TemporaryDirectory(prefix="codeformer-bench-") as folder:
         log = Path(folder) / "server.log"
         started = time.monotonic()
         process = _start(kind, port, weights, Path(folder), log, temporary)
         try:
-            _wait(process, port, log, started + deadline_s)
-            yield Server(process, port, log, kind, time.monotonic() - started)
+            listening_on = _wait(process, port, log, started + deadline_s)
+            yield Server(process, listening_on, log, kind, time.monotonic() - started)
         finally:
             _stop(process, port, kind)
     _wait_until_free(port)
@@ -302,19 +307,30 @@ def direct_session() -> requests.Session:
     return session
 
 
-def _wait(process: subprocess.Popen[bytes], port: int, log: Path, deadline: float) -> None:
+def _wait(process: subprocess.Popen[bytes], port: int, log: Path, deadline: float) -> int:
+    """Waits until the server is ready; returns its port."""
     state = "no answer"
     with direct_session() as session:
         while time.monotonic() < deadline:
             if process.poll() is not None:
                 raise BenchmarkError(f"the server ended with status {process.returncode}:\n{tail(log)}")
-            state, own_log = _health(session, port)
+            port = port or _port_of(process.pid)
+            state, own_log = _health(session, port) if port else (state, "")
             if state == "READY":
-                return
+                return port
             if state in _DEAD:
                 raise BenchmarkError(f"the server's setup failed ({state}):\n{own_log or tail(log)}")
             time.sleep(_POLL_S)
     raise BenchmarkError(f"the server was not ready in time ({state}):\n{tail(log)}")
+
+
+def _port_of(pid: int) -> int:
+    """Where a process listens; 0 as long as it does not."""
+    with contextlib.suppress(psutil.Error):
+        for connection in psutil.Process(pid).net_connections("tcp4"):
+            if connection.status == psutil.CONN_LISTEN:
+                return int(connection.laddr.port)
+    return 0
 
 
 def _health(session: requests.Session, port: int) -> tuple[str, str]:

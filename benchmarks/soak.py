@@ -128,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="N",
         help="memory is compared from this request on, default 200",
     )
-    parser.add_argument("--port", type=opt.positive, default=opt.PORT, help=f"a free one, default {opt.PORT}")
+    opt.add_port(parser)
     parser.add_argument("--weights", metavar="SET", help="default: CODEFORMER_WEIGHTS, else official")
     parser.add_argument("--output", type=Path, default=OUTPUT, metavar="FILE", help=f"default: {OUTPUT.name}")
     options = parser.parse_args(arguments)

@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import http.server
 import json
-import os
 import signal
 import statistics
 import subprocess
@@ -12,6 +11,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,6 @@ from codeformer.parsing import FaceParser
 from codeformer.weights.manifest import load_weight_set
 from tests import pictures
 from tests.conftest import CPU
-from tests.server import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMITTED = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
@@ -222,40 +221,75 @@ def test_a_failed_setup_shows_the_servers_own_error(tmp_path: Path) -> None:
     (folder / "manifest.json").write_text("{}")
     with (
         pytest.raises(BenchmarkError, match=r"(?s)setup failed.*manifest"),
-        running_server(free_port(), kind="direct", weights=str(folder), deadline_s=120),
+        running_server(0, kind="direct", weights=str(folder), deadline_s=120),
     ):
         pytest.fail("the server is ready")
 
 
-def test_a_server_that_is_never_ready_is_given_up(blind_weights: Path) -> None:
-    port = free_port()
-    with (
-        pytest.raises(BenchmarkError, match="not ready in time"),
-        running_server(port, kind="direct", weights=str(blind_weights), deadline_s=0.3),
-    ):
-        pytest.fail("the server is ready")
-    assert not servers_on(port)
+MARK = "STARTED_BY_TEST"
 
 
-def servers_on(port: int) -> list[psutil.Process]:
-    """Processes that were started to listen there, wherever they hang in the tree."""
+@pytest.fixture
+def mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A variable's value that every process started by this test inherits, and no other has."""
+    monkeypatch.setenv(MARK, str(tmp_path))
+    return str(tmp_path)
+
+
+def servers_of(mark: str) -> list[psutil.Process]:
+    """The server processes that a test has started, wherever they hang in the tree."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            if process.environ().get("PORT") == str(port) and process.pid != os.getpid():
+            environment = process.environ()
+            if environment.get(MARK) == mark and "COG_PREDICT_TYPE_STUB" in environment:
                 found.append(process)
     return found
 
 
+def test_a_server_that_is_never_ready_is_given_up(blind_weights: Path, mark: str) -> None:
+    with (
+        pytest.raises(BenchmarkError, match="not ready in time"),
+        running_server(0, kind="direct", weights=str(blind_weights), deadline_s=0.3),
+    ):
+        pytest.fail("the server is ready")
+    assert not servers_of(mark)
+
+
 @pytest.mark.slow
-def test_a_server_that_dies_says_so_and_leaves_nothing_behind(blind_weights: Path, folder: Path) -> None:
-    port = free_port()
-    with running_server(port, kind="direct", weights=str(blind_weights), deadline_s=120) as server:
+def test_servers_that_start_at_once_each_have_a_port(blind_weights: Path, tiny_weights: Path) -> None:
+    count = 3
+    together = threading.Barrier(count)
+
+    def start(number: int) -> tuple[str, float]:
+        weights = (blind_weights, tiny_weights)[number % 2]
+        try:
+            together.wait(60)
+            with running_server(0, kind="direct", weights=str(weights), deadline_s=120) as server:
+                answer = server.predict({"images": ["data/1.jpg"]}, 60)
+                # None ends before all have answered: their ports are in use at one time.
+                together.wait(120)
+                return server.url, answer.metrics["faces.restored"]
+        except BaseException:
+            together.abort()
+            raise
+
+    with ThreadPoolExecutor(count) as workers:
+        urls, faces = zip(*workers.map(start, range(count)), strict=True)
+    assert len(set(urls)) == count
+    assert faces == (0, 1, 0), "a request reached another test's server"
+
+
+@pytest.mark.slow
+def test_a_server_that_dies_says_so_and_leaves_nothing_behind(
+    blind_weights: Path, folder: Path, mark: str
+) -> None:
+    with running_server(0, kind="direct", weights=str(blind_weights), deadline_s=120) as server:
         inputs = {"images": [as_input(folder / "1.jpg")]}
         good = server.predict(inputs, 60)
         assert good.error is None
         assert good.metrics["timing.detect"] > 0
-        family = servers_on(port)
+        family = servers_of(mark)
         # The server and its worker.
         assert len(family) >= 2
         memory, of = server.peak_memory_mib()
@@ -266,13 +300,12 @@ def test_a_server_that_dies_says_so_and_leaves_nothing_behind(blind_weights: Pat
             process.kill()
         with pytest.raises(BenchmarkError, match="server"):
             server.predict(inputs, 60)
-    assert not servers_on(port)
+    assert not servers_of(mark)
 
 
 @pytest.mark.slow
 def test_the_next_request_after_a_late_one_meets_an_idle_server(blind_weights: Path, folder: Path) -> None:
-    port = free_port()
-    with running_server(port, kind="direct", weights=str(blind_weights), deadline_s=120) as server:
+    with running_server(0, kind="direct", weights=str(blind_weights), deadline_s=120) as server:
         inputs = {"images": [as_input(folder / "10.jpg")] * 4}
         late = server.predict(inputs, 0.01)
         assert "no answer within" in str(late.error)
@@ -280,25 +313,25 @@ def test_the_next_request_after_a_late_one_meets_an_idle_server(blind_weights: P
 
 
 @pytest.mark.slow
-def test_a_benchmark_that_is_terminated_ends_its_server(blind_weights: Path, folder: Path) -> None:
-    port = free_port()
+def test_a_benchmark_that_is_terminated_ends_its_server(blind_weights: Path, folder: Path, mark: str) -> None:
     command = [sys.executable, "benchmarks/run_bench.py", "--images", str(folder / "1.jpg")]
-    command += ["--server", "direct", "--port", str(port), "--weights", str(blind_weights)]
+    command += ["--server", "direct", "--port", "0", "--weights", str(blind_weights)]
     command += ["--repeats", "100000", "--output", str(folder / "never.json")]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as benchmark:
         deadline = time.monotonic() + 120
-        while len(servers_on(port)) < 2 and time.monotonic() < deadline:
+        while len(servers_of(mark)) < 2 and time.monotonic() < deadline:
             time.sleep(0.2)
         benchmark.terminate()
         assert benchmark.wait(60) == 128 + signal.SIGTERM
-    assert not servers_on(port)
+    assert not servers_of(mark)
     assert not (folder / "never.json").exists()
 
 
-def test_an_image_serves_its_own_weights(blind_weights: Path) -> None:
+@pytest.mark.parametrize(("weights", "option"), [("lite", "--weights"), (None, "--port 0")])
+def test_an_image_serves_its_own_weights_on_a_port_that_is_named(weights: str | None, option: str) -> None:
     with (
-        pytest.raises(BenchmarkError, match="--weights"),
-        running_server(free_port(), kind="cog", weights=str(blind_weights)),
+        pytest.raises(BenchmarkError, match=option),
+        running_server(0, kind="cog", weights=weights),
     ):
         pytest.fail("started")
 
@@ -313,9 +346,7 @@ def test_an_output_that_cannot_be_written_is_said_before_the_work(
 
 
 def run(arguments: list[str], output: Path) -> tuple[int, dict[str, Any]]:
-    status = run_bench.main(
-        [*arguments, "--server", "direct", "--port", str(free_port()), "--output", str(output)]
-    )
+    status = run_bench.main([*arguments, "--server", "direct", "--port", "0", "--output", str(output)])
     return status, read_report(output)
 
 
@@ -403,16 +434,15 @@ def test_a_dead_server_ends_the_benchmark(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    port = free_port()
-
     def start(*_: Any) -> subprocess.Popen[bytes]:
         threading.Thread(target=other.serve_forever, daemon=True).start()
         return subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
 
     monkeypatch.setattr("benchmarks.server._start", start)
     monkeypatch.setattr("benchmarks.server.check_port", lambda _: None)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", port), DyingServer) as other:
-        arguments = ["--images", str(folder / "1.jpg"), "--weights", str(blind_weights), "--port", str(port)]
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), DyingServer) as other:
+        arguments = ["--images", str(folder / "1.jpg"), "--weights", str(blind_weights)]
+        arguments += ["--port", str(other.server_port)]
         assert run_bench.main([*arguments, "--output", str(tmp_path / "out.json")]) == 1
         other.shutdown()
     assert "does not answer any more" in capsys.readouterr().err
@@ -425,7 +455,7 @@ def test_a_single_picture_finds_its_fastest_configurations(
 ) -> None:
     output = tmp_path / "single.json"
     arguments = ["--image", str(folder / "1.jpg"), "--cases", "baseline/safe", "max_speed/optimized/none"]
-    arguments += ["--weights", str(blind_weights), "--server", "direct", "--port", str(free_port())]
+    arguments += ["--weights", str(blind_weights), "--server", "direct", "--port", "0"]
     arguments += ["--starts", "2", "--repeats", "2", "--warmup", "0", "--output", str(output)]
     status = bench_single_image.main(arguments)
     result = read_report(output)
@@ -446,7 +476,7 @@ def test_a_single_picture_finds_its_fastest_configurations(
 def test_a_configuration_that_fails_is_no_winner(folder: Path, blind_weights: Path, tmp_path: Path) -> None:
     output = tmp_path / "single.json"
     arguments = ["--image", str(folder / "1.jpg"), "--cases", "baseline/safe", "--timeout-sec", "0.001"]
-    arguments += ["--weights", str(blind_weights), "--server", "direct", "--port", str(free_port())]
+    arguments += ["--weights", str(blind_weights), "--server", "direct", "--port", "0"]
     assert bench_single_image.main([*arguments, "--output", str(output)]) == 1
     result = read_report(output)
     [error] = result["cases"]["baseline/safe"]["errors"]
@@ -749,7 +779,7 @@ def test_a_soak_sees_growth_tails_and_what_is_left() -> None:
 def test_a_short_soak_finds_nothing_wrong_with_the_server(tiny_weights: Path, tmp_path: Path) -> None:
     output = tmp_path / "soak.json"
     # How much memory and time vary in so few requests says nothing.
-    command = ["--requests", "30", "--cancelled", "2", "--settled", "10", "--port", str(free_port())]
+    command = ["--requests", "30", "--cancelled", "2", "--settled", "10", "--port", "0"]
     soak.main([*command, "--weights", str(tiny_weights), "--output", str(output)])
     found = read_report(output)
     assert found["faults"] == []

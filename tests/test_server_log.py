@@ -70,7 +70,9 @@ print(sys.stderr.getvalue(), end="")
 
 
 def test_lines_for_the_operator_go_past_cogs_stream() -> None:
-    done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert done.stdout == "INFO codeformer.request: for everyone\n"
     assert done.stderr.startswith("WARNING codeformer.operator: for the operator\nWARNING py.warnings: ")
     assert "with a path" in done.stderr
@@ -95,7 +97,7 @@ def test_an_error_does_not_echo_a_wrong_value_whole(value: Any) -> None:
         lambda: check_fidelity(value),
     ]
     for call in calls:
-        with pytest.raises(OptionError, match=": expected .*, got ") as raised:
+        with pytest.raises(OptionError, match="expected ") as raised:
             call()
         assert len(str(raised.value)) < 1500
         assert raised.value.value is value
