@@ -7,6 +7,7 @@ from cog import BaseRunner, Input, Path
 from codeformer.limits import Limits
 from codeformer.outputs import OutputFolder
 from codeformer.pipeline import Pipeline
+from codeformer.precision import cpu_precision
 from codeformer.request import serve, warm_up
 from codeformer.server_log import configure_server_log
 from codeformer.worker import Worker
@@ -19,6 +20,7 @@ class Predictor(BaseRunner):
         """Loads the networks, fetching and verifying their weights, and tries them once."""
         configure_server_log()
         self.limits = Limits.from_environment()
+        cpu_precision()  # refuses a wrong value before any weights are fetched
         self.pipeline = Pipeline.load()
         self.outputs = OutputFolder()
         self.worker = Worker()

@@ -27,7 +27,8 @@ from codeformer.networks.codeformer import CodeFormer
 from codeformer.networks.inference import for_inference
 from codeformer.networks.parsenet import FaceParsingNetwork
 from codeformer.networks.retinaface import build_retinaface
-from codeformer.plan import DEFAULT_FIDELITY, available_device, half_dtype_of, torch_switches
+from codeformer.plan import DEFAULT_FIDELITY, available_device, torch_switches
+from codeformer.precision import half_dtype_of
 
 OUTPUT: Final = Path(__file__).with_name("last_bench_networks.json")
 PROGRAM: Final = "benchmarks/bench_networks.py"
