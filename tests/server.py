@@ -11,6 +11,7 @@ from benchmarks.server import Server, direct_session, running_server
 
 START_DEADLINE_S: Final = 90
 REQUEST_TIMEOUT_S: Final = 120
+LOG_DEADLINE_S: Final = 20
 
 
 class CogServer:
@@ -20,9 +21,14 @@ class CogServer:
         self.under_test = under_test
         self.url = under_test.url
 
-    def log(self) -> str:
-        """All that the server has printed so far."""
-        return self.under_test._log.read_text(encoding="utf-8", errors="replace")
+    def logs(self, text: str) -> bool:
+        """Whether the server has printed a text, or does so soon: its worker's lines come through a pipe."""
+        deadline = time.monotonic() + LOG_DEADLINE_S
+        while text not in self.under_test._log.read_text(encoding="utf-8", errors="replace"):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.05)
+        return True
 
     def predict(self, **inputs: Any) -> tuple[int, dict[str, Any]]:
         deadline = time.monotonic() + REQUEST_TIMEOUT_S
