@@ -535,7 +535,7 @@ def test_too_little_memory_is_not_called_damage(library: str, monkeypatch: pytes
     assert ok
     owner, name = (PngImageFile, "load") if library == "Pillow" else (cv2, "imdecode")
     monkeypatch.setattr(owner, name, full)
-    with pytest.raises(ImageError, match=r"^Image 2: too little memory to decode it; send a smaller copy"):
+    with pytest.raises(ImageError, match=r"^Image 2: too little memory to decode it; use a smaller copy"):
         decode_image(data.tobytes(), 2)
 
 
