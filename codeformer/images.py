@@ -328,7 +328,7 @@ def _without_void_alpha(rgba: Image.Image, picture: Image.Image, data: bytes) ->
         raw = _decode_with_opencv(data)
         if raw is not None and raw.dtype == np.uint8 and raw.shape[2:] == (4,):
             rgb = Image.fromarray(np.ascontiguousarray(raw[:, :, 2::-1].astype(np.uint8)))
-    if all(low == high for low, high in rgb.getextrema()):
+    if rgb.getcolors(maxcolors=1) is not None:
         return None
     logger.info(_VOID_ALPHA)
     return rgb
