@@ -61,9 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as failure:
         if failure.errno not in {errno.ENOSPC, errno.EDQUOT}:
             raise
-        _discard_output()
         with contextlib.suppress(OSError):
             print(f"error: {failure.strerror}.", file=sys.stderr)
+        _discard_output()
         return 1
 
 

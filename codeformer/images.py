@@ -100,14 +100,7 @@ def decode_image(data: bytes, index: int | None = None, limits: Limits = DEFAULT
     try:
         if data.startswith(tiff.MAGIC):
             data = tiff.Directories(io.BytesIO(data)).with_main_first(data)
-        try:
-            return _decode(data, index, limits)
-        except OSError:
-            whole = jpeg.with_end(data) if data.startswith(jpeg.MAGIC) else None
-            if whole is None:
-                raise
-            logger.warning("image %s lacks its end marker; all of its rows are there", index or "")
-            return _decode(whole, index, limits)
+        return _decode(data, index, limits)
     except ImageError:
         raise
     except (MemoryError, cv2.error) as cause:
@@ -129,7 +122,15 @@ def _decode(data: bytes, index: int | None, limits: Limits) -> ImageU8:
     """A file of one of the formats, whose main image is its first."""
     with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
         check_size(picture.width, picture.height, index, limits)
-        _check_scans(data, index)
+        if not _check_scans(data, index):
+            # Decoders differ in whether they notice, and fill up what is missing.
+            whole = jpeg.with_end(data)
+            if whole is None:
+                raise ImageError(
+                    "the file is damaged or cut short (no end marker); use an intact copy.", index
+                )
+            logger.warning("image %s lacks its end marker; all of its rows are there", index or "")
+            return _decode(whole, index, limits)
         # Strictly, also where OpenCV decodes after it: OpenCV passes over some damage.
         picture.load()
         if _frames_of(picture, data) > 1:
@@ -198,15 +199,22 @@ def check_size(width: int, height: int, index: int | None = None, limits: Limits
         )
 
 
-def _check_scans(data: bytes, index: int | None) -> None:
-    """Refuses a JPEG whose scans would keep a decoder busy for ever; no signal reaches it meanwhile."""
+def _check_scans(data: bytes, index: int | None) -> bool:
+    """Refuses a JPEG whose scans would keep a decoder busy for ever; no signal reaches it meanwhile.
+
+    Returns:
+        False for a JPEG without an end marker.
+    """
     if not data.startswith(jpeg.MAGIC):
-        return
+        return True
     scans = 0
     for marker, _ in jpeg.segments(data):
         scans += marker == jpeg.SCAN
         if scans > _MAX_SCANS:
             raise ImageError(f"expected a JPEG of at most {_MAX_SCANS} scans, got more; save it anew.", index)
+        if marker == jpeg.END:
+            return True
+    return False
 
 
 def is_gray(image_bgr: ImageU8, threshold: float = 10.0) -> bool:

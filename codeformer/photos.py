@@ -75,7 +75,8 @@ class PhotoFinder:
             yield Photo(path)
 
     def _in_folder(self, folder: Path, below: Path) -> Iterator[Photo]:
-        is_output = self._is_output(folder)
+        output, place = self.output.resolve(), folder.resolve()
+        is_among_results = output in {place, *place.parents}
         try:
             with os.scandir(folder) as entries:
                 paths = sorted(folder / entry.name for entry in entries if not _is_hidden(entry.name))
@@ -84,7 +85,7 @@ class PhotoFinder:
             return
         for path in paths:
             if _is_folder(path):
-                if self._is_output(path):
+                if path.resolve() == output:
                     self.skip(path, "the folder of the results.")
                 elif not self.recursive:
                     self.skip(path, "a folder; --recursive goes through it.")
@@ -92,15 +93,12 @@ class PhotoFinder:
                     self.skip(path, "a link to a folder; name it to have it restored.")
                 else:
                     yield from self._in_folder(path, below / path.name)
-            elif is_output and read_mark(path) is not None:
+            elif is_among_results and read_mark(path) is not None:
                 self.skip(path, "a result of an earlier run.")
             elif reason := why_not(path):
                 self.skip(path, reason)
             else:
                 yield Photo(path, below)
-
-    def _is_output(self, folder: Path) -> bool:
-        return folder.resolve() == self.output.resolve()
 
 
 def why_not(path: Path) -> str | None:
