@@ -83,13 +83,15 @@ def _run(arguments: Sequence[str] | None) -> int:
 @contextlib.contextmanager
 def _flushed_output() -> Iterator[None]:
     """Writes out what is printed before the program ends, also where argparse ends it."""
+    is_open = hasattr(sys.stdout, "flush")
     if hasattr(sys.stdout, "reconfigure"):
         # A name may hold characters that the terminal's encoding lacks.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield
     finally:
-        sys.stdout.flush()
+        if is_open:
+            sys.stdout.flush()
 
 
 def _discard_output() -> None:

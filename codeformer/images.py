@@ -17,7 +17,7 @@ from PIL import Image, ImageCms, PngImagePlugin, UnidentifiedImageError
 
 from codeformer import jpeg, tiff
 from codeformer.errors import ImageError
-from codeformer.kinds import NO_PICTURE, kind_of
+from codeformer.kinds import UNKNOWN, kind_of
 from codeformer.limits import DEFAULT_LIMITS, Limits
 from codeformer.memory import is_out_of_memory
 
@@ -110,10 +110,7 @@ def decode_image(data: bytes, index: int | None = None, limits: Limits = DEFAULT
     except UnidentifiedImageError as cause:
         if data.startswith(tiff.MAGIC):
             raise _unsupported("of this TIFF", index) from cause
-        raise ImageError(
-            f"{NO_PICTURE}; take one of {', '.join(FORMATS)} (the data begins with {data[:12]!r}).",
-            index,
-        ) from cause
+        raise ImageError(f"{UNKNOWN} (the data begins with {data[:12]!r}).", index) from cause
     except _DECODER_ERRORS as cause:
         raise _damaged(cause, index) from cause
 

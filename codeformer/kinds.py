@@ -7,7 +7,9 @@ from typing import BinaryIO, Final
 from codeformer import jpeg, tiff
 
 _HEAD_BYTES: Final = 4096
-NO_PICTURE: Final = "not a picture that can be read here"
+_NO_PICTURE: Final = "not a picture that can be read here"
+# Of a file whose kind is not known.
+UNKNOWN: Final = f"{_NO_PICTURE}; take a JPEG, PNG, WebP, BMP, TIFF or GIF"
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Kind:
     @property
     def refusal(self) -> str | None:
         """Why such a file is refused and what to do; None if it is not."""
-        return None if self.remedy is None else f"{NO_PICTURE}, but {self.name}; {self.remedy}."
+        return None if self.remedy is None else f"{_NO_PICTURE}, but {self.name}; {self.remedy}."
 
 
 _CONVERT: Final = "convert it to JPEG or PNG"

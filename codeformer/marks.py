@@ -47,6 +47,8 @@ def marked(data: bytes, role: Role, source: str) -> bytes:
 def read_mark(path: Path) -> Mark | None:
     """The mark of a file, None for one that has none or cannot be read."""
     try:
+        if not path.is_file():
+            return None
         with path.open("rb") as stream:
             head = stream.read(_HEAD_BYTES)
             found = _MARK.search(head)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from codeformer.kinds import NO_PICTURE, kind_of
+from codeformer.kinds import UNKNOWN, kind_of
 from codeformer.marks import hash_of, read_mark
 
 # Called with a path and a reason.
@@ -63,16 +63,13 @@ class PhotoFinder:
         """The photos that are named or lie in the named folders, each once; only heads of files are read."""
         found: dict[Path, Photo] = {}
         for path in paths:
-            inside = self._in_folder(path, Path()) if _is_folder(path) else self._named(path)
+            if _is_folder(path):
+                inside = self._in_folder(path, Path())
+            else:
+                inside = self._file(path, Path(), self.fail)
             for photo in inside:
                 found.setdefault(photo.place, photo)
         return list(found.values())
-
-    def _named(self, path: Path) -> Iterator[Photo]:
-        if reason := why_not(path):
-            self.fail(path, reason)
-        else:
-            yield Photo(path)
 
     def _in_folder(self, folder: Path, below: Path) -> Iterator[Photo]:
         output, place = self.output.resolve(), folder.resolve()
@@ -95,25 +92,37 @@ class PhotoFinder:
                     yield from self._in_folder(path, below / path.name)
             elif is_among_results and read_mark(path) is not None:
                 self.skip(path, "a result of an earlier run.")
-            elif reason := why_not(path):
-                self.skip(path, reason)
+            elif path.is_symlink() and not path.exists():
+                self.skip(path, "a link that leads nowhere.")
             else:
-                yield Photo(path, below)
+                yield from self._file(path, below, self.skip)
+
+    def _file(self, path: Path, below: Path, refuse: Report) -> Iterator[Photo]:
+        try:
+            reason = why_not(path)
+        except OSError as cause:
+            # It may well be a photo.
+            self.fail(path, f"the file cannot be read ({cause.strerror}).")
+            return
+        if reason is None:
+            yield Photo(path, below)
+        else:
+            refuse(path, reason)
 
 
 def why_not(path: Path) -> str | None:
-    """Why a file is none to restore, by its kind; None if it may be one. Its head is read."""
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            return "expected a file, got a folder or a device."
-        with path.open("rb") as stream:
-            kind = kind_of(stream)
-            is_empty = not stream.seek(0, os.SEEK_END)
-    except OSError as cause:
-        return f"the file cannot be read ({cause.strerror})."
-    if is_empty:
-        return "the file is empty."
-    return f"{NO_PICTURE}." if kind is None else kind.refusal
+    """Why a file is none to restore, by its kind; None if it may be one. Its head is read.
+
+    Raises:
+        OSError: it cannot be.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        return "expected a file, got a folder or a device."
+    with path.open("rb") as stream:
+        kind = kind_of(stream)
+        if kind is not None:
+            return kind.refusal
+        return f"{UNKNOWN}." if stream.seek(0, os.SEEK_END) else "the file is empty."
 
 
 def _is_folder(path: Path) -> bool:

@@ -171,8 +171,10 @@ class ResultFolder:
         actual = self._actual(file)
         if actual is None or self._is_own(photo, actual, role):
             return True
-        is_foreign = actual.is_file() and read_mark(actual) is None
-        return self._overwrite and is_foreign and _real(actual) not in self._originals
+        mark = read_mark(actual)
+        # Another photo's result stays in any case.
+        is_replaceable = actual.is_file() and (mark is None or mark.source == photo.source)
+        return self._overwrite and is_replaceable and _real(actual) not in self._originals
 
     def _is_own(self, photo: Photo, file: Path, role: Role) -> bool:
         """Whether a file is the photo's own earlier one: as it was written, or cut short since."""

@@ -233,7 +233,7 @@ def test_photos_in_a_folder_are_found_by_what_they_are(
     ]
     for line, reason in zip(
         skipped,
-        ("empty", "No such file", "not a picture", "device", "camera RAW", "--recursive"),
+        ("empty", "leads nowhere", "not a picture", "device", "camera RAW", "--recursive"),
         strict=True,
     ):
         assert reason in line
@@ -304,6 +304,9 @@ def test_a_result_that_was_edited_is_somebodys_and_one_that_was_cut_is_not(tmp_p
     assert restore(photo, "-o", output) == 0
     assert (output / "x.jpg").read_bytes() == edited
     assert (output / "x_2.jpg").read_bytes() == whole
+    (output / "x_2.jpg").unlink()
+    assert restore(photo, "-o", output, "--overwrite") == 0
+    assert {path.name: path.read_bytes() for path in output.iterdir()} == {"x.jpg": whole}
 
 
 def test_what_is_there_is_skipped_without_loading_anything(
