@@ -13,7 +13,6 @@ COMMENT: Final = 0xFE
 SCAN: Final = 0xDA
 END: Final = 0xD9
 
-_QUANTIZATION: Final = 0xDB
 _RESTART_INTERVAL: Final = 0xDD
 # The frame header, with a size and the samples' precision: all of C0 to CF but DHT, JPG and DAC. And JPEG-LS.
 _FRAMES: Final = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC} | {0xF7}
@@ -22,14 +21,10 @@ _ALONE: Final = frozenset({0x01, *range(0xD0, 0xD9)})
 # Neither a stuffed byte of a scan, nor one of the markers that stand alone, nor padding.
 _MARKER: Final = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])")
 _COEFFICIENTS: Final = 64
-# What a decoder may find in the place of missing data: which of them must not change a pixel. Zeros are
-# what it would make up itself.
-_FILLINGS: Final = (
-    bytes(512),
-    *(hashlib.shake_128(seed).digest(512).replace(b"\xff", b"\xfe") for seed in (b"one", b"two")),
+# What a decoder may find in the place of missing data: which of them must not change a pixel.
+_FILLINGS: Final = tuple(
+    hashlib.shake_128(seed).digest(512).replace(b"\xff", b"\xfe") for seed in (b"one", b"two", b"three")
 )
-# A quantization step with which no coefficient that differs can be lost in rounding.
-_VISIBLE_STEP: Final = 32
 
 
 def segments(data: bytes) -> Iterator[tuple[int, int]]:
@@ -70,8 +65,7 @@ def with_end(data: bytes) -> bytes | None:
     """
     is_progressive, restarts, last_scan = False, False, 0
     missing = dict[int, set[int]]()
-    probe = bytearray(_without_padding(data))
-    picture = bytes(probe)
+    picture = _without_padding(data)
     for marker, at in segments(data):
         body = data[at + 2 : at + int.from_bytes(data[at : at + 2])]
         if marker == END:
@@ -79,8 +73,6 @@ def with_end(data: bytes) -> bytes | None:
         if marker in _FRAMES and len(body) > 5:
             is_progressive = marker in _PROGRESSIVE
             missing = {component: set(range(_COEFFICIENTS)) for component in body[6::3]}
-        elif marker == _QUANTIZATION:
-            _coarsen(probe, at + 2, len(body))
         elif marker == _RESTART_INTERVAL:
             restarts = any(body)
         elif marker == SCAN and body and len(body) == 2 * body[0] + 4:
@@ -100,7 +92,7 @@ def with_end(data: bytes) -> bytes | None:
         tails += [due + filling for filling in _FILLINGS[1:]]
     end = bytes([0xFF, END])
     try:
-        if len({_pixels_of(bytes(probe) + tail + end) for tail in tails}) > 1:
+        if len({_pixels_of(picture + tail + end) for tail in tails}) > 1:
             return None
     except (OSError, SyntaxError, ValueError):
         return None
@@ -114,17 +106,6 @@ def _without_padding(data: bytes) -> bytes:
         # A single zero, or the one after a byte of 255, belongs to the picture.
         picture = data[: len(picture) + 1]
     return picture.rstrip(b"\xff")
-
-
-def _coarsen(probe: bytearray, at: int, count: int) -> None:
-    """Makes the steps of all coefficients but the mean's so large that no difference is lost."""
-    end = at + count
-    while at < end:
-        width = 2 if probe[at] >> 4 else 1
-        for place in range(at + 1 + width, at + 1 + _COEFFICIENTS * width, width):
-            if place + width <= min(end, len(probe)):
-                probe[place : place + width] = _VISIBLE_STEP.to_bytes(width)
-        at += 1 + _COEFFICIENTS * width
 
 
 def _restarts_in(data: bytes, start: int) -> int:

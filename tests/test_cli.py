@@ -249,11 +249,14 @@ def test_folders_in_folders_keep_their_places_and_are_walked_once(
     put(album / ".hidden" / "c.png", 23)
     (album / "x" / "loop").symlink_to(album)
     output = album / "restored"
-    expected = {"a.jpg": 20, "x/a.jpg": 21, "x/y/b.jpg": 22}
+    put(output / "other.jpg", 50, ".jpg")
+    expected = {"a.jpg": 20, "other.jpg": 50, "x/a.jpg": 21, "x/y/b.jpg": 22}
     for _ in range(2):
         assert restore(album, "-o", output, "--recursive") == 0
         assert heights(output) == expected
-    assert "loop: a link to a folder" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "loop: a link to a folder" in said
+    assert f"skipped: {output}: the folder of the results" in said
     # The results are no photos of the album they lie in, wherever in it.
     assert restore(album / "x", "-o", album / "x", "-r") == 0
     assert restore(album / "x", "-o", album / "x", "-r") == 0
@@ -275,6 +278,11 @@ def test_names_of_one_folder_never_collide_whatever_is_restored_when(tmp_path: P
         assert len({name.casefold() for name in found}) == 5
         assert results in {None, tuple(found.items())}
         results = tuple(found.items())
+    # Also where a better one has become free.
+    (output / "a.jpg").unlink()
+    before = heights(output)
+    assert restore(album / "A.webp", "-o", output) == 0
+    assert heights(output) == before
 
 
 def test_a_file_of_another_origin_is_replaced_only_on_demand(tmp_path: Path) -> None:

@@ -582,6 +582,22 @@ def test_a_jpeg_that_lacks_more_is_damaged(encoding: str) -> None:
                 decode_image(whole[:cut] + tail)
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_missing_data_are_noticed_where_no_pixel_could_be_brighter(seed: int) -> None:
+    noise = np.random.default_rng(seed).normal(0, 1 + seed, (60, 203, 3))
+    white = Image.fromarray(np.clip(255 + noise, 0, 255).astype(np.uint8))
+    whole = save(white, "JPEG", quality=60 + 7 * seed)
+    expected = decode_image(whole)
+    np.testing.assert_array_equal(decode_image(whole[:-2]), expected)
+    for cut in range(4, 60):
+        try:
+            decoded = decode_image(whole[:-cut])
+        except ImageError:
+            continue
+        # Of the last block, a few bits may be of no account.
+        assert (decoded != expected).any(axis=2).sum() <= 64
+
+
 def bmp_with_alpha(alpha: int, header_bytes: int = 124) -> bytes:
     """A BMP of 32 bits with masks for four channels, `gradient` upside down as it is stored."""
     rgb = gradient()
