@@ -242,7 +242,7 @@ class DiskFullError(CodeFormerError):
         self.path = path
         self.cause = cause
         super().__init__(
-            f"{path}: expected room for the result, got: {cause}. Free space there, then go on with "
+            f"{path}: expected room for the result, got: {cause}; free space there and go on with "
             "--skip-existing."
         )
 

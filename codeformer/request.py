@@ -154,10 +154,10 @@ def describe(metrics: Metrics) -> str:
 
 
 def _read(source: object, index: int, limits: Limits, deadline: Deadline) -> ImageU8:
-    scheme = source.partition(":")[0].lower() if isinstance(source, str) else ""
-    if scheme in {"http", "https"}:
+    head = source[:8].lower() if isinstance(source, str) else ""
+    if head.startswith(("http://", "https://")):
         data = _fetch(str(source), index, limits, deadline)
-    elif scheme == "data":
+    elif head.startswith("data:"):
         data = _unpack(str(source), index)
     else:
         path = source if isinstance(source, Path) else _sample_picture(source, index)
