@@ -91,6 +91,11 @@ def test_a_file_behind_an_address(server: CogServer, png: bytes, tmp_path: Path)
         answer = server.succeed(images=[f"{address}/photo.png", data_uri(png)])
         assert [picture_of(output).shape for output in answer["output"]] == [(90, 160, 3)] * 2
         assert "404" in server.fail(images=[f"{address}/missing.png"])
+        # Cog leaves these to us.
+        shouted = address.replace("http", "HTTP")
+        [output] = server.succeed(images=[f"{shouted}/photo.png"])["output"]
+        assert picture_of(output).shape == (90, 160, 3)
+        assert "404" in server.fail(images=[f"{shouted}/missing.png"])
         files.shutdown()
 
 
