@@ -25,6 +25,8 @@ MIN_WORKING_SIDE: Final = 512
 MIN_EYE_DISTANCE: Final = 5.0
 # Mean distance of landmarks in eye distances; neighbours in a crowd are at least two apart.
 _SAME_FACE: Final = 0.5
+# A score that is lower by a tenth weighs as much as half the size.
+_SCORE_FOR_SIZE: Final = 10 * np.log(2)
 # Below this the transform squeezes the whole picture into a point.
 _MIN_DETERMINANT: Final = 1e-12
 # Pixels around a warped face square, so that filters meet only zeros at the region's edge.
@@ -137,6 +139,19 @@ def align_faces(
         aligned.append(AlignedFace(face, working_to_face))
         taken.append(detection.landmarks_xy)
     return aligned, skipped
+
+
+def from_far_to_near(faces: Sequence[AlignedFace]) -> list[AlignedFace]:
+    """The order to paste in: where faces overlap, the nearer one comes last and lies on top.
+
+    Nearer is the larger and more certain one: a face that another covers in part has a lower score.
+    """
+    return sorted(faces, key=lambda aligned: _nearness(aligned.face))
+
+
+def _nearness(face: Face) -> float:
+    size = np.sqrt(np.linalg.det(face.face_to_picture[:, :2]))
+    return float(np.log(size) + _SCORE_FOR_SIZE * face.score)
 
 
 def estimate_similarity(landmarks_xy: npt.NDArray[np.floating]) -> FloatArray | None:

@@ -30,7 +30,7 @@ VARIANCES: Final = (0.1, 0.2)
 LANDMARKS: Final = 5
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Detection:
     """One detected face, in pixels of the picture given to the detector.
 
@@ -43,6 +43,10 @@ class Detection:
     box_xyxy: npt.NDArray[np.float32]
     score: float
     landmarks_xy: npt.NDArray[np.float32]
+
+    def in_original(self, scale: float) -> "Detection":
+        """The same face in the picture that was resized by `scale` before it was searched."""
+        return Detection(self.box_xyxy / np.float32(scale), self.score, self.landmarks_xy / np.float32(scale))
 
 
 class FaceDetector:
@@ -60,7 +64,6 @@ class FaceDetector:
         self._layout = torch.channels_last if channels_last else torch.contiguous_format
         self._mean = torch.tensor(MEAN_BGR, device=self._device).view(1, 3, 1, 1)
 
-    @torch.inference_mode()
     def detect(self, images_bgr: Sequence[ImageU8], *, batched: bool = True) -> list[list[Detection]]:
         """Detects the faces of each picture, best score first.
 
@@ -81,18 +84,41 @@ class FaceDetector:
 
         found: list[list[Detection]] = [[] for _ in copies]
         for indices in groups.values():
-            batch = torch.from_numpy(np.stack([copies[i][0] for i in indices])).to(self._device)
-            offsets, scores, landmark_offsets = self.network(self._normalise(batch))
-            anchors = anchors_for(batch.shape[1], batch.shape[2], self._device)
-            for row, index in enumerate(indices):
-                found[index] = select_faces(
-                    decode_boxes(offsets[row].float(), anchors),
-                    scores[row, :, 1].float(),
-                    decode_landmarks(landmark_offsets[row].float(), anchors),
-                    size_wh=(batch.shape[2], batch.shape[1]),
-                    scale=copies[index][1],
-                )
+            in_copies = self.detect_at_size(np.stack([copies[i][0] for i in indices]))
+            for index, detections in zip(indices, in_copies, strict=True):
+                found[index] = [detection.in_original(copies[index][1]) for detection in detections]
         return found
+
+    @torch.inference_mode()
+    def detect_at_size(
+        self, batch_bgr: ImageU8, *, score_threshold: float = SCORE_THRESHOLD
+    ) -> list[list[Detection]]:
+        """Detects the faces of pictures as large as they come, without a resized copy.
+
+        Args:
+            batch_bgr: (B, H, W, 3) uint8 BGR.
+            score_threshold: faces with lower scores are left out.
+
+        Returns:
+            As `detect`.
+
+        Raises:
+            NonFiniteOutputError: the network's answer holds NaN or infinity.
+        """
+        batch = torch.from_numpy(batch_bgr).to(self._device)
+        height, width = batch.shape[1:3]
+        offsets, scores, landmark_offsets = self.network(self._normalise(batch))
+        anchors = anchors_for(height, width, self._device)
+        return [
+            select_faces(
+                decode_boxes(offsets[row].float(), anchors),
+                scores[row, :, 1].float(),
+                decode_landmarks(landmark_offsets[row].float(), anchors),
+                size_wh=(width, height),
+                score_threshold=score_threshold,
+            )
+            for row in range(len(batch))
+        ]
 
     def _normalise(self, batch_bgr: Tensor) -> Tensor:
         """(B, H, W, 3) uint8 to (B, 3, H, W) float32 without the channel means; no division."""
@@ -146,32 +172,37 @@ def decode_landmarks(offsets: Tensor, anchors: Tensor) -> Tensor:
 
 
 def select_faces(
-    boxes_xyxy: Tensor, scores: Tensor, landmarks_xy: Tensor, *, size_wh: tuple[int, int], scale: float
+    boxes_xyxy: Tensor,
+    scores: Tensor,
+    landmarks_xy: Tensor,
+    *,
+    size_wh: tuple[int, int],
+    score_threshold: float = SCORE_THRESHOLD,
 ) -> list[Detection]:
     """Thresholds, sorts and suppresses candidates on their device; only survivors reach the host.
 
     Args:
-        boxes_xyxy: (A, 4) float32, in units of the detector copy's width and height.
+        boxes_xyxy: (A, 4) float32, in units of the picture's width and height.
         scores: (A,) float32.
         landmarks_xy: (A, 5, 2) float32, likewise.
-        size_wh: the detector copy's width and height in px.
-        scale: detector pixels per picture pixel.
+        size_wh: the picture's width and height in px.
+        score_threshold: faces with lower scores are left out.
 
     Returns:
-        Faces in picture pixels, best score first.
+        Faces in px of the picture, best score first.
 
     Raises:
         NonFiniteOutputError: a score, or the place of a face, is NaN or infinite.
     """
     # No comparison holds for NaN: the answer would be that there is no face.
     is_finite = bool(torch.isfinite(scores).all())
-    confident = scores > SCORE_THRESHOLD
+    confident = scores > score_threshold
     units = boxes_xyxy.new_tensor(size_wh)
     boxes, scores = boxes_xyxy[confident] * units.repeat(2), scores[confident]
     landmarks = landmarks_xy[confident] * units
     # torchvision's areas lack the "+ 1" of inclusive pixel boxes; moving the far corners adds it.
     keep = nms(boxes + boxes.new_tensor([0.0, 0.0, 1.0, 1.0]), scores, NMS_IOU)
-    pixels = torch.cat([boxes[keep], landmarks[keep].flatten(1)], dim=1).cpu().numpy() / np.float32(scale)
+    pixels = torch.cat([boxes[keep], landmarks[keep].flatten(1)], dim=1).cpu().numpy()
     if not (is_finite and np.isfinite(pixels).all()):
         raise NonFiniteOutputError("the detector's output is not finite.")
     return [

@@ -219,22 +219,6 @@ def _check_scans(data: bytes, index: int | None) -> bool:
     return False
 
 
-def is_gray(image_bgr: ImageU8, threshold: float = 10.0) -> bool:
-    """Whether a (H, W, 3) uint8 BGR picture has no colour to speak of.
-
-    True when the mean of the variances of B-G, G-R and R-B over all pixels is at most `threshold`.
-    """
-    b, g, r = cv2.split(image_bgr)
-    variances = 0.0
-    for one, other in ((b, g), (g, r), (r, b)):
-        # OpenCV's pass needs no float64 copy of a large picture, as numpy's variance does.
-        difference = cv2.subtract(one, other, dtype=cv2.CV_16S)
-        variances += cv2.meanStdDev(difference)[1].item() ** 2
-        if variances / 3 > threshold:
-            return False
-    return True
-
-
 def _has_16_bits(picture: Image.Image, data: bytes, index: int | None) -> bool:
     """Whether OpenCV has to decode it.
 

@@ -18,7 +18,15 @@ import torch
 from torch import Tensor
 from torch._dynamo.exc import FailOnRecompileLimitHit
 
-from codeformer.alignment import AlignedFace, Face, align_faces, make_working_copy
+from codeformer.alignment import (
+    FACE_SIZE,
+    AlignedFace,
+    Face,
+    WorkingCopy,
+    align_faces,
+    from_far_to_near,
+    make_working_copy,
+)
 from codeformer.canvas import Canvas, DeviceCanvas, HostCanvas
 from codeformer.clock import Stage, StageClock
 from codeformer.errors import (
@@ -30,8 +38,9 @@ from codeformer.errors import (
     OptionError,
     in_words,
 )
+from codeformer.finding import FaceFinder, FoundFaces, is_second_look_on
 from codeformer.graphs import recording_lock
-from codeformer.images import ImageU8, check_size, is_gray
+from codeformer.images import ImageU8, check_size
 from codeformer.limits import DEFAULT_LIMITS, Deadline, Limits
 from codeformer.memory import (
     batch_size_for,
@@ -51,6 +60,7 @@ from codeformer.plan import (
     torch_switches,
 )
 from codeformer.restoration import match_gray
+from codeformer.traits import Area, gray_area, is_gray, loses_detail
 from codeformer.weights.download import fetch_set
 from codeformer.weights.manifest import WeightSet, load_weight_set
 
@@ -72,6 +82,8 @@ class RestoredImage:
         image_bgr: (H, W, 3) uint8 BGR, the input's size; equal to the input outside the faces.
         faces: the restored faces, best score first, in coordinates of the picture.
         skipped_faces: for each detected face that was left as it is, the reason.
+        faces_losing_detail: sharp restored faces that are larger than their 512 px crop: they may come back
+            softer than they were.
         elapsed_ms: milliseconds by stage (detect, align, restore, parse, paste). A stage that worked
             on a batch counts in equal shares for its items, so that the sum over a request's pictures
             is the time that passed.
@@ -84,6 +96,7 @@ class RestoredImage:
     image_bgr: ImageU8
     faces: tuple[Face, ...]
     skipped_faces: tuple[str, ...]
+    faces_losing_detail: int
     elapsed_ms: Mapping[str, float]
     float32_retries: int
     memory_retries: int
@@ -91,12 +104,12 @@ class RestoredImage:
 
 @dataclass(frozen=True)
 class _FaceJob:
-    """An aligned face on its way through the networks."""
+    """An aligned face on its way through the networks; `gray_area` is None for one in colour."""
 
     picture: int
     number: int
     aligned: AlignedFace
-    is_gray: bool
+    gray_area: Area | None
 
 
 class Pipeline:
@@ -105,10 +118,13 @@ class Pipeline:
     Args:
         models: the networks behind their adapters, all on `device`.
         device: where they run.
+        second_look: look again where a detection is in doubt, see `codeformer.finding`; without it each
+            detection is taken for an upright face, as upstream does.
     """
 
-    def __init__(self, models: Models, device: torch.device) -> None:
+    def __init__(self, models: Models, device: torch.device, *, second_look: bool = True) -> None:
         self.device = as_device(device)
+        self.second_look = second_look
         self._store = ModelStore(models)
 
     @property
@@ -124,6 +140,7 @@ class Pipeline:
         *,
         download: bool = True,
         progress: bool = True,
+        second_look: bool | None = None,
     ) -> "Pipeline":
         """Loads the networks of a weight set.
 
@@ -132,19 +149,22 @@ class Pipeline:
             device: where to run; None for CUDA where there is one, else the CPU.
             download: fetch files that are missing.
             progress: show a progress bar while fetching.
+            second_look: as for `Pipeline`; None for `CODEFORMER_SECOND_LOOK`, else on.
 
         Raises:
-            OptionError: there is no such device.
+            OptionError: there is no such device, or CODEFORMER_SECOND_LOOK is neither on nor off.
             WeightsError: the set or one of its files cannot be used or fetched.
         """
         chosen = available_device(device)
+        if second_look is None:
+            second_look = is_second_look_on()
         if chosen.type == "cpu":
             keep_freed_memory()
             limit_kernel_cache()
         weight_set = weights if isinstance(weights, WeightSet) else load_weight_set(weights)
         if download:
             fetch_set(weight_set, progress=progress)
-        return cls(load_models(weight_set, chosen), chosen)
+        return cls(load_models(weight_set, chosen), chosen, second_look=second_look)
 
     def is_alive(self) -> bool:
         """Whether the device computes, by a sum of a few numbers.
@@ -233,7 +253,8 @@ class Pipeline:
         deadline: Deadline,
     ) -> Iterator[RestoredImage]:
         with self._store.models_for(plan) as models:
-            yield from _Request(images, fidelity, plan, models, limits, deadline).run()
+            request = _Request(images, fidelity, plan, models, limits, deadline, second_look=self.second_look)
+            yield from request.run()
 
 
 class _Request:
@@ -247,7 +268,10 @@ class _Request:
         models: Models,
         limits: Limits,
         deadline: Deadline,
+        *,
+        second_look: bool,
     ) -> None:
+        self._second_look = second_look
         self._images = images
         self._fidelity = fidelity
         self._plan = plan
@@ -256,6 +280,7 @@ class _Request:
         self._deadline = deadline
         self._clock = StageClock(plan.device)
         self._skipped: list[list[str]] = [[] for _ in images]
+        self._losing_detail = [0] * len(images)
         self._canvases: list[Canvas | None] = [None for _ in images]
         self._float32_retries = [0] * len(images)
         self._memory_retries = [0] * len(images)
@@ -276,19 +301,21 @@ class _Request:
         pictures = range(len(self._images))
         with self._stage("detect", pictures, _name_pictures(pictures)):
             working = [make_working_copy(image) for image in self._images]
-            detections = self._models.detector.detect(
-                [copy.image_bgr for copy in working], batched=self._plan.batch_detection
-            )
+            found_faces = self._detect(working)
         jobs: list[_FaceJob] = []
-        for picture, (copy, found) in enumerate(zip(working, detections, strict=True)):
+        for picture, (copy, found) in enumerate(zip(working, found_faces, strict=True)):
+            if found.ghosts:
+                logger.info(
+                    "image %d: %d detections were not found again in another framing: no faces",
+                    picture + 1,
+                    found.ghosts,
+                )
             with self._stage("align", [picture], _name_pictures([picture])):
-                aligned, self._skipped[picture] = align_faces(copy, found, self._limits.max_faces + 1)
-                gray = False
+                aligned, skipped = align_faces(copy, found.faces, self._limits.max_faces + 1)
+                self._skipped[picture] = found.skipped + skipped
                 if aligned:
-                    image = self._images[picture]
-                    gray = is_gray(image)
                     kind = DeviceCanvas if self._plan.device_pixels else HostCanvas
-                    self._canvases[picture] = kind(image, copy, self._plan.device)
+                    self._canvases[picture] = kind(self._images[picture], copy, self._plan.device)
             if len(aligned) > self._limits.max_faces:
                 raise FaceLimitError(
                     f"expected at most {self._limits.max_faces} faces, found more; cut the picture, or ask "
@@ -297,8 +324,42 @@ class _Request:
                 )
             for reason, count in Counter(self._skipped[picture]).items():
                 logger.warning("image %d: a face left as it is (%d times): %s", picture + 1, count, reason)
-            jobs += [_FaceJob(picture, number, face, gray) for number, face in enumerate(aligned, start=1)]
+            with self._stage("align", [picture], _name_pictures([picture])):
+                jobs += self._jobs_of(picture, aligned)
         return jobs
+
+    def _detect(self, working: Sequence[WorkingCopy]) -> list[FoundFaces]:
+        batched = self._plan.batch_detection
+        if self._second_look:
+            finder = FaceFinder(self._models.detector)
+            return finder.find(working, batched=batched, at_most=self._limits.max_faces + 1)
+        found = self._models.detector.detect([copy.image_bgr for copy in working], batched=batched)
+        return [FoundFaces(faces, [], 0) for faces in found]
+
+    def _jobs_of(self, picture: int, aligned: Sequence[AlignedFace]) -> list[_FaceJob]:
+        """The faces in the order of pasting, with their numbers in the order of their scores."""
+        if not aligned:
+            return []
+        image = self._images[picture]
+        picture_is_gray = is_gray(image)
+        numbers = {id(face): number for number, face in enumerate(aligned, start=1)}
+        self._losing_detail[picture] = sum(loses_detail(image, one.face.face_to_picture) for one in aligned)
+        if self._losing_detail[picture]:
+            logger.warning(
+                "image %d: %d sharp faces are larger than the %d px of their crops and may come back softer",
+                picture + 1,
+                self._losing_detail[picture],
+                FACE_SIZE,
+            )
+        return [
+            _FaceJob(
+                picture,
+                numbers[id(one)],
+                one,
+                gray_area(image, one.face.picture_to_face, picture_is_gray=picture_is_gray),
+            )
+            for one in from_far_to_near(aligned)
+        ]
 
     def _work_off(self, jobs: Sequence[_FaceJob]) -> Iterator[int]:
         """Takes all faces through the networks and into their pictures; yields how many are in."""
@@ -348,8 +409,8 @@ class _Request:
                 lambda dtype: self._models.restorer.restore(crops, self._fidelity, half_dtype=dtype),
             )
             for index, job in enumerate(batch):
-                if job.is_gray:
-                    faces[index] = match_gray(faces[index], crops[index])
+                if job.gray_area is not None:
+                    faces[index] = match_gray(faces[index], crops[index], job.gray_area)
         return faces
 
     def _parse(self, batch: Sequence[_FaceJob], faces: Tensor) -> Sequence[Tensor | None]:
@@ -399,8 +460,11 @@ class _Request:
                 image = canvas.to_image()
         return RestoredImage(
             image_bgr=image,
-            faces=tuple(job.aligned.face for job in jobs if job.picture == picture),
+            faces=tuple(
+                job.aligned.face for job in sorted(jobs, key=lambda job: job.number) if job.picture == picture
+            ),
             skipped_faces=tuple(self._skipped[picture]),
+            faces_losing_detail=self._losing_detail[picture],
             elapsed_ms=self._clock.elapsed_ms(picture),
             float32_retries=self._float32_retries[picture],
             memory_retries=self._memory_retries[picture],

@@ -15,6 +15,7 @@ from torch._dynamo import config as compiler_config
 from codeformer.errors import NonFiniteOutputError
 from codeformer.graphs import GraphedCalls
 from codeformer.networks.codeformer import CodeFormer
+from codeformer.traits import WHOLE_CROP, Area
 
 LUMA_RGB: Final = (0.2989, 0.5870, 0.1140)
 # A process sees one or several faces, w = 0 or not, half precision or not: well under this many graphs.
@@ -146,8 +147,8 @@ class FaceRestorer:
         return codes
 
 
-def match_gray(restored_bgr: Tensor, crop_bgr: Tensor) -> Tensor:
-    """Takes invented colour out of a face of a grey picture.
+def match_gray(restored_bgr: Tensor, crop_bgr: Tensor, area: Area = WHOLE_CROP) -> Tensor:
+    """Takes invented colour out of a face in black and white.
 
     The restored face becomes its luma in all channels, and each channel gets the mean and standard
     deviation of the input crop's.
@@ -155,13 +156,15 @@ def match_gray(restored_bgr: Tensor, crop_bgr: Tensor) -> Tensor:
     Args:
         restored_bgr: (512, 512, 3) uint8 BGR.
         crop_bgr: (512, 512, 3) uint8 BGR, the face before restoration, on the same device.
+        area: rows and columns that mean and standard deviation are taken of, on both sides.
 
     Returns:
         (512, 512, 3) uint8 BGR.
     """
     luma = restored_bgr.double() @ restored_bgr.new_tensor(LUMA_RGB[::-1], dtype=torch.float64)
-    normalised = (luma - luma.mean()) / (luma.var(correction=0) + 1e-5).sqrt()
-    crop = crop_bgr.double()
+    tones = luma[area]
+    normalised = (luma - tones.mean()) / (tones.var(correction=0) + 1e-5).sqrt()
+    crop = crop_bgr[area].double()
     crop_std = (crop.var(dim=(0, 1), correction=0) + 1e-5).sqrt()
     matched = normalised[:, :, None] * crop_std + crop.mean(dim=(0, 1))
     return matched.round_().clamp_(0, 255).to(torch.uint8)

@@ -158,7 +158,6 @@ def test_suppression_uses_inclusive_areas_and_sorts_by_score() -> None:
         torch.from_numpy(scores),
         torch.zeros(200, 5, 2),
         size_wh=(100, 100),
-        scale=1.0,
     )
     confident = scores > SCORE_THRESHOLD
     expected = suppress_plainly(boxes[confident], scores[confident], 0.4)

@@ -13,7 +13,7 @@ from PIL import Image, ImageCms, PngImagePlugin
 from PIL.PngImagePlugin import PngImageFile
 
 from codeformer.errors import ImageError
-from codeformer.images import JPEG_QUALITY, MAX_ASPECT_RATIO, decode_image, encode_jpeg, is_gray
+from codeformer.images import JPEG_QUALITY, MAX_ASPECT_RATIO, decode_image, encode_jpeg
 from codeformer.limits import Limits
 from tests import shared
 from tests.compare import assert_pictures_close
@@ -728,14 +728,3 @@ def test_encodes_a_jpeg_of_the_same_size_and_quality() -> None:
         Image.new("RGB", (8, 8)).save(reference, "JPEG", quality=JPEG_QUALITY)
         assert picture.quantization == Image.open(reference).quantization  # type: ignore[attr-defined]
     assert_pictures_close(decode_image(data), bgr, mean=2, within=12)
-
-
-@pytest.mark.parametrize("name", PHOTOS)
-def test_grey_is_told_as_upstream_tells_it(name: str) -> None:
-    assert is_gray(shared.photo(name)) == shared.geometry()[name]["is_gray"]
-
-
-def test_grey_is_about_variance_not_tint() -> None:
-    ramp = np.arange(200, dtype=np.uint8).reshape(10, 20)
-    assert is_gray(np.stack([ramp, ramp + 20, ramp + 40], axis=2))
-    assert not is_gray(gradient())
