@@ -171,6 +171,7 @@ class _SecondLook:
             framed = self._search(0, _MARGIN)
             turned = [candidate for turns in (1, 2, 3) for candidate in self._search(turns)]
             faces += self._confirmed(framed + turned, faces)
+            faces += self._half_hidden(first + framed, faces)
         large = [face for face in faces if face.is_large]
         if large or not faces:
             faces = [face for face in faces if not face.is_large]
@@ -196,10 +197,35 @@ class _SecondLook:
         detections = [face.detection for face in faces] + found[len(first) :]
         return FoundFaces(sorted(detections, key=lambda one: -one.score), skipped, ghosts)
 
-    def _search(self, turns: int, margin: float = 0.0) -> list[_Candidate]:
-        """Detections in the whole picture, turned and with a margin, back in the frame of the picture."""
+    def _half_hidden(self, candidates: Sequence[_Candidate], faces: Sequence[_Candidate]) -> list[_Candidate]:
+        """Candidates behind faces, which outdo them in every view, if they are found without those."""
+        behind = [
+            one
+            for one in candidates
+            if not _is_at(one, faces) and any(_overlap(one.detection, face.detection) for face in faces)
+        ]
+        if not behind:
+            return []
+        alone = self._search(0, _MARGIN, without=faces)
+        found = [one for one in behind if _verdict(one, alone, _SEEN_AS_DETAIL) is _Verdict.CONFIRMED]
+        best: list[_Candidate] = []
+        for one in sorted(found, key=lambda one: -one.rank):
+            if not _is_at(one, best):
+                best.append(one)
+        return best
+
+    def _search(
+        self, turns: int, margin: float = 0.0, *, without: Sequence[_Candidate] = ()
+    ) -> list[_Candidate]:
+        """Detections in the whole picture, turned and with a margin, back in the frame of the picture.
+
+        Faces to be left out are painted over.
+        """
         border = round(margin * max(self._image_bgr.shape[:2]))
-        framed = self._image_bgr
+        framed = self._image_bgr.copy() if without else self._image_bgr
+        for face in without:
+            left, top, right, bottom = np.maximum(face.detection.box_xyxy, 0).round().astype(int)
+            framed[top:bottom, left:right] = MEAN_BGR
         if border:
             framed = np.asarray(
                 cv2.copyMakeBorder(
@@ -385,9 +411,15 @@ def _is_at(candidate: _Candidate, others: Iterable[_Candidate]) -> bool:
     return any(_is_same_place(candidate.detection, other.detection) for other in others)
 
 
+def _overlap(one: Detection, other: Detection) -> float:
+    """The share of the area of two boxes that is in both."""
+    (a, b), (c, d) = one.box_xyxy.reshape(2, 2), other.box_xyxy.reshape(2, 2)
+    shared = np.prod(np.maximum(np.minimum(b, d) - np.maximum(a, c), 0.0))
+    return float(shared / (np.prod(b - a) + np.prod(d - c) - shared))
+
+
 def _is_same_place(one: Detection, other: Detection) -> bool:
     (a, b), (c, d) = one.box_xyxy.reshape(2, 2), other.box_xyxy.reshape(2, 2)
     if np.linalg.norm((a + b) / 2 - (c + d) / 2) < _SAME_CENTRE * max(_side(one), _side(other)):
         return True
-    shared = np.prod(np.maximum(np.minimum(b, d) - np.maximum(a, c), 0.0))
-    return bool(shared > _SAME_BOX * (np.prod(b - a) + np.prod(d - c) - shared))
+    return _overlap(one, other) > _SAME_BOX
