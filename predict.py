@@ -1,6 +1,5 @@
 """The Cog predictor: a thin adapter over the `codeformer` package."""
 
-import logging
 import threading
 
 from cog import BaseRunner, Input, Path
@@ -8,7 +7,9 @@ from cog import BaseRunner, Input, Path
 from codeformer.limits import Limits
 from codeformer.outputs import OutputFolder
 from codeformer.pipeline import Pipeline
+from codeformer.precision import cpu_precision
 from codeformer.request import serve, warm_up
+from codeformer.server_log import configure_server_log
 from codeformer.worker import Worker
 
 
@@ -17,8 +18,9 @@ class Predictor(BaseRunner):
 
     def setup(self) -> None:
         """Loads the networks, fetching and verifying their weights, and tries them once."""
-        logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+        configure_server_log()
         self.limits = Limits.from_environment()
+        cpu_precision()  # refuses a wrong value before any weights are fetched
         self.pipeline = Pipeline.load()
         self.outputs = OutputFolder()
         self.worker = Worker()

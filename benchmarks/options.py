@@ -52,6 +52,7 @@ CASES: Final[dict[str, Configuration]] = {
 }
 DEFAULT_CASES: Final = ("baseline/safe", "fast/optimized/none", "max_speed/optimized/none")
 
+Port = Annotated[int, Field(ge=0, description="a free one; 0: the system chooses (not with cog)")]
 Warmup = Annotated[int, Field(ge=0, description="rounds before those that count")]
 Repeats = Annotated[int, Field(ge=1, description="rounds that count")]
 Fidelity = Annotated[float, Field(ge=0, le=1)]
@@ -90,7 +91,7 @@ class InProcess(Measuring):
 class Serving(Measuring):
     """The options of a program that starts a server."""
 
-    port: Annotated[int, Field(description="a free one")] = 6301
+    port: Port = 6301
     server: Annotated[
         Literal["auto", "cog", "direct"],
         Field(description="`cog serve` in Docker, Cog's server in this environment, or the first possible"),

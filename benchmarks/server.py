@@ -60,7 +60,7 @@ class Server:
 
     Args:
         process: that was started.
-        port: where it listens.
+        port: where it listens; 0 for one that the kernel chooses, found out while the server starts.
         log: what it prints.
         kind: how it was started.
     """
@@ -69,10 +69,15 @@ class Server:
 
     def __init__(self, process: subprocess.Popen[bytes], port: int, log: Path, kind: ServerKind) -> None:
         self._process = process
+        self._port = port
         self._log = log
         self._session = direct_session()
-        self.url = f"http://{HOST}:{port}"
         self.kind = kind
+
+    @property
+    def url(self) -> str:
+        """Where it listens."""
+        return f"http://{HOST}:{self._port}"
 
     def predict(self, inputs: Mapping[str, Any], timeout_s: float) -> Answer:
         """Sends a request and waits for its answer, or until the server has got over its lateness.
@@ -152,17 +157,22 @@ class Server:
         while time.monotonic() < deadline:
             if self._process.poll() is not None:
                 raise self._error(f"ended with status {self._process.returncode}")
-            # In the server's own word, and what its setup said.
-            state, setup_log = "no answer", ""
-            with contextlib.suppress(requests.RequestException, ValueError):
-                health = self._session.get(f"{self.url}/health-check", timeout=5).json()
-                state, setup_log = str(health.get("status")), (health.get("setup") or {}).get("logs") or ""
+            self._port = self._port or _port_of(self.pid)
+            state, setup_log = self._health() if self._port else (state, "")
             if state == wanted:
                 return
             if state in _DEAD:
-                raise self._error(_DEAD[state], str(setup_log))
+                raise self._error(_DEAD[state], setup_log)
             time.sleep(every_s)
         raise self._error(f"{otherwise} ({state})")
+
+    def _health(self) -> tuple[str, str]:
+        """The server's state in its own word, and what its setup said."""
+        try:
+            health = self._session.get(f"{self.url}/health-check", timeout=5).json()
+        except (requests.RequestException, ValueError):
+            return "no answer", ""
+        return str(health.get("status")), str((health.get("setup") or {}).get("logs") or "")
 
     def _error(self, what: str, log: str = "") -> BenchmarkError:
         end = (log.strip() or _read(self._log).strip())[-_TAIL_CHARACTERS:]
@@ -200,7 +210,8 @@ def running_server(
     """Starts a server, and ends it whatever happens.
 
     Args:
-        port: a free one.
+        port: a free one; 0 for one that the kernel chooses, so that nobody else can take it first (not
+            possible with "cog", which does not tell it).
         kind: "cog" for `cog serve` in Docker, "direct" for Cog's server in this environment; None takes
             the first that is possible here.
         weights: the weight set; None for the server's own choice, the only one in Docker.
@@ -216,6 +227,10 @@ def running_server(
     if kind == "cog" and weights:
         raise BenchmarkError(
             "--weights: an image serves its own weights; leave it out, or use --server direct."
+        )
+    if kind == "cog" and not port:
+        raise BenchmarkError(
+            "--port 0: `cog serve` needs a number; name a free port, or use --server direct."
         )
     with tempfile.TemporaryDirectory(prefix="codeformer-bench-") as folder:
         log = Path(folder) / "server.log"
@@ -305,6 +320,15 @@ def direct_session() -> requests.Session:
     session = requests.Session()
     session.trust_env = False
     return session
+
+
+def _port_of(pid: int) -> int:
+    """Where a process listens; 0 as long as it does not."""
+    with contextlib.suppress(psutil.Error):
+        for connection in psutil.Process(pid).net_connections("tcp4"):
+            if connection.status == psutil.CONN_LISTEN:
+                return int(connection.laddr.port)
+    return 0
 
 
 def _stop(process: subprocess.Popen[bytes], port: int, kind: ServerKind) -> None:

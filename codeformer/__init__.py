@@ -6,8 +6,27 @@ Example:
     >>> result.image_bgr, result.faces, result.elapsed_ms
 """
 
-from codeformer.alignment import Face
-from codeformer.pipeline import Pipeline, RestoredImage
-from codeformer.plan import ExecutionPlan, resolve_plan
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from codeformer.alignment import Face
+    from codeformer.pipeline import Pipeline, RestoredImage
+    from codeformer.plan import ExecutionPlan, resolve_plan
 
 __all__ = ["ExecutionPlan", "Face", "Pipeline", "RestoredImage", "resolve_plan"]
+
+# Imported when they are asked for: torch takes seconds, and the command line's help needs none of it.
+_HOMES: Final = {
+    "ExecutionPlan": "plan",
+    "Face": "alignment",
+    "Pipeline": "pipeline",
+    "RestoredImage": "pipeline",
+    "resolve_plan": "plan",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

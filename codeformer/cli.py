@@ -1,35 +1,42 @@
-"""The command line: restore photos and manage weights, without Docker or a server."""
+"""The command line: restore photos and manage weights, without Docker or a server.
+
+What takes long to import - torch, OpenCV - is imported where it is needed, so that help and refusals come at
+once.
+"""
 
 import argparse
+import contextlib
+import errno
 import logging
+import os
+import signal
 import sys
-from collections.abc import Iterator, Sequence
-from itertools import count
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-import numpy as np
-from tqdm import tqdm
-
-from codeformer.compile_cache import FOLDER_VARIABLE, fill_compile_cache
-from codeformer.errors import CodeFormerError, InputError, WeightsError
-from codeformer.images import MAX_SIDE, ImageU8, encode_jpeg
+from codeformer.errors import CodeFormerError, DiskFullError, InputError, WeightsError
 from codeformer.limits import Limits
-from codeformer.pipeline import Pipeline
-from codeformer.plan import (
-    COMPILE_BACKENDS,
-    DEFAULT_FIDELITY,
-    RUNTIME_PROFILES,
-    STABILITY_MODES,
-    check_fidelity,
-)
-from codeformer.request import serve
-from codeformer.weights.checkpoints import read_verified
-from codeformer.weights.download import fetch_set, is_verified
 from codeformer.weights.manifest import DEFAULT_SET, SET_VARIABLE, available_sets, load_weight_set
 
-PHOTO_SUFFIXES: Final = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+if TYPE_CHECKING:
+    from codeformer.images import ImageU8
+    from codeformer.photos import Photo
+    from codeformer.pipeline import Pipeline
+    from codeformer.request import Outcome
+    from codeformer.results import ResultFolder
+
+# Those of codeformer.plan and codeformer.compile_cache, which import torch; a test compares them.
+RUNTIME_PROFILES: Final = ("baseline", "fast", "max_speed")
+STABILITY_MODES: Final = ("safe", "optimized")
+COMPILE_BACKENDS: Final = ("none", "eager", "aot_eager", "inductor")
+DEFAULT_FIDELITY: Final = 0.5
+FOLDER_VARIABLE: Final = "TORCHINDUCTOR_CACHE_DIR"
+
 _COMPARE_GAP: Final = 8
+_NO_FACE: Final = "no face found; pixels unaltered, encoded as JPG"
+# How a shell reports a program that a signal ended.
+_ENDED_BY_SIGNAL: Final = 128
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +45,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command.
 
     Returns:
-        0 when everything succeeded, 1 when something failed, 2 for a wrong call.
+        0 when everything succeeded, 1 when something failed, 2 for a wrong call, 130 after Ctrl-C, 141 when
+        whoever read the output has gone.
     """
+    try:
+        with _flushed_output():
+            return _run(arguments)
+    except KeyboardInterrupt:
+        with contextlib.suppress(OSError):
+            print("stopped.", file=sys.stderr)
+        return _ENDED_BY_SIGNAL + signal.SIGINT
+    except BrokenPipeError:
+        _discard_output()
+        return _ENDED_BY_SIGNAL + signal.SIGPIPE
+    except OSError as failure:
+        if failure.errno not in {errno.ENOSPC, errno.EDQUOT}:
+            raise
+        with contextlib.suppress(OSError):
+            print(f"error: {failure.strerror}.", file=sys.stderr)
+        _discard_output()
+        return 1
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     options = _parser().parse_args(arguments)
     logging.basicConfig(
         level=logging.INFO if getattr(options, "verbose", False) else logging.WARNING,
@@ -48,8 +76,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(options.command(options))
     except CodeFormerError as failure:
-        print(f"error: {failure}", file=sys.stderr)
+        print(f"error: {failure.local}", file=sys.stderr)
         return 1
+
+
+@contextlib.contextmanager
+def _flushed_output() -> Iterator[None]:
+    """Writes out what is printed before the program ends, also where argparse ends it."""
+    is_open = hasattr(sys.stdout, "flush")
+    if hasattr(sys.stdout, "reconfigure"):
+        # A name may hold characters that the terminal's encoding lacks.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    finally:
+        if is_open:
+            sys.stdout.flush()
+
+
+def _discard_output() -> None:
+    """Keeps Python from writing, and failing, once more at its end."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -75,6 +126,15 @@ def _parser() -> argparse.ArgumentParser:
     restore.add_argument("--weights", metavar="SET", help=_set_help())
     restore.add_argument("--device", help="cuda or cpu; default: cuda where there is one")
     restore.add_argument("--compare", action="store_true", help="also write before/after pictures")
+    restore.add_argument("-r", "--recursive", action="store_true", help="go through folders in folders")
+    restore.add_argument(
+        "--skip-existing",
+        action="store_true",
+        help="leave out photos whose result of an earlier run is there",
+    )
+    restore.add_argument(
+        "--overwrite", action="store_true", help="replace files in DIR that are no results of this program"
+    )
     restore.add_argument("-v", "--verbose", action="store_true", help="log faces and stage times")
     restore.set_defaults(command=_restore)
 
@@ -102,109 +162,137 @@ def _set_help() -> str:
 
 
 def _restore(options: argparse.Namespace) -> int:
+    from codeformer.photos import PhotoFinder
+    from codeformer.results import ResultFolder
+
+    failed: list[Path] = []
+
+    def fail(path: Path, reason: str) -> None:
+        failed.append(path)
+        print(f"failed: {_shown(path)}: {reason}", file=sys.stderr)
+
+    def skip(path: Path, reason: str) -> None:
+        print(f"skipped: {_shown(path)}: {reason}", file=sys.stderr)
+
+    finder = PhotoFinder(options.output, recursive=options.recursive, skip=skip, fail=fail)
+    photos = finder.find(options.photos)
+    if not photos and not failed:
+        raise InputError(f"{', '.join(map(_shown, options.photos))}: expected photos, found none.")
+    results = ResultFolder(options.output, photos, compare=options.compare, overwrite=options.overwrite)
+    if options.skip_existing:
+        existing = {photo: target for photo in photos if (target := results.existing(photo)) is not None}
+        for photo, target in existing.items():
+            skip(photo.path, f"its result {_shown(target)} is there.")
+        photos = [photo for photo in photos if photo not in existing]
+    asked = len(photos) + len(failed)
+    if photos:
+        _restore_all(photos, results, options, fail)
+    if failed:
+        print(f"error: {len(failed)} of {asked} photos failed.", file=sys.stderr)
+    return int(bool(failed))
+
+
+def _restore_all(
+    photos: "Sequence[Photo]",
+    results: "ResultFolder",
+    options: argparse.Namespace,
+    fail: "Callable[[Path, str], None]",
+) -> None:
+    """Restores photos one after another, and says of each what became of it."""
+    from tqdm import tqdm
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
+    from codeformer.pipeline import Pipeline
+    from codeformer.plan import check_fidelity
+
     check_fidelity(options.codeformer_fidelity)
-    photos = list(_find_photos(options.photos))
-    targets = _name_outputs(photos, options.output, compare=options.compare)
-    try:
-        options.output.mkdir(parents=True, exist_ok=True)
-    except OSError as cause:
-        raise InputError(f"--output {options.output}: cannot be made ({cause.strerror}).") from cause
+    limits = Limits.from_environment()
+    results.check()
     pipeline = Pipeline.load(options.weights, options.device)
-    failures = 0
-    for photo, target in zip(
-        tqdm(photos, desc="restoring", unit="photo", disable=len(photos) == 1), targets, strict=True
-    ):
-        try:
-            faces = _restore_one(pipeline, photo, target, options)
-        except (CodeFormerError, OSError) as failure:
-            failures += 1
-            tqdm.write(f"failed: {photo}: {failure}", file=sys.stderr)
-        else:
-            note = f"{faces} face{'s' * (faces != 1)}" if faces else "no face found, picture unchanged"
-            tqdm.write(f"{target}  ({note})", file=sys.stdout)
-    if failures:
-        print(f"error: {failures} of {len(photos)} photos failed.", file=sys.stderr)
-    return int(failures > 0)
+    with logging_redirect_tqdm(), _photo_in_log() as name_in_log:
+        for photo in tqdm(photos, desc="restoring", unit="photo", disable=len(photos) == 1):
+            name_in_log(_shown(photo.path))
+            try:
+                outcome, target = _restore_one(pipeline, photo, results, options, limits)
+            except DiskFullError:
+                raise
+            except (CodeFormerError, OSError) as failure:
+                with tqdm.external_write_mode():
+                    fail(photo.path, failure.local if isinstance(failure, CodeFormerError) else str(failure))
+            else:
+                faces = len(outcome.results[0].faces)
+                note = f"{faces} face{'s' * (faces != 1)}" if faces else _NO_FACE
+                with tqdm.external_write_mode(file=sys.stdout):
+                    print(f"{_shown(photo.path)} -> {_shown(target)} ({note})", flush=True)
 
 
-def _restore_one(pipeline: Pipeline, photo: Path, target: Path, options: argparse.Namespace) -> int:
-    logger.info("%s", photo)
+def _restore_one(
+    pipeline: "Pipeline", photo: "Photo", results: "ResultFolder", options: argparse.Namespace, limits: Limits
+) -> "tuple[Outcome, Path]":
+    from codeformer.images import encode_jpeg
+    from codeformer.request import serve
+
     outcome = serve(
         pipeline,
-        [photo],
+        [photo.path],
         fidelity=options.codeformer_fidelity,
         runtime_profile=options.runtime_profile,
         stability_mode=options.stability_mode,
         compile_backend=options.compile_backend,
-        limits=Limits.from_environment(),
+        limits=limits,
     )
-    _write(target, outcome.jpegs[0])
+    jpegs = list(outcome.jpegs)
     if options.compare:
-        pair = _pair(outcome.images_bgr[0], outcome.results[0].image_bgr)
-        _write(_comparison_of(target), encode_jpeg(pair))
-    return len(outcome.results[0].faces)
+        jpegs.append(encode_jpeg(_pair(outcome.images_bgr[0], outcome.results[0].image_bgr)))
+    return outcome, results.write(photo, *jpegs)
+
+
+@contextlib.contextmanager
+def _photo_in_log() -> "Iterator[Callable[[str], None]]":
+    """Puts the name of the photo in work before each log line; gives what sets it."""
+    name = ""
+
+    def set_name(new: str) -> None:
+        nonlocal name
+        name = new
+
+    def add_name(record: logging.LogRecord) -> bool:
+        if not hasattr(record, "photo"):
+            # Each handler comes by here.
+            record.photo = name
+            record.msg, record.args = f"{name}: {record.getMessage()}", ()
+        return True
+
+    handlers = list(logging.getLogger().handlers)
+    for handler in handlers:
+        handler.addFilter(add_name)
+    try:
+        yield set_name
+    finally:
+        for handler in handlers:
+            handler.removeFilter(add_name)
+
+
+def _shown(path: Path) -> str:
+    """A path on one line, whatever characters it holds."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in str(path))
 
 
 def _compile(options: argparse.Namespace) -> int:
+    from codeformer.compile_cache import fill_compile_cache
+    from codeformer.pipeline import Pipeline
+
     fill_compile_cache(Pipeline.load(options.weights, options.device), options.folder)
     print(f"{options.folder}: start servers with {FOLDER_VARIABLE}={options.folder.resolve()}")
     return 0
 
 
-def _find_photos(paths: Sequence[Path]) -> Iterator[Path]:
-    for path in paths:
-        if path.is_dir():
-            inside = sorted(
-                entry
-                for entry in path.iterdir()
-                if entry.suffix.lower() in PHOTO_SUFFIXES and entry.is_file()
-            )
-            if not inside:
-                raise InputError(f"{path}: expected photos ({', '.join(PHOTO_SUFFIXES)}), found none.")
-            yield from inside
-        else:
-            yield path
-
-
-def _name_outputs(photos: Sequence[Path], folder: Path, *, compare: bool) -> list[Path]:
-    """One JPG name per photo, so that no file is written twice and no original is overwritten."""
-    inputs = {photo.resolve() for photo in photos}
-    is_album = folder.resolve() in {photo.parent for photo in inputs}
-    taken: set[Path] = set()
-    targets = []
-    for photo in photos:
-        for number in count(1):
-            target = folder / (f"{photo.stem}.jpg" if number == 1 else f"{photo.stem}_{number}.jpg")
-            files = {target, _comparison_of(target)} if compare else {target}
-            if not files & taken:
-                break
-        for file in files:
-            # A file in the photos' own folder may be an original, whether it was named or not.
-            if file.resolve() in inputs or (is_album and file.exists()):
-                raise InputError(f"--output {folder}: {file} would be overwritten; choose another folder.")
-        taken |= files
-        targets.append(target)
-    return targets
-
-
-def _comparison_of(target: Path) -> Path:
-    return target.with_name(f"{target.stem}_compare.jpg")
-
-
-def _write(path: Path, data: bytes) -> None:
-    partial = path.with_name(f"{path.name}.part")
-    is_written = False
-    try:
-        partial.write_bytes(data)
-        partial.replace(path)
-        is_written = True
-    finally:
-        if not is_written:
-            partial.unlink(missing_ok=True)
-
-
-def _pair(before_bgr: ImageU8, after_bgr: ImageU8) -> ImageU8:
+def _pair(before_bgr: "ImageU8", after_bgr: "ImageU8") -> "ImageU8":
     """Both pictures side by side; one above the other where a JPEG cannot be that wide."""
+    import numpy as np
+
+    from codeformer.images import MAX_SIDE
+
     height, width = before_bgr.shape[:2]
     if 2 * width + _COMPARE_GAP > MAX_SIDE:
         return np.vstack([before_bgr, np.full((_COMPARE_GAP, width, 3), 255, np.uint8), after_bgr])
@@ -212,6 +300,8 @@ def _pair(before_bgr: ImageU8, after_bgr: ImageU8) -> ImageU8:
 
 
 def _list_weights(options: argparse.Namespace) -> int:
+    from codeformer.weights.download import is_verified
+
     chosen = load_weight_set(options.set)
     others = [load_weight_set(name) for name in available_sets()]
     for weight_set in [chosen] + [other for other in others if other != chosen and not options.set]:
@@ -227,6 +317,8 @@ def _list_weights(options: argparse.Namespace) -> int:
 
 
 def _fetch_weights(options: argparse.Namespace) -> int:
+    from codeformer.weights.download import fetch_set
+
     weight_set = load_weight_set(options.set)
     fetch_set(weight_set, replace=True)
     print(f"{weight_set.name}: every file is there and verified.")
@@ -234,6 +326,8 @@ def _fetch_weights(options: argparse.Namespace) -> int:
 
 
 def _verify_weights(options: argparse.Namespace) -> int:
+    from codeformer.weights.checkpoints import read_verified
+
     failures = 0
     for role, file in load_weight_set(options.set).files():
         try:

@@ -5,12 +5,18 @@ behind the message are attributes, so that callers need not parse text.
 """
 
 import re
+import reprlib
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
 _CAUSE_CHARACTERS: Final = 300
+_VALUE_CHARACTERS: Final = 80
+# Python refuses to write longer whole numbers in decimal.
+_LARGEST_BITS: Final = 10_000
+# A picture's place in the request, where there is only one.
+_IN_IMAGE: Final = re.compile(r"\bimage 1\b ?")
 _PATH: Final = re.compile(r"/[\w.+-]+/[^\s'\",;:)]*")
 
 
@@ -20,8 +26,30 @@ def in_words(cause: BaseException) -> str:
     return f"{type(cause).__name__}: {_PATH.sub('...', lines[0])[:_CAUSE_CHARACTERS]}"
 
 
+class _ShortRepr(reprlib.Repr):
+    """The `repr` of a value, bounded whatever was sent: its beginning and end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxlong = self.maxother = _VALUE_CHARACTERS
+        self.maxlevel = 2
+
+    def repr_int(self, x: int, level: int) -> str:
+        if x.bit_length() > _LARGEST_BITS:
+            return f"a whole number of {x.bit_length()} bits"
+        return super().repr_int(x, level)
+
+
+_short_repr: Final = _ShortRepr().repr
+
+
 class CodeFormerError(Exception):
     """Base class of all errors below."""
+
+    @property
+    def local(self) -> str:
+        """The message for one who works on files of their own, one at a time, and sends nothing."""
+        return str(self)
 
 
 class InputError(CodeFormerError, ValueError):
@@ -38,7 +66,7 @@ class OptionError(InputError):
         self.option = option
         self.value = value
         self.expected = expected
-        super().__init__(f"{option}: expected {expected}, got {value!r}.")
+        super().__init__(f"{option}: expected {expected}, got {_short_repr(value)}.")
 
 
 class BackendConflictError(InputError):
@@ -69,6 +97,10 @@ class ImageError(InputError):
         self.reason = reason
         super().__init__(reason if index is None else f"Image {index}: {reason}")
 
+    @property
+    def local(self) -> str:
+        return self.reason
+
 
 class FaceLimitError(ImageError):
     """A picture holds more faces than one request may have restored; attributes as above."""
@@ -86,6 +118,13 @@ class TimeLimitError(CodeFormerError, TimeoutError):
         super().__init__(
             f"expected to be done within {seconds:g} s, was not at {where}. Send fewer or smaller pictures, "
             "or ask the operator to raise CODEFORMER_MAX_SECONDS."
+        )
+
+    @property
+    def local(self) -> str:
+        return (
+            f"expected to be done within {self.seconds:g} s, was not at {_IN_IMAGE.sub('', self.where)}. "
+            "Use a smaller copy, or raise CODEFORMER_MAX_SECONDS."
         )
 
 
@@ -164,6 +203,10 @@ class InferenceError(CodeFormerError, RuntimeError):
         self.cause = cause
         super().__init__(f"{stage} failed on {where}: {cause}")
 
+    @property
+    def local(self) -> str:
+        return f"{self.stage} failed on {_IN_IMAGE.sub('', self.where) or 'the picture'}: {self.cause}"
+
 
 class DeviceMemoryError(InferenceError):
     """A stage did not fit into the device's memory, not even for a single face; attributes as above."""
@@ -172,7 +215,7 @@ class DeviceMemoryError(InferenceError):
         super().__init__(
             stage,
             where,
-            f"{cause} There is too little memory: send smaller pictures, or free memory of the device.",
+            f"{cause} There is too little memory: use smaller pictures, or free memory of the device.",
         )
 
 
@@ -207,6 +250,21 @@ class OutputError(CodeFormerError):
         super().__init__(
             f"expected to write the restored pictures, got: {cause}. Send the request again later, or ask "
             "the operator to make the server's temporary folder writable and free space there."
+        )
+
+
+class DiskFullError(CodeFormerError):
+    """A result does not fit on its disk, and neither would those that follow.
+
+    Attributes: `path`, where it should have gone; `cause`, in words.
+    """
+
+    def __init__(self, path: Path, cause: str) -> None:
+        self.path = path
+        self.cause = cause
+        super().__init__(
+            f"{path}: expected room for the result, got: {cause}; free space there and go on with "
+            "--skip-existing."
         )
 
 

@@ -6,19 +6,21 @@ order, upright. The limits are checked from the header, before a pixel is decode
 
 import io
 import logging
-import re
 import struct
 import zlib
-from typing import Final
+from typing import Any, Final
 
 import cv2
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageCms, PngImagePlugin, UnidentifiedImageError
 
+from codeformer import jpeg, tiff
 from codeformer.errors import ImageError
+from codeformer.kinds import UNKNOWN, kind_of
 from codeformer.limits import DEFAULT_LIMITS, Limits
 from codeformer.memory import is_out_of_memory
+from codeformer.server_log import operator_logger
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +33,7 @@ MAX_ASPECT_RATIO: Final = 20
 MAX_SIDE: Final = 65_500
 JPEG_QUALITY: Final = 95
 
+_VOID_ALPHA: Final = "the alpha channel is zero everywhere; the picture is taken as opaque"
 _EXIF_ORIENTATION: Final = 0x0112
 _TIFF_BITS_PER_SAMPLE: Final = 258
 _TIFF_EXTRA_SAMPLES: Final = 338
@@ -42,14 +45,13 @@ _RGB: Final = 2
 _TIFF_PLANAR_CONFIGURATION: Final = 284
 _INTERLEAVED: Final = 1
 _TIFF_SAMPLES_PER_PIXEL: Final = 277
-_TIFF_MAGIC: Final = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _PNG_BIT_DEPTH_OFFSET: Final = 24
 # Each scan costs a pass over the whole picture, however small it is. Progressive JPEGs have about ten.
 _MAX_SCANS: Final = 100
-_JPEG_MAGIC: Final = b"\xff\xd8\xff"
-# Neither a stuffed byte of a scan, nor one of the markers that stand alone, nor padding.
-_JPEG_MARKER: Final = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])")
-_JPEG_END, _JPEG_SCAN = b"\xd9", b"\xda"
+# The exponent of PNG's gAMA chunk that a display undoes by itself, and those that make sense.
+_DISPLAY_GAMMA: Final = 0.45455
+_GAMMAS: Final = (0.05, 10.0)
+_GAMMA_TOLERANCE: Final = 0.05
 # Rows that are converted at a time: float copies of a whole large picture would outgrow memory.
 _BAND: Final = 256
 # Profiles that change no colour by more than this, in levels, are sRGB under whatever name.
@@ -93,33 +95,56 @@ def decode_image(data: bytes, index: int | None = None, limits: Limits = DEFAULT
     """
     if not data:
         raise ImageError("the file is empty.", index)
+    kind = kind_of(io.BytesIO(data))
+    if kind is not None and kind.refusal is not None:
+        raise ImageError(kind.refusal, index)
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
-            check_size(picture.width, picture.height, index, limits)
-            _check_scans(data, index)
-            # Strictly, also where OpenCV decodes after it: OpenCV passes over some damage.
-            picture.load()
-            if getattr(picture, "is_animated", False):
-                logger.info("image %s has several frames; the first is taken", index or "")
-            samples = _decode_16_bit(picture, data) if _has_16_bits(picture, data, index) else None
-            bgr = _decode_8_bit(picture, index) if samples is None else samples
-            return _turn_upright(_to_srgb(bgr, picture), picture)
+        if data.startswith(tiff.MAGIC):
+            data = tiff.Directories(io.BytesIO(data)).with_main_first(data)
+        return _decode(data, index, limits)
     except ImageError:
         raise
     except (MemoryError, cv2.error) as cause:
         if not is_out_of_memory(cause):
             raise _damaged(cause, index) from cause
-        raise ImageError("too little memory to decode it; send a smaller copy.", index) from cause
+        raise ImageError("too little memory to decode it; use a smaller copy.", index) from cause
     except UnidentifiedImageError as cause:
-        if data.startswith(_TIFF_MAGIC):
+        if data.startswith(tiff.MAGIC):
             raise _unsupported("of this TIFF", index) from cause
-        raise ImageError(
-            f"not a picture this service reads; send one of {', '.join(FORMATS)} "
-            f"(the data begins with {data[:12]!r}).",
-            index,
-        ) from cause
+        # A file may come from an address that the client itself cannot reach.
+        operator_logger.warning("image %s: the data begins with %r", index or "", data[:12])
+        raise ImageError(f"{UNKNOWN}.", index) from cause
     except _DECODER_ERRORS as cause:
         raise _damaged(cause, index) from cause
+
+
+def _decode(data: bytes, index: int | None, limits: Limits) -> ImageU8:
+    """A file of one of the formats, whose main image is its first."""
+    with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
+        check_size(picture.width, picture.height, index, limits)
+        if not _check_scans(data, index):
+            # Decoders differ in whether they notice, and fill up what is missing.
+            whole = jpeg.with_end(data)
+            if whole is None:
+                raise ImageError(
+                    "the file is damaged or cut short (no end marker); use an intact copy.", index
+                )
+            logger.warning("image %s lacks its end marker; all of its rows are there", index or "")
+            return _decode(whole, index, limits)
+        # Strictly, also where OpenCV decodes after it: OpenCV passes over some damage.
+        picture.load()
+        if _frames_of(picture, data) > 1:
+            logger.info("image %s has several frames; the first is taken", index or "")
+        samples = _decode_16_bit(picture, data) if _has_16_bits(picture, data, index) else None
+        bgr = _decode_8_bit(picture, data, index) if samples is None else samples
+        return _turn_upright(_to_srgb(bgr, picture), picture)
+
+
+def _frames_of(picture: Image.Image, data: bytes) -> int:
+    """How many there are, if not exactly; reduced copies of a picture are none."""
+    if picture.format == "TIFF":
+        return len(tiff.Directories(io.BytesIO(data)).full_pages)
+    return 2 if getattr(picture, "is_animated", False) else 1
 
 
 def encode_jpeg(image_bgr: ImageU8, index: int | None = None) -> bytes:
@@ -142,7 +167,9 @@ def encode_jpeg(image_bgr: ImageU8, index: int | None = None) -> bytes:
 
 
 def _damaged(cause: BaseException, index: int | None) -> ImageError:
-    return ImageError(f"the file is damaged or cut short ({cause}); send it again.", index)
+    # Decoders quote the file, such as the name of a PNG's broken chunk.
+    operator_logger.warning("image %s: the decoder found %r", index or "", cause)
+    return ImageError("the file is damaged or cut short; use an intact copy.", index)
 
 
 def _unsupported(samples: str, index: int | None) -> ImageError:
@@ -151,7 +178,7 @@ def _unsupported(samples: str, index: int | None) -> ImageError:
 
 def _unwritable(image_bgr: ImageU8, index: int | None) -> ImageError:
     height, width = image_bgr.shape[:2]
-    return ImageError(f"{width} x {height} px cannot be written as JPEG; send a smaller copy.", index)
+    return ImageError(f"{width} x {height} px cannot be written as JPEG; use a smaller copy.", index)
 
 
 def check_size(width: int, height: int, index: int | None = None, limits: Limits = DEFAULT_LIMITS) -> None:
@@ -159,11 +186,11 @@ def check_size(width: int, height: int, index: int | None = None, limits: Limits
     shape = f"{width} x {height} px"
     if width * height > limits.max_pixels:
         raise ImageError(
-            f"expected at most {limits.max_pixels:,} pixels, got {shape}; send a smaller copy.", index
+            f"expected at most {limits.max_pixels:,} pixels, got {shape}; use a smaller copy.", index
         )
     if max(width, height) > MAX_SIDE:
         raise ImageError(
-            f"expected sides of at most {MAX_SIDE} px, the limit of a JPEG, got {shape}; send a smaller one.",
+            f"expected sides of at most {MAX_SIDE} px, the limit of a JPEG, got {shape}; use a smaller one.",
             index,
         )
     if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
@@ -174,18 +201,22 @@ def check_size(width: int, height: int, index: int | None = None, limits: Limits
         )
 
 
-def _check_scans(data: bytes, index: int | None) -> None:
-    """Refuses a JPEG whose scans would keep a decoder busy for ever; no signal reaches it meanwhile."""
-    if not data.startswith(_JPEG_MAGIC):
-        return
-    scans, position = 0, len(_JPEG_MAGIC) - 1
-    while (marker := _JPEG_MARKER.search(data, position)) and marker[1] != _JPEG_END:
-        position = marker.end()
-        scans += marker[1] == _JPEG_SCAN
+def _check_scans(data: bytes, index: int | None) -> bool:
+    """Refuses a JPEG whose scans would keep a decoder busy for ever; no signal reaches it meanwhile.
+
+    Returns:
+        False for a JPEG without an end marker.
+    """
+    if not data.startswith(jpeg.MAGIC):
+        return True
+    scans = 0
+    for marker, _ in jpeg.segments(data):
+        scans += marker == jpeg.SCAN
         if scans > _MAX_SCANS:
             raise ImageError(f"expected a JPEG of at most {_MAX_SCANS} scans, got more; save it anew.", index)
-        # Every other marker is followed by a length, which counts itself.
-        position += max(2, int.from_bytes(data[position : position + 2]))
+        if marker == jpeg.END:
+            return True
+    return False
 
 
 def is_gray(image_bgr: ImageU8, threshold: float = 10.0) -> bool:
@@ -237,24 +268,34 @@ def _decode_16_bit(picture: Image.Image, data: bytes) -> ImageU8 | None:
 
     None where OpenCV cannot, and Pillow's high byte must do.
     """
-    decoded = cv2.imdecode(
-        np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED | cv2.IMREAD_IGNORE_ORIENTATION
-    )
+    decoded = _decode_with_opencv(data)
     if decoded is None or decoded.dtype != np.uint16:
         return None
     samples = np.asarray(decoded, dtype=np.uint16).reshape(*decoded.shape[:2], -1)
     if picture.format == "TIFF" and _tiff_tag(picture, _TIFF_PHOTOMETRIC) == (_WHITE_IS_ZERO,):
         samples = ~samples
+    if samples.shape[2] == 4 and not samples[:, :, 3].any() and np.ptp(samples[:, :, :3], (0, 1)).any():
+        logger.info(_VOID_ALPHA)
+        samples = samples[:, :, :3]
     bgr = np.empty((*samples.shape[:2], 3), np.uint8)
     for top in range(0, len(samples), _BAND):
         bgr[top : top + _BAND] = _to_8_bits(samples[top : top + _BAND], picture)
     return bgr
 
 
+def _decode_with_opencv(data: bytes) -> npt.NDArray[Any] | None:
+    """Samples as they are stored, (H, W) or (H, W, C) in BGR order; None where OpenCV cannot."""
+    flags = cv2.IMREAD_UNCHANGED | cv2.IMREAD_IGNORE_ORIENTATION
+    decoded: npt.NDArray[Any] | None = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    return decoded
+
+
 def _to_8_bits(samples: npt.NDArray[np.uint16], picture: Image.Image) -> ImageU8:
     """Rows of 16-bit samples (H, W, 1 to 4), transparency laid over white."""
     scaled = samples.astype(np.float32) / 257.0
     bgr = scaled[:, :, :3] if scaled.shape[2] >= 3 else scaled[:, :, :1].repeat(3, axis=2)
+    if (exponent := _exponent_of(picture)) != 1:
+        bgr = 255.0 * (bgr / 255.0) ** np.float32(exponent)
     if scaled.shape[2] == 4:
         meaning = _tiff_tag(picture, _TIFF_EXTRA_SAMPLES) if picture.format == "TIFF" else (_STRAIGHT_ALPHA,)
         alpha = scaled[:, :, 3:] / 255.0
@@ -267,7 +308,7 @@ def _to_8_bits(samples: npt.NDArray[np.uint16], picture: Image.Image) -> ImageU8
     return np.asarray(np.rint(np.minimum(bgr, 255.0)), dtype=np.uint8)
 
 
-def _decode_8_bit(picture: Image.Image, index: int | None) -> ImageU8:
+def _decode_8_bit(picture: Image.Image, data: bytes, index: int | None) -> ImageU8:
     if picture.mode.startswith(("I", "F")):
         raise _unsupported(f"Pillow's mode {picture.mode}", index)
     rgb = picture
@@ -276,8 +317,54 @@ def _decode_8_bit(picture: Image.Image, index: int | None) -> ImageU8:
     if picture.has_transparency_data:
         # There is no direct way from premultiplied grey.
         rgba = (picture.convert("LA") if picture.mode == "La" else picture).convert("RGBA")
-        rgb = Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255, 255)), rgba)
-    return np.asarray(rgb.convert("RGB"))[:, :, ::-1]
+        if (opaque := _without_void_alpha(rgba, picture, data)) is None:
+            rgba = _displayed(rgba, picture)
+            opaque = Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255, 255)), rgba)
+            return np.asarray(opaque.convert("RGB"))[:, :, ::-1]
+        rgb = opaque
+    return np.asarray(_displayed(rgb.convert("RGB"), picture))[:, :, ::-1]
+
+
+def _without_void_alpha(rgba: Image.Image, picture: Image.Image, data: bytes) -> Image.Image | None:
+    """The colours where alpha is zero everywhere, which programs write that know no alpha.
+
+    None where some of it is not, or where there is one colour only: that picture is blank.
+    """
+    if rgba.getchannel("A").getextrema() != (0, 0):
+        return None
+    rgb = rgba.convert("RGB")
+    if picture.format == "TIFF" and _PREMULTIPLIED_ALPHA in _tiff_tag(picture, _TIFF_EXTRA_SAMPLES):
+        # Pillow has divided by zero.
+        raw = _decode_with_opencv(data)
+        if raw is not None and raw.dtype == np.uint8 and raw.shape[2:] == (4,):
+            rgb = Image.fromarray(np.ascontiguousarray(raw[:, :, 2::-1].astype(np.uint8)))
+    if rgb.getcolors(maxcolors=1) is not None:
+        return None
+    logger.info(_VOID_ALPHA)
+    return rgb
+
+
+def _displayed(pixels: Image.Image, picture: Image.Image) -> Image.Image:
+    """RGB or RGBA as a display shows it, if the file's gAMA chunk says that its colours are others."""
+    exponent = _exponent_of(picture)
+    if exponent == 1:
+        return pixels
+    curve = [round(255 * (level / 255) ** exponent) for level in range(256)]
+    return pixels.point(curve * 3 + list(range(256)) * (pixels.mode == "RGBA"))
+
+
+def _exponent_of(picture: Image.Image) -> float:
+    """What a PNG's samples, in [0, 1], are to be raised to for a display; 1 for all other pictures.
+
+    An ICC profile and the sRGB chunk go before it (PNG 3rd edition, 4.3).
+    """
+    gamma = picture.info.get("gamma")
+    named = {"icc_profile", "srgb"} & picture.info.keys()
+    if picture.format != "PNG" or named or gamma is None or not _GAMMAS[0] <= gamma <= _GAMMAS[1]:
+        return 1
+    exponent = _DISPLAY_GAMMA / gamma
+    # Less can hardly be seen, and libpng leaves it as well.
+    return 1 if abs(exponent - 1) < _GAMMA_TOLERANCE else float(exponent)
 
 
 def _to_srgb(bgr: ImageU8, picture: Image.Image) -> ImageU8:
@@ -339,6 +426,6 @@ def _exif_orientation(picture: Image.Image) -> int:
         value = picture.getexif().get(_EXIF_ORIENTATION)
     except _DECODER_ERRORS as cause:
         # Damaged notes are no reason to refuse an intact picture.
-        logger.warning("EXIF data cannot be read (%s); the picture is taken as it is", cause)
+        operator_logger.warning("EXIF data cannot be read (%r); the picture is taken as it is", cause)
         return 1
     return value if isinstance(value, int) else 1

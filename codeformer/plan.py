@@ -12,6 +12,7 @@ from typing import Any, Final, Literal, get_args
 import torch
 
 from codeformer.errors import OptionError
+from codeformer.precision import half_dtype_of
 
 RuntimeProfile = Literal["baseline", "fast", "max_speed"]
 StabilityMode = Literal["safe", "optimized"]
@@ -84,7 +85,7 @@ def resolve_plan(
     """Turns a request's options and the device into a plan. The README's table shows the outcome.
 
     Raises:
-        OptionError: an option is not one of its choices.
+        OptionError: an option, or CODEFORMER_CPU_PRECISION, is not one of its choices.
     """
     device = as_device(device)
     _check_choice("runtime_profile", runtime_profile, RUNTIME_PROFILES)
@@ -103,27 +104,6 @@ def resolve_plan(
         device_pixels=batched and device.type == "cuda",
         cudnn_benchmark=optimized,
     )
-
-
-def half_dtype_of(device: torch.device) -> torch.dtype | None:
-    """The half precision a device computes natively, None where float32 is as fast.
-
-    On a GPU bfloat16 from compute capability 8.0 and float16 on 7.x, not asked of
-    `torch.cuda.is_bf16_supported()`, which also counts a T4's slow emulation. On a CPU bfloat16 where it has
-    instructions for that.
-    """
-    if device.type != "cuda":
-        return torch.bfloat16 if cpu_multiplies_bfloat16() else None
-    major, _ = torch.cuda.get_device_capability(device)
-    if major >= 8:
-        return torch.bfloat16
-    return torch.float16 if major == 7 else None
-
-
-def cpu_multiplies_bfloat16() -> bool:
-    """Whether this CPU has instructions to multiply bfloat16 (AVX-512 BF16 or AMX)."""
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def check_fidelity(value: object) -> float:

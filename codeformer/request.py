@@ -1,5 +1,7 @@
 """One request from files to JPEGs: what the Cog predictor and the command line have in common."""
 
+import base64
+import binascii
 import itertools
 import logging
 import os
@@ -12,6 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+from urllib.parse import unquote_to_bytes
+
+import requests
+import urllib3
 
 from codeformer.clock import STAGES
 from codeformer.errors import DeviceError, ImageError, InferenceError, OptionError
@@ -19,6 +25,7 @@ from codeformer.images import ImageU8, decode_image, encode_jpeg
 from codeformer.limits import DEFAULT_LIMITS, Deadline, Limits
 from codeformer.pipeline import Pipeline, RestoredImage
 from codeformer.plan import DEFAULT_FIDELITY, check_fidelity, resolve_plan
+from codeformer.precision import half_dtype_of
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +33,10 @@ MAX_IMAGES: Final = 4
 # Decoders and encoders leave Python's lock to others while they work.
 _FILE_WORKERS: Final = min(MAX_IMAGES, os.cpu_count() or 1)
 SAMPLES: Final = Path(__file__).resolve().parents[1] / "data"
+
+# Seconds to connect, and between two pieces of data.
+_FETCH_TIMEOUT_S: Final = (10.0, 30.0)
+_CHUNK_BYTES: Final = 1 << 18
 
 # Numbers, for images.sizes "WIDTHxHEIGHT" strings, and for faces.skip_reasons sentences.
 Metrics = dict[str, float | int | list[str]]
@@ -65,7 +76,8 @@ def serve(
     Args:
         pipeline: the loaded networks.
         paths: the files. Over HTTP, Cog turns uploads and addresses into paths and leaves other strings as
-            they are. A string may name a sample picture ("data/1.jpg"); it never opens another file.
+            they are, also addresses whose scheme is not in lower case: those are fetched here. A string may
+            name a sample picture ("data/1.jpg"); it never opens another file.
         fidelity: 0 (quality) to 1 (fidelity).
         runtime_profile: see `resolve_plan`, as for the next two.
         stability_mode: safe or optimized.
@@ -88,7 +100,11 @@ def serve(
         raise OptionError("images", f"{len(paths)} pictures", f"1 to {MAX_IMAGES} pictures")
     results, encodings = [], []
     with ThreadPoolExecutor(_FILE_WORKERS, thread_name_prefix="codeformer-files") as workers:
-        images = list(workers.map(_read, paths, itertools.count(1), itertools.repeat(limits)))
+        images = list(
+            workers.map(
+                _read, paths, itertools.count(1), itertools.repeat(limits), itertools.repeat(deadline)
+            )
+        )
         decoded = time.perf_counter()
         each = pipeline.restore_each(images, fidelity, plan, limits, deadline)
         for index, result in enumerate(each, start=1):
@@ -105,7 +121,7 @@ def serve(
     metrics["timing.total"] = (finished - started) * 1e3
     for index, result in enumerate(results, start=1):
         if not result.faces:
-            logger.info("image %d: no face to restore; the picture is returned as it came", index)
+            logger.info("image %d: no face to restore; its pixels are unaltered, encoded as JPG", index)
     rounded: Metrics = {
         name: round(value, 3) if isinstance(value, float) else value for name, value in metrics.items()
     }
@@ -115,7 +131,8 @@ def serve(
 
 def warm_up(pipeline: Pipeline, stop: threading.Event | None = None) -> None:
     """Serves the sample portrait, so that the first request finds everything loaded and a broken device is
-    noticed before any request comes.
+    noticed before any request comes; and settles the precision of the faster profiles, which may take half a
+    second of a CPU that nothing else should keep busy meanwhile.
 
     Raises:
         DeviceError: the device cannot run the networks.
@@ -127,6 +144,7 @@ def warm_up(pipeline: Pipeline, stop: threading.Event | None = None) -> None:
         raise DeviceError(str(pipeline.device), str(cause)) from cause
     if not outcome.metrics["faces.restored"]:
         logger.warning("no face was found in the sample portrait: are these the right weights?")
+    logger.info("fast and max_speed compute in %s", half_dtype_of(pipeline.device) or "float32")
     logger.info("ready on %s after a warm-up of %.1f s", pipeline.device, time.perf_counter() - started)
 
 
@@ -138,21 +156,66 @@ def describe(metrics: Metrics) -> str:
     )
 
 
-def _read(source: object, index: int, limits: Limits) -> ImageU8:
-    path = source if isinstance(source, Path) else _sample_picture(source, index)
+def _read(source: object, index: int, limits: Limits, deadline: Deadline) -> ImageU8:
+    head = source[:8].lower() if isinstance(source, str) else ""
+    if head.startswith(("http://", "https://")):
+        data = _fetch(str(source), index, limits, deadline)
+    elif head.startswith("data:"):
+        data = _unpack(str(source), index)
+    else:
+        path = source if isinstance(source, Path) else _sample_picture(source, index)
+        data = _read_file(path, index, limits)
+    return decode_image(data, index, limits)
+
+
+def _read_file(path: Path, index: int, limits: Limits) -> bytes:
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
             raise ImageError("expected a file, got a folder or a device.", index)
-        if status.st_size > limits.max_bytes:
-            raise ImageError(
-                f"expected at most {limits.max_bytes:,} bytes, got {status.st_size:,}; send a smaller copy.",
-                index,
-            )
-        data = path.read_bytes()
+        _check_bytes(status.st_size, index, limits)
+        return path.read_bytes()
     except OSError as cause:
-        raise ImageError(f"the file cannot be read ({cause.strerror}); send it again.", index) from cause
-    return decode_image(data, index, limits)
+        raise ImageError(f"the file cannot be read ({cause.strerror}).", index) from cause
+
+
+def _check_bytes(count: int, index: int, limits: Limits) -> None:
+    if count > limits.max_bytes:
+        raise ImageError(
+            f"expected at most {limits.max_bytes:,} bytes, got {count:,}; use a smaller copy.", index
+        )
+
+
+def _fetch(address: str, index: int, limits: Limits, deadline: Deadline) -> bytes:
+    """What an http(s) address delivers; other schemes are followed nowhere, also not by redirections."""
+    data = bytearray()
+    try:
+        with requests.get(address, stream=True, timeout=_FETCH_TIMEOUT_S) as response:
+            if not response.ok:
+                raise ImageError(
+                    f"the address answered {response.status_code} {response.reason}; check it.", index
+                )
+            # What has come so far, so that a server that trickles meets the deadline.
+            while chunk := response.raw.read1(_CHUNK_BYTES, decode_content=True):
+                deadline.check(f"the end of image {index}'s transfer")
+                data += chunk
+                _check_bytes(len(data), index, limits)
+    except (requests.RequestException, urllib3.exceptions.HTTPError, UnicodeError) as cause:
+        # Its own text may tell more of the server's network than a client needs to know.
+        raise ImageError(
+            f"the address cannot be fetched ({type(cause).__name__}); check it.", index
+        ) from cause
+    return bytes(data)
+
+
+def _unpack(uri: str, index: int) -> bytes:
+    """The content of a data URI."""
+    head, _, body = uri.partition(",")
+    try:
+        content = unquote_to_bytes(body)
+        return base64.b64decode(content) if head.lower().endswith(";base64") else content
+    except binascii.Error as cause:
+        raise ImageError(f"expected a data URI, got one that is damaged ({cause}).", index) from cause
 
 
 def _sample_picture(name: object, index: int) -> Path:

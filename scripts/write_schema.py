@@ -8,6 +8,7 @@ Docker `make serve` and the tests make it with this script.
 import json
 import os
 import sys
+import threading
 from pathlib import Path
 from typing import Any, Final
 
@@ -62,7 +63,7 @@ def write_schema(path: Path) -> None:
     """Writes the schema to a file, making its folder if need be."""
     path.parent.mkdir(exist_ok=True)
     # Whole or not at all: another server may be starting beside this one.
-    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.part")
     partial.write_text(json.dumps(build_schema(), indent=2) + "\n", encoding="utf-8")
     partial.replace(path)
 

@@ -109,8 +109,9 @@ def filled_parsenet() -> FaceParsingNetwork:
 
 @pytest.fixture(autouse=True)
 def _same_arithmetic_on_every_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plans for a CPU are in float32, whatever this one can do."""
-    monkeypatch.setattr("codeformer.plan.cpu_multiplies_bfloat16", lambda: False)
+    """Plans for a CPU are in float32, whatever this one can do or the environment says."""
+    monkeypatch.delenv("CODEFORMER_CPU_PRECISION", raising=False)
+    monkeypatch.setattr("codeformer.precision.cpu_multiplies_bfloat16", lambda: False)
 
 
 @pytest.fixture

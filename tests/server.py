@@ -2,9 +2,6 @@
 
 import base64
 import contextlib
-import random
-import socket
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,30 +11,7 @@ from benchmarks.server import Server, direct_session, running_server
 
 START_DEADLINE_S: Final = 90
 REQUEST_TIMEOUT_S: Final = 120
-_EPHEMERAL: Final = Path("/proc/sys/net/ipv4/ip_local_port_range")
-_FIRST_PORT: Final = 20_000
-
-_given_out: set[int] = set()
-_giving_out = threading.Lock()
-
-
-def free_port() -> int:
-    """A port that nobody listens on, and that is given out once.
-
-    Not one the kernel would choose, if there are others: it may give that to any connection before the server
-    is up, or between two servers that follow each other.
-    """
-    low, high = map(int, _EPHEMERAL.read_text().split()) if _EPHEMERAL.exists() else (32_768, 60_999)
-    candidates = [port for port in range(_FIRST_PORT, 65_536) if not low <= port <= high]
-    candidates = candidates or list(range(_FIRST_PORT, 65_536))
-    with _giving_out:
-        for port in random.sample(candidates, len(candidates)):
-            with socket.socket() as probe, contextlib.suppress(OSError):
-                probe.bind(("127.0.0.1", port))
-                if port not in _given_out:
-                    _given_out.add(port)
-                    return port
-    raise OSError(f"no free port from {_FIRST_PORT} on")
+LOG_DEADLINE_S: Final = 20
 
 
 class CogServer:
@@ -46,6 +20,15 @@ class CogServer:
     def __init__(self, under_test: Server) -> None:
         self.under_test = under_test
         self.url = under_test.url
+
+    def logs(self, text: str) -> bool:
+        """Whether the server has printed a text, or does so soon: its worker's lines come through a pipe."""
+        deadline = time.monotonic() + LOG_DEADLINE_S
+        while text not in self.under_test._log.read_text(encoding="utf-8", errors="replace"):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.05)
+        return True
 
     def predict(self, **inputs: Any) -> tuple[int, dict[str, Any]]:
         deadline = time.monotonic() + REQUEST_TIMEOUT_S
@@ -75,9 +58,9 @@ class CogServer:
 
 @contextlib.contextmanager
 def running(weights: Path, temporary: Path | None = None) -> Iterator[CogServer]:
-    """Starts a server on a free port and ends it, with all its processes, whatever happens."""
+    """Starts a server, on a port that the kernel chooses, and ends it with all its processes."""
     with running_server(
-        free_port(), kind="direct", weights=str(weights), deadline_s=START_DEADLINE_S, temporary=temporary
+        0, kind="direct", weights=str(weights), deadline_s=START_DEADLINE_S, temporary=temporary
     ) as under_test:
         yield CogServer(under_test)
 

@@ -3,7 +3,6 @@
 import contextlib
 import http.server
 import json
-import os
 import re
 import shlex
 import shutil
@@ -14,6 +13,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -40,7 +40,6 @@ from codeformer.weights.manifest import load_weight_set
 from data.make_pictures import draw, encode, plan
 from tests import pictures
 from tests.conftest import CPU
-from tests.server import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMITTED = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
@@ -171,7 +170,7 @@ def test_wrong_options_are_refused(program: str, wrong: str, capsys: pytest.Capt
 @pytest.mark.parametrize(
     ("command", "said"),
     [
-        ("requests --port PORT --image-dir EMPTY", "EMPTY"),
+        ("requests --port 0 --image-dir EMPTY", "EMPTY"),
         ("quality EMPTY", "EMPTY"),
         ("single_image --image EMPTY/1.jpg", "EMPTY/1.jpg"),
         ("single_image --image FILE", "FILE"),
@@ -186,7 +185,7 @@ def test_what_cannot_be_measured_is_said_before_the_work(
 ) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")
-    names = {"EMPTY": str(tmp_path / "empty"), "FILE": str(tmp_path / "file"), "PORT": str(free_port())}
+    names = {"EMPTY": str(tmp_path / "empty"), "FILE": str(tmp_path / "file")}
     for name, path in names.items():
         command, said = command.replace(name, path), said.replace(name, path)
     program, *arguments = command.split()
@@ -221,47 +220,89 @@ def test_a_port_in_use_is_refused_at_once(capsys: pytest.CaptureFixture[str], bl
     check_port(port)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("kind", "weights", "deadline_s", "said"),
-    [
-        ("direct", "BROKEN", 120, r"(?s)setup failed.*manifest"),
-        ("direct", "BLIND", 0.3, "not ready in time"),
-        ("cog", "BLIND", 120, "--weights: an image serves its own weights"),
-    ],
-)
-def test_a_server_that_cannot_serve_says_why(
-    kind: Any, weights: str, deadline_s: float, said: str, tmp_path: Path, blind_weights: Path
-) -> None:
-    (tmp_path / "manifest.json").write_text("{}")
-    port, folder = free_port(), {"BROKEN": tmp_path, "BLIND": blind_weights}[weights]
-    with (
-        pytest.raises(BenchmarkError, match=said),
-        running_server(port, kind=kind, weights=str(folder), deadline_s=deadline_s),
-    ):
-        pytest.fail("the server is ready")
-    assert not servers_on(port)
+MARK = "STARTED_BY_TEST"
 
 
-def servers_on(port: int) -> list[psutil.Process]:
-    """Processes that were started to listen there, whoever their parents are."""
+@pytest.fixture
+def mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A variable's value that every process started by this test inherits, and no other has."""
+    monkeypatch.setenv(MARK, str(tmp_path))
+    return str(tmp_path)
+
+
+def servers_of(mark: str) -> list[psutil.Process]:
+    """The server processes that a test has started, whoever their parents are."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            if process.environ().get("PORT") == str(port) and process.pid != os.getpid():
+            environment = process.environ()
+            if environment.get(MARK) == mark and "COG_PREDICT_TYPE_STUB" in environment:
                 found.append(process)
     return found
 
 
+@pytest.mark.parametrize(
+    ("kind", "weights", "deadline_s", "said"),
+    [
+        pytest.param("direct", "BROKEN", 120, r"(?s)setup failed.*manifest", marks=pytest.mark.slow),
+        ("direct", "BLIND", 0.3, "not ready in time"),
+        ("cog", "BLIND", 120, "--weights: an image serves its own weights"),
+        ("cog", None, 120, "--port 0: `cog serve` needs a number"),
+    ],
+)
+def test_a_server_that_cannot_serve_says_why(
+    kind: Any,
+    weights: str | None,
+    deadline_s: float,
+    said: str,
+    tmp_path: Path,
+    blind_weights: Path,
+    mark: str,
+) -> None:
+    (tmp_path / "manifest.json").write_text("{}")
+    folders = {"BROKEN": tmp_path, "BLIND": blind_weights}
+    with (
+        pytest.raises(BenchmarkError, match=said),
+        running_server(0, kind=kind, weights=weights and str(folders[weights]), deadline_s=deadline_s),
+    ):
+        pytest.fail("the server is ready")
+    assert not servers_of(mark)
+
+
 @pytest.mark.slow
-def test_a_server_that_dies_says_so_and_leaves_nothing_behind(blind_weights: Path, folder: Path) -> None:
-    port = free_port()
-    with running_server(port, kind="direct", weights=str(blind_weights), deadline_s=120) as server:
+def test_servers_that_start_at_once_each_have_a_port(blind_weights: Path, tiny_weights: Path) -> None:
+    count = 3
+    together = threading.Barrier(count)
+
+    def start(number: int) -> tuple[str, float]:
+        weights = (blind_weights, tiny_weights)[number % 2]
+        try:
+            together.wait(60)
+            with running_server(0, kind="direct", weights=str(weights), deadline_s=120) as server:
+                answer = server.predict({"images": ["data/1.jpg"]}, 60)
+                # None ends before all have answered: their ports are in use at one time.
+                together.wait(120)
+                return server.url, answer.metrics["faces.restored"]
+        except BaseException:
+            together.abort()
+            raise
+
+    with ThreadPoolExecutor(count) as workers:
+        urls, faces = zip(*workers.map(start, range(count)), strict=True)
+    assert len(set(urls)) == count
+    assert faces == (0, 1, 0), "a request reached another test's server"
+
+
+@pytest.mark.slow
+def test_a_server_that_dies_says_so_and_leaves_nothing_behind(
+    blind_weights: Path, folder: Path, mark: str
+) -> None:
+    with running_server(0, kind="direct", weights=str(blind_weights), deadline_s=120) as server:
         inputs = {"images": [as_input(folder / "1.jpg")]}
         good = server.predict(inputs, 60)
         assert good.error is None
         assert good.metrics["timing.detect"] > 0
-        family = servers_on(port)
+        family = servers_of(mark)
         # The server and its worker.
         assert len(family) >= 2
         memory, of = server.peak_memory_mib()
@@ -272,13 +313,12 @@ def test_a_server_that_dies_says_so_and_leaves_nothing_behind(blind_weights: Pat
             process.kill()
         with pytest.raises(BenchmarkError, match="server"):
             server.predict(inputs, 60)
-    assert not servers_on(port)
+    assert not servers_of(mark)
 
 
 @pytest.mark.slow
 def test_the_next_request_after_a_late_one_meets_an_idle_server(blind_weights: Path, folder: Path) -> None:
-    port = free_port()
-    with running_server(port, kind="direct", weights=str(blind_weights), deadline_s=120) as server:
+    with running_server(0, kind="direct", weights=str(blind_weights), deadline_s=120) as server:
         inputs = {"images": [as_input(folder / "10.jpg")] * 4}
         late = server.predict(inputs, 0.01)
         assert "no answer within" in str(late.error)
@@ -286,18 +326,17 @@ def test_the_next_request_after_a_late_one_meets_an_idle_server(blind_weights: P
 
 
 @pytest.mark.slow
-def test_a_benchmark_that_is_terminated_ends_its_server(blind_weights: Path, folder: Path) -> None:
-    port = free_port()
+def test_a_benchmark_that_is_terminated_ends_its_server(blind_weights: Path, folder: Path, mark: str) -> None:
     command = [sys.executable, "benchmarks/run_bench.py", "--images", str(folder / "1.jpg")]
-    command += ["--server", "direct", "--port", str(port), "--weights", str(blind_weights)]
+    command += ["--server", "direct", "--port", "0", "--weights", str(blind_weights)]
     command += ["--repeats", "100000", "--output", str(folder / "never.json")]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as benchmark:
         deadline = time.monotonic() + 120
-        while len(servers_on(port)) < 2 and time.monotonic() < deadline:
+        while len(servers_of(mark)) < 2 and time.monotonic() < deadline:
             time.sleep(0.2)
         benchmark.terminate()
         assert benchmark.wait(60) == 128 + signal.SIGTERM
-    assert not servers_on(port)
+    assert not servers_of(mark)
     assert not (folder / "never.json").exists()
 
 
@@ -313,7 +352,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def served(program: str, weights: Path, *arguments: object, output: Path) -> tuple[int, Any]:
     """The same, of a program that starts a server."""
-    server = ("--server", "direct", "--port", free_port(), "--weights", weights)
+    server = ("--server", "direct", "--port", 0, "--weights", weights)
     return measured(program, *server, *arguments, output=output)
 
 
@@ -401,8 +440,6 @@ def test_a_dead_server_ends_the_benchmark(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    port = free_port()
-
     def start(*_: Any) -> subprocess.Popen[bytes]:
         threading.Thread(target=other.serve_forever, daemon=True).start()
         return subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
@@ -410,8 +447,9 @@ def test_a_dead_server_ends_the_benchmark(
     monkeypatch.setattr("benchmarks.server._start", start)
     monkeypatch.setattr("benchmarks.server.check_port", lambda _: None)
     monkeypatch.setattr(requests, "check_port", lambda _: None)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", port), DyingServer) as other:
-        arguments = ["--images", str(folder / "1.jpg"), "--weights", str(blind_weights), "--port", str(port)]
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), DyingServer) as other:
+        arguments = ["--images", str(folder / "1.jpg"), "--weights", str(blind_weights)]
+        arguments += ["--port", str(other.server_port)]
         assert run("requests", [*arguments, "--output", str(tmp_path / "out.json")]) == 1
         other.shutdown()
     assert "does not answer any more" in capsys.readouterr().err
@@ -733,7 +771,7 @@ def test_a_soak_sees_growth_tails_and_what_is_left() -> None:
 @pytest.mark.slow
 def test_a_short_soak_finds_nothing_wrong_with_the_server(tiny_weights: Path, tmp_path: Path) -> None:
     # How much memory and time vary in so few requests says nothing, so that the status may be 1.
-    arguments = ["--requests", 30, "--cancelled", 2, "--settled", 10, "--port", free_port()]
+    arguments = ["--requests", 30, "--cancelled", 2, "--settled", 10, "--port", 0]
     _, found = measured("soak", *arguments, "--weights", tiny_weights, output=tmp_path / "soak.json")
     assert (found.faults, found.files_left) == ([], [])
     assert sum(found.requests.values()) == 30

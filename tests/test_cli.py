@@ -1,18 +1,28 @@
 """The command line, run as a user runs it."""
 
+import errno
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 import pytest
 
-from codeformer import compile_cache
+from codeformer import cli, compile_cache, plan
 from codeformer.cli import main
+from codeformer.errors import DeviceMemoryError
+from codeformer.images import encode_jpeg
+from codeformer.photos import Photo
+from codeformer.pipeline import Pipeline
+from codeformer.results import ResultFolder
 from tests import shared
 from tests.compare import assert_pictures_close
 
@@ -50,7 +60,13 @@ def test_restores_a_folder_and_compares(
     pair = shared.read_picture(output / "a_2_compare.jpg")
     assert pair.shape == (96, 128 * 2 + 8, 3)
     assert_pictures_close(pair[:, :112], picture[:, :112], mean=2, within=10)
-    assert "no face found" in capsys.readouterr().out
+    said = capsys.readouterr()
+    note = "(no face found; pixels unaltered, encoded as JPG)"
+    assert said.out.splitlines() == [
+        f"{folder / 'a.JPG'} -> {output / 'a.jpg'} {note}",
+        f"{folder / 'a.png'} -> {output / 'a_2.jpg'} {note}",
+    ]
+    assert f"skipped: {folder / 'notes.txt'}: not a picture" in said.err
 
 
 def test_a_pair_too_wide_for_a_jpeg_stands_one_above_the_other(tmp_path: Path) -> None:
@@ -168,6 +184,344 @@ def test_all_sets_are_listed_with_their_licences(capsys: pytest.CaptureFixture[s
     assert "blind (in use)" in listed
     assert "official:" in listed
     assert "non-commercial" in listed
+
+
+def heights(folder: Path) -> dict[str, int]:
+    """The pictures below a folder: names to heights, by which the tests tell them apart."""
+    return {
+        str(path.relative_to(folder)): len(shared.read_picture(path))
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def put(path: Path, height: int, suffix: str = ".png") -> Path:
+    """A picture of some height under a name, encoded as the suffix says."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ok, data = cv2.imencode(suffix, np.full((height, 40, 3), 90, np.uint8))
+    assert ok
+    path.write_bytes(data.tobytes())
+    return path
+
+
+def restore(*arguments: object) -> int:
+    return main(["restore", *map(str, arguments)])
+
+
+def test_photos_in_a_folder_are_found_by_what_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    album, output = tmp_path / "album", tmp_path / "out"
+    for number, (name, suffix) in enumerate(
+        [("a.jfif", ".jpg"), ("b.JPE", ".jpg"), ("c", ".png"), ("d.txt", ".webp"), ("e.png", ".jpg")]
+    ):
+        put(album / name, 20 + number, suffix)
+    put(album / "_f.TIFF", 30, ".tiff")
+    for hidden in ("._a.jfif", ".DS_Store", "Thumbs.db", "desktop.ini", ".hidden.jpg", ".cache/x.jpg"):
+        put(album / hidden, 40)
+    (album / "raw.jpg").write_bytes(b"FUJIFILMCCD-RAW 0201" + bytes(99))
+    (album / "notes.jpg").write_text("words")
+    (album / "empty.jpg").touch()
+    (album / "sub").mkdir()
+    (album / "gone.jpg").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(album / "pipe.jpg")
+    assert restore(album, "-o", output) == 0
+    assert heights(output) == {"_f.jpg": 30, "a.jpg": 20, "b.jpg": 21, "c.jpg": 22, "d.jpg": 23, "e.jpg": 24}
+    skipped = [line for line in capsys.readouterr().err.splitlines() if line.startswith("skipped: ")]
+    assert [line.split(": ")[1].removeprefix(f"{album}/") for line in skipped] == [
+        *("empty.jpg", "gone.jpg", "notes.jpg", "pipe.jpg", "raw.jpg", "sub"),
+    ]
+    for line, reason in zip(
+        skipped,
+        ("empty", "leads nowhere", "not a picture", "device", "camera RAW", "--recursive"),
+        strict=True,
+    ):
+        assert reason in line
+
+
+def test_folders_in_folders_keep_their_places_and_are_walked_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    album = tmp_path / "album"
+    put(album / "a.png", 20)
+    put(album / "x" / "a.png", 21)
+    put(album / "x" / "y" / "b.png", 22)
+    put(album / ".hidden" / "c.png", 23)
+    (album / "x" / "loop").symlink_to(album)
+    output = album / "restored"
+    put(output / "other.jpg", 50, ".jpg")
+    expected = {"a.jpg": 20, "other.jpg": 50, "x/a.jpg": 21, "x/y/b.jpg": 22}
+    for _ in range(2):
+        assert restore(album, "-o", output, "--recursive") == 0
+        assert heights(output) == expected
+    said = capsys.readouterr().err
+    assert "loop: a link to a folder" in said
+    assert f"skipped: {output}: the folder of the results" in said
+    # The results are no photos of the album they lie in, wherever in it.
+    assert restore(album / "x", "-o", album / "x", "-r") == 0
+    assert restore(album / "x", "-o", album / "x", "-r") == 0
+    assert sorted(path.name for path in (album / "x").iterdir()) == ["a.jpg", "a.png", "loop", "y"]
+
+
+def test_names_of_one_folder_never_collide_whatever_is_restored_when(tmp_path: Path) -> None:
+    album, output = tmp_path / "album", tmp_path / "out"
+    for number, name in enumerate(("a.jpg", "a.png", "a_2.jpg", "A.webp", "a.JPG")):
+        put(album / name, 20 + number, Path(name).suffix.lower())
+    assert restore(album / "a.png", "-o", output) == 0
+    assert heights(output) == {"a.jpg": 21}
+    results = None
+    for run in (album, album / "a.jpg", album / "A.webp", album):
+        assert restore(run, "-o", output) == 0
+        found = heights(output)
+        assert found["a.jpg"] == 21, "the name of a result stays its own"
+        assert sorted(found.values()) == [20, 21, 22, 23, 24]
+        assert len({name.casefold() for name in found}) == 5
+        assert results in {None, tuple(found.items())}
+        results = tuple(found.items())
+    # Also where a better one has become free.
+    (output / "a.jpg").unlink()
+    before = heights(output)
+    assert restore(album / "A.webp", "-o", output) == 0
+    assert heights(output) == before
+
+
+def test_a_file_of_another_origin_is_replaced_only_on_demand(tmp_path: Path) -> None:
+    photo, other = put(tmp_path / "A" / "x.png", 20), put(tmp_path / "B" / "x.jpg", 50, ".jpg")
+    assert restore(photo, "-o", other.parent) == 0
+    assert restore(photo, "-o", other.parent) == 0
+    assert heights(other.parent) == {"x.jpg": 50, "x_2.jpg": 20}
+    (other.parent / "x_2.jpg").unlink()
+    assert restore(photo, "-o", other.parent, "--overwrite") == 0
+    assert heights(other.parent) == {"x.jpg": 20}
+    # Another photo's result stays, also then.
+    assert restore(put(tmp_path / "C" / "x.png", 21), "-o", other.parent, "--overwrite") == 0
+    assert heights(other.parent) == {"x.jpg": 20, "x_2.jpg": 21}
+
+
+def test_a_result_that_was_edited_is_somebodys_and_one_that_was_cut_is_not(tmp_path: Path) -> None:
+    photo, output = put(tmp_path / "A" / "x.png", 20), tmp_path / "out"
+    assert restore(photo, "-o", output) == 0
+    whole = (output / "x.jpg").read_bytes()
+    for damaged in (whole[:-100], b""):
+        (output / "x.jpg").write_bytes(damaged)
+        assert restore(photo, "-o", output, "--skip-existing") == 0
+        assert {path.name: path.read_bytes() for path in output.iterdir()} == {"x.jpg": whole}
+    edited = bytearray(whole)
+    edited[-10] ^= 1
+    (output / "x.jpg").write_bytes(edited)
+    assert restore(photo, "-o", output) == 0
+    assert (output / "x.jpg").read_bytes() == edited
+    assert (output / "x_2.jpg").read_bytes() == whole
+    (output / "x_2.jpg").unlink()
+    assert restore(photo, "-o", output, "--overwrite") == 0
+    assert {path.name: path.read_bytes() for path in output.iterdir()} == {"x.jpg": whole}
+
+
+def test_what_is_there_is_skipped_without_loading_anything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    album, output = tmp_path / "album", tmp_path / "out"
+    for number, name in enumerate(("a.png", "b.png")):
+        put(album / name, 20 + number)
+    assert restore(album, "-o", output) == 0
+    (output / "b.jpg").unlink()
+    before = (output / "a.jpg").stat().st_mtime_ns
+    assert restore(album, "-o", output, "--skip-existing") == 0
+    assert f"skipped: {album / 'a.png'}: its result {output / 'a.jpg'} is there" in capsys.readouterr().err
+    assert (output / "a.jpg").stat().st_mtime_ns == before
+    assert heights(output) == {"a.jpg": 20, "b.jpg": 21}
+    # A comparison that is wanted and is not there is made.
+    assert restore(album / "a.png", "-o", output, "--skip-existing", "--compare") == 0
+    assert (output / "a_compare.jpg").is_file()
+    monkeypatch.setattr(Pipeline, "load", None)
+    assert restore(album, "-o", output, "--skip-existing") == 0
+
+
+def test_two_runs_at_the_same_time_take_nothing_from_each_other(tmp_path: Path) -> None:
+    photos = [Photo(put(tmp_path / name / "x.png", 20)) for name in "AB"]
+    output = tmp_path / "out"
+    runs = [ResultFolder(output, [photo], compare=False) for photo in photos]
+    jpegs = [encode_jpeg(np.full((height, 40, 3), 90, np.uint8)) for height in (20, 21)]
+    written = [run.write(photo, jpeg) for run, photo, jpeg in zip(runs, photos, jpegs, strict=True)]
+    assert [path.name for path in written] == ["x.jpg", "x_2.jpg"]
+    assert heights(output) == {"x.jpg": 20, "x_2.jpg": 21}
+
+
+@pytest.mark.parametrize("stem", ["x" * 251, "é" * 125 + "x", "日" * 83])
+def test_the_longest_names_work(tmp_path: Path, stem: str) -> None:
+    photos = [
+        put(tmp_path / "A" / f"{stem}{suffix}", 20 + n) for n, suffix in enumerate((".png", ".gif", ""))
+    ]
+    output = tmp_path / "out"
+    for _ in range(2):
+        assert restore(tmp_path / "A", "-o", output, "--compare") == 0
+        assert sorted(heights(output).values()) == sorted([20, 21, 22] * 2)
+    assert len(photos[0].name.encode()) in {255, 253}
+
+
+def test_odd_names_are_shown_on_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    photo = put(tmp_path / os.fsdecode(b"line\nand \xff byte.png"), 20)
+    assert restore(photo, "-o", tmp_path / "out") == 0
+    [line] = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"{tmp_path}/line\\nand \\udcff byte.png -> ")
+
+
+def test_local_errors_name_the_file_and_send_nobody_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good, cut = put(tmp_path / "good.png", 20), put(tmp_path / "cut.png", 20)
+    cut.write_bytes(cut.read_bytes()[:-30])
+    output = tmp_path / "out"
+    assert restore(cut, good, "-o", output) == 1
+
+    def full(*_: object, **__: object) -> None:
+        raise DeviceMemoryError("restore", "image 1 face 2", "OutOfMemoryError: no memory.")
+
+    monkeypatch.setattr("codeformer.request.serve", full)
+    assert restore(good, "-o", output) == 1
+    said = capsys.readouterr().err
+    assert f"failed: {cut}: the file is damaged or cut short" in said
+    assert f"failed: {good}: restore failed on face 2: OutOfMemoryError" in said
+    assert "send" not in said.lower()
+    assert "image 1" not in said.lower()
+
+
+def test_a_photo_that_is_not_there_is_noticed_before_anything_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Pipeline, "load", None)
+    raw = tmp_path / "photo.nef"
+    raw.write_bytes(b"IIRO" + bytes(99))
+    assert restore(tmp_path / "a.jpg", tmp_path / ("b" * 300), raw, "-o", tmp_path / "out") == 1
+    said = capsys.readouterr().err
+    assert "a.jpg: the file cannot be read (No such file or directory)" in said
+    assert "File name too long" in said
+    assert "camera RAW" in said
+    assert "3 of 3 photos failed" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_noticed_before_anything_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Pipeline, "load", None)
+    monkeypatch.setattr(Path, "open", failing(Path.open, errno.EROFS))
+    assert restore(put(tmp_path / "a.png", 20), "-o", tmp_path / "out") == 1
+    assert "--output" in capsys.readouterr().err
+
+
+def failing(really: Callable[..., Any], number: int) -> Callable[..., Any]:
+    """Path.open, but for files that are being written."""
+
+    def fail(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path.suffix == ".part":
+            raise OSError(number, os.strerror(number))
+        return really(path, *arguments, **options)
+
+    return fail
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_ends_the_run_with_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int
+) -> None:
+    photos = [put(tmp_path / f"{name}.png", 20) for name in "abc"]
+    output = tmp_path / "out"
+    load = Pipeline.load
+
+    def load_and_fill(*arguments: Any) -> Pipeline:
+        monkeypatch.setattr(Path, "open", failing(Path.open, number))
+        return load(*arguments)
+
+    monkeypatch.setattr(Pipeline, "load", load_and_fill)
+    assert restore(*photos, "-o", output) == 1
+    said = capsys.readouterr().err
+    assert said.count(os.strerror(number)) == 1
+    assert "failed:" not in said
+    assert list(output.iterdir()) == []
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, BrokenPipeError, PermissionError])
+def test_nothing_partial_is_left_however_a_run_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: type[BaseException]
+) -> None:
+    def fail(*_: object) -> None:
+        raise failure
+
+    monkeypatch.setattr(Path, "replace", fail)
+    monkeypatch.setattr(cli, "_discard_output", lambda: None)
+    ends = {KeyboardInterrupt: 130, BrokenPipeError: 1, PermissionError: 1}
+    assert restore(put(tmp_path / "a.png", 20), "-o", tmp_path / "out", "--compare") == ends[failure]
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def start(*arguments: object, **options: Any) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "codeformer", *map(str, arguments)]
+    # With it, argparse writes at once, and passes over what fails then.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, **options)
+
+
+def test_ctrl_c_ends_a_run_without_a_traceback(tmp_path: Path, tiny_weights: Path) -> None:
+    album, output = tmp_path / "album", tmp_path / "out"
+    for number in range(200):
+        put(album / f"{number:03}.png", 20)
+    run = start("restore", album, "-o", output, "--weights", tiny_weights, stdout=subprocess.PIPE)
+    deadline = time.monotonic() + 100
+    while not list(output.glob("*.jpg")):
+        assert run.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    run.send_signal(signal.SIGINT)
+    _, said = run.communicate(timeout=100)
+    assert run.returncode == 130
+    assert "Traceback" not in said
+    assert said.rstrip().endswith("stopped.")
+    left = list(output.iterdir())
+    assert 0 < len(left) < 200
+    assert {path.suffix for path in left} == {".jpg"}
+    assert all(shared.read_picture(path).shape == (20, 40, 3) for path in left)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["weights", "list"]])
+def test_a_reader_that_has_gone_is_no_reason_for_a_traceback(arguments: list[str]) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    run = start(*arguments, stdout=writing)
+    os.close(writing)
+    _, said = run.communicate(timeout=100)
+    assert run.returncode == 141
+    assert said == ""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_behind_the_output_is_told_in_one_line() -> None:
+    with Path("/dev/full").open("w") as full:
+        run = start("weights", "list", stdout=full)
+        _, said = run.communicate(timeout=100)
+    assert run.returncode == 1
+    assert said == f"error: {os.strerror(errno.ENOSPC)}.\n"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["restore", "--help"], ["weights", "list"]])
+def test_help_waits_for_no_large_library(arguments: list[str]) -> None:
+    code = (
+        "import sys, atexit; atexit.register(lambda: print(*sorted(sys.modules), file=sys.stderr)); "
+        f"from codeformer.cli import main; main({arguments!r})"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100, check=True
+    )
+    assert not {"torch", "cv2", "numpy", "PIL"} & set(run.stderr.split())
+    assert run.stdout
+
+
+def test_the_choices_are_those_of_the_plan() -> None:
+    assert cli.RUNTIME_PROFILES == plan.RUNTIME_PROFILES
+    assert cli.STABILITY_MODES == plan.STABILITY_MODES
+    assert cli.COMPILE_BACKENDS == plan.COMPILE_BACKENDS
+    assert cli.DEFAULT_FIDELITY == plan.DEFAULT_FIDELITY
+    assert cli.FOLDER_VARIABLE == compile_cache.FOLDER_VARIABLE
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -171,6 +171,16 @@ def test_a_good_server(weight_file: Callable[..., WeightFile], server: tuple[str
     assert_complete(file)
     fetch(file)
     assert server[1].requests == [("/good", None)], "a verified file is not fetched again"
+
+
+@pytest.mark.parametrize("scheme", ["HTTP", "Http"])
+def test_the_scheme_of_an_address_may_be_in_capital_letters(
+    weight_file: Callable[..., WeightFile], scheme: str
+) -> None:
+    file = weight_file("good")
+    file = replace(file, sources=(file.sources[0].replace("http", scheme),))
+    assert fetch(file) == []
+    assert_complete(file)
 
 
 def test_a_cut_transfer_is_resumed(weight_file: Callable[..., WeightFile], server: tuple[str, Log]) -> None:

@@ -535,8 +535,187 @@ def test_too_little_memory_is_not_called_damage(library: str, monkeypatch: pytes
     assert ok
     owner, name = (PngImageFile, "load") if library == "Pillow" else (cv2, "imdecode")
     monkeypatch.setattr(owner, name, full)
-    with pytest.raises(ImageError, match=r"^Image 2: too little memory to decode it; send a smaller copy"):
+    with pytest.raises(ImageError, match=r"^Image 2: too little memory to decode it; use a smaller copy"):
         decode_image(data.tobytes(), 2)
+
+
+def photo_like(mode: str = "RGB") -> Image.Image:
+    """Enough detail that the picture's data reach to its last rows."""
+    noise = np.random.default_rng(0).normal(0, 20, (200, 300, 3))
+    return Image.fromarray(np.clip(gradient(200, 300) + noise, 0, 255).astype(np.uint8)).convert(mode)
+
+
+ENCODINGS: dict[str, dict[str, Any]] = {
+    "baseline": {},
+    "grey": {"mode": "L"},
+    "inks": {"mode": "CMYK"},
+    "without subsampling": {"subsampling": 0, "quality": 95},
+    "progressive": {"progressive": True},
+    "with restart markers": {"restart_marker_blocks": 3},
+    "with restart markers, progressive": {"restart_marker_rows": 1, "progressive": True},
+}
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("tail", [b"", b"\xff", bytes(50), b"\xff" * 9], ids=len)
+def test_a_jpeg_that_lacks_only_its_end_marker_is_read_and_the_log_says_so(
+    encoding: str, tail: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = dict(ENCODINGS[encoding])
+    whole = save(photo_like(options.pop("mode", "RGB")), "JPEG", **options)
+    assert whole.endswith(b"\xff\xd9")
+    np.testing.assert_array_equal(decode_image(whole[:-2] + tail, 2), decode_image(whole))
+    assert "image 2 lacks its end marker" in caplog.text
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_a_jpeg_that_lacks_more_is_damaged(encoding: str) -> None:
+    options = dict(ENCODINGS[encoding])
+    whole = save(photo_like(options.pop("mode", "RGB")), "JPEG", **options)
+    markers = [at for at in range(len(whole) - 1) if whole[at] == 255 and whole[at + 1] not in {0, 255}]
+    first_scan = whole.index(b"\xff\xda")
+    # In the middle, a few bytes before the end, and wherever a scan or an interval has just ended.
+    cuts = [len(whole) * part // 10 for part in range(6, 10)] + [len(whole) - n for n in (8, 20, 100)]
+    for cut in cuts + [at for at in markers[-40:-1] if at > first_scan + 20]:
+        for tail in (b"", bytes(500)):
+            with pytest.raises(ImageError, match="damaged or cut short"):
+                decode_image(whole[:cut] + tail)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_missing_data_are_noticed_where_no_pixel_could_be_brighter(seed: int) -> None:
+    noise = np.random.default_rng(seed).normal(0, 1 + seed, (60, 203, 3))
+    white = Image.fromarray(np.clip(255 + noise, 0, 255).astype(np.uint8))
+    whole = save(white, "JPEG", quality=60 + 7 * seed)
+    expected = decode_image(whole)
+    np.testing.assert_array_equal(decode_image(whole[:-2]), expected)
+    for cut in range(4, 60):
+        try:
+            decoded = decode_image(whole[:-cut])
+        except ImageError:
+            continue
+        # Of the last block, a few bits may be of no account.
+        assert (decoded != expected).any(axis=2).sum() <= 64
+
+
+def bmp_with_alpha(alpha: int, header_bytes: int = 124) -> bytes:
+    """A BMP of 32 bits with masks for four channels, `gradient` upside down as it is stored."""
+    rgb = gradient()
+    height, width = rgb.shape[:2]
+    pixels = np.dstack([rgb[::-1, :, ::-1], np.full((height, width), alpha, np.uint8)]).tobytes()
+    header = struct.pack("<IiiHHIIiiII", header_bytes, width, height, 1, 32, 3, len(pixels), 2835, 2835, 0, 0)
+    header += struct.pack("<IIII", 0xFF0000, 0xFF00, 0xFF, 0xFF000000)
+    header = header.ljust(header_bytes, b"\0")
+    start = 14 + len(header)
+    return struct.pack("<2sIHHI", b"BM", start + len(pixels), 0, 0, start) + header + pixels
+
+
+@pytest.mark.parametrize("header_bytes", [56, 108, 124])
+def test_a_bmp_whose_alpha_is_zero_everywhere_is_opaque(header_bytes: int) -> None:
+    np.testing.assert_array_equal(decode_image(bmp_with_alpha(0, header_bytes)), gradient()[:, :, ::-1])
+    np.testing.assert_array_equal(decode_image(bmp_with_alpha(255, header_bytes)), gradient()[:, :, ::-1])
+    half = decode_image(bmp_with_alpha(128, header_bytes))
+    assert_pictures_close(half, (gradient()[:, :, ::-1] * 0.5 + 127.5).astype(np.uint8), mean=1, within=2)
+
+
+def void_alpha(mode: str) -> Image.Image:
+    picture = Image.fromarray(gradient()).convert(mode)
+    picture.putalpha(0)
+    return picture
+
+
+def png_of_16_bits(bgra: np.ndarray) -> bytes:
+    ok, data = cv2.imencode(".png", bgra.astype(np.uint16) * 257)
+    assert ok
+    return bytes(data)
+
+
+VOID: dict[str, Any] = {
+    "PNG": lambda: save(void_alpha("RGB"), "PNG"),
+    "grey PNG": lambda: save(void_alpha("L"), "PNG"),
+    "16-bit PNG": lambda: png_of_16_bits(np.asarray(void_alpha("RGB"))[:, :, [2, 1, 0, 3]]),
+    "WebP": lambda: save(void_alpha("RGB"), "WEBP", lossless=True, exact=True),
+    "TIFF": lambda: tiff(np.asarray(void_alpha("RGB")), photometric="rgb", extrasamples=["unassalpha"]),
+    "premultiplied TIFF": lambda: tiff(
+        np.asarray(void_alpha("RGB")), photometric="rgb", extrasamples=["assocalpha"]
+    ),
+    "16-bit TIFF": lambda: tiff(
+        np.asarray(void_alpha("RGB")).astype(np.uint16) * 257, photometric="rgb", extrasamples=["assocalpha"]
+    ),
+    "palette": lambda: save(Image.fromarray(gradient()).quantize(8), "PNG", transparency=bytes(8)),
+}
+
+
+@pytest.mark.parametrize("case", VOID)
+def test_alpha_that_is_zero_everywhere_is_no_alpha_in_any_format(
+    case: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    expected = Image.fromarray(gradient())
+    if case == "grey PNG":
+        expected = expected.convert("L")
+    if case == "palette":
+        expected = expected.quantize(8)
+    np.testing.assert_array_equal(decode_image(VOID[case]()), np.asarray(expected.convert("RGB"))[:, :, ::-1])
+    assert "alpha channel is zero everywhere" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF", "GIF"])
+def test_a_blank_transparent_page_stays_white(kind: str) -> None:
+    options = {"lossless": True, "exact": True} if kind == "WEBP" else {}
+    decoded = decode_image(save(Image.new("RGBA", (20, 10), (7, 7, 7, 0)), kind, **options))
+    np.testing.assert_array_equal(decoded, np.full((10, 20, 3), 255))
+
+
+def png_with(data: bytes, *chunks: tuple[bytes, bytes]) -> bytes:
+    added = b"".join(
+        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        for name, body in chunks
+    )
+    return data[:33] + added + data[33:]
+
+
+def gamma_chunk(times_100000: int) -> tuple[bytes, bytes]:
+    return b"gAMA", struct.pack(">I", times_100000)
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.55556, 0.3])
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA"])
+def test_the_gamma_of_a_png_is_applied(gamma: float, mode: str) -> None:
+    picture = Image.fromarray(gradient()).convert(mode)
+    decoded = decode_image(png_with(save(picture, "PNG"), gamma_chunk(round(gamma * 1e5))))
+    samples = np.asarray(picture.convert("RGB"))[:, :, ::-1] / 255
+    expected = np.rint(255 * samples ** (1 / (2.2 * gamma))).astype(np.uint8)
+    assert_pictures_close(decoded, expected, mean=0.01, within=1)
+
+
+def test_gamma_is_applied_to_all_16_bits_and_not_to_alpha() -> None:
+    dark = np.zeros((16, 256, 4), np.uint16)
+    dark[..., :3] = np.arange(256)[None, :, None]
+    dark[0, :, 3], dark[1:, :, 3] = 65_535, 65_535 // 2
+    decoded = decode_image(png_with(cv2.imencode(".png", dark)[1].tobytes(), gamma_chunk(100_000)))
+    opaque = 255 * (np.arange(256) / 65_535) ** (1 / 2.2)
+    for row, alpha in ((0, 1.0), (1, 0.5)):
+        expected = np.rint(opaque * alpha + 255 * (1 - alpha))
+        np.testing.assert_allclose(decoded[row, :, 0], expected, atol=1)
+    half = Image.new("RGBA", (4, 4), (64, 64, 64, 128))
+    expected_level = 255 * (64 / 255) ** (1 / 2.2) * 128 / 255 + 127
+    assert decode_image(png_with(save(half, "PNG"), gamma_chunk(100_000))).max() == pytest.approx(
+        expected_level, abs=1
+    )
+
+
+def test_gamma_changes_nothing_where_it_is_the_usual_one_or_something_else_counts() -> None:
+    rgb, srgb = gradient(), ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    plain, profiled = (save(Image.fromarray(rgb), "PNG", **o) for o in ({}, {"icc_profile": srgb}))
+    for data in (
+        png_with(plain, gamma_chunk(45_455)),
+        png_with(plain, gamma_chunk(45_000)),
+        png_with(plain, gamma_chunk(0)),
+        png_with(plain, gamma_chunk(100_000), (b"sRGB", b"\0")),
+        png_with(profiled, gamma_chunk(100_000)),
+    ):
+        np.testing.assert_array_equal(decode_image(data), rgb[:, :, ::-1])
 
 
 def test_encodes_a_jpeg_of_the_same_size_and_quality() -> None:

@@ -2,11 +2,13 @@
 
 import base64
 import contextlib
+import http.server
 import io
 import os
 import struct
+import threading
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from codeformer.errors import ImageError, OptionError
+from codeformer.errors import CancelledError, ImageError, OptionError, TimeLimitError
 from codeformer.images import decode_image
+from codeformer.limits import Limits
 from codeformer.pipeline import Pipeline
 from codeformer.request import serve
 from tests.test_images import gradient, png_header, save
@@ -159,6 +162,89 @@ def test_what_is_no_file_is_refused(blind_pipeline: Pipeline, tmp_path: Path, go
     link = tmp_path / "link.jpg"
     link.symlink_to(good_file)
     assert len(serve(blind_pipeline, [link, link, good_file]).jpegs) == 3
+
+
+class Answers(http.server.BaseHTTPRequestHandler):
+    """A picture, and ways not to deliver one."""
+
+    never = threading.Event()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        if self.path == "/away":
+            self.send_response(302)
+            self.send_header("Location", "file:///etc/hostname")
+            self.end_headers()
+        elif self.path == "/missing":
+            self.send_error(404)
+        else:
+            self.send_response(200)
+            photo = picture_file("JPEG")
+            if self.path == "/cut":
+                self.send_header("Content-Length", str(2 * len(photo)))
+            self.end_headers()
+            self.wfile.write(photo)
+            while self.path == "/endless":
+                self.wfile.write(bytes(1 << 16))
+            while self.path == "/trickle":
+                self.wfile.write(b"-")
+                self.never.wait(0.02)
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    """Of a server, its scheme in capital letters: what Cog does not take for an address."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"HTTP://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_addresses_and_data_that_cog_leaves_alone_are_fetched(blind_pipeline: Pipeline, address: str) -> None:
+    photo = picture_file("JPEG")
+    encoded = base64.b64encode(photo).decode()
+    percent = "".join(f"%{byte:02x}" for byte in photo)
+    inputs = [f"{address}/photo", address.replace("HTTP", "Http") + "/photo"]
+    inputs += [f"DATA:image/jpeg;base64,{encoded}", f"Data:image/jpeg,{percent}"]
+    for image in serve(blind_pipeline, inputs).images_bgr:
+        np.testing.assert_array_equal(image, decode_image(photo))
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("/missing", "answered 404"),
+        ("/cut", "cannot be fetched"),
+        ("/away", "cannot be fetched"),
+        ("/endless", "at most 72,000,000 bytes"),
+    ],
+)
+def test_an_address_that_delivers_no_picture(
+    blind_pipeline: Pipeline, address: str, path: str, reason: str
+) -> None:
+    with pytest.raises(ImageError, match=f"^Image 1: .*{reason}") as raised:
+        serve(blind_pipeline, [f"{address}{path}"], limits=Limits(max_megapixels=1))
+    assert "127.0.0.1" not in str(raised.value)
+
+
+def test_a_transfer_meets_the_deadline_and_the_cancellation(blind_pipeline: Pipeline, address: str) -> None:
+    with pytest.raises(TimeLimitError, match="image 1's transfer"):
+        serve(blind_pipeline, [f"{address}/trickle"], limits=Limits(max_seconds=0.5))
+    stop = threading.Event()
+    stop.set()
+    with pytest.raises(CancelledError):
+        serve(blind_pipeline, [f"{address}/trickle"], stop=stop)
+
+
+@pytest.mark.parametrize(
+    "text", ["DATA:image/png;base64,A", "FTP://127.0.0.1/a.jpg", "HTTP://", "HTTP:photo"]
+)
+def test_what_is_no_address_is_refused(blind_pipeline: Pipeline, text: str) -> None:
+    with pytest.raises(ImageError, match=r"^Image 1: (expected|the address cannot be fetched)"):
+        serve(blind_pipeline, [text])
 
 
 @pytest.mark.parametrize("fidelity", ["0.5", float("nan"), float("inf"), -1, 2, None, [0.5], 10**400])

@@ -46,22 +46,6 @@ def test_a_cpu_computes_in_float32() -> None:
     assert all(resolve_plan(profile, device=CPU).half_dtype is None for profile in RUNTIME_PROFILES)
 
 
-@pytest.mark.parametrize("capability", ["avx512_bf16", "amx_bf16"])
-def test_a_cpu_with_instructions_for_it_computes_in_bfloat16(
-    monkeypatch: pytest.MonkeyPatch, capability: str
-) -> None:
-    monkeypatch.undo()
-    for capabilities, expected in (
-        ({capability: True}, torch.bfloat16),
-        ({capability: False}, None),
-        ({}, None),
-    ):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found)
-        assert resolve_plan("baseline", device=CPU).half_dtype is None
-        assert resolve_plan("fast", device=CPU).half_dtype == expected
-        assert resolve_plan("max_speed", device=CPU).half_dtype == expected
-
-
 @pytest.mark.parametrize(
     ("profile", "micro_batch", "parse_faces"),
     [("baseline", 1, True), ("fast", 8, True), ("max_speed", 8, False)],

@@ -11,7 +11,7 @@ import torch
 from codeformer.errors import NonFiniteOutputError
 from codeformer.networks.parsenet import FaceParsingNetwork
 from codeformer.parsing import FaceParser, TemplateMask, soften_labels
-from codeformer.plan import half_dtype_of
+from codeformer.precision import half_dtype_of
 from codeformer.restoration import FaceRestorer, batch_to_faces, faces_to_batch, match_gray
 from tests.compare import assert_pictures_close
 from tests.conftest import (

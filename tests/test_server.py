@@ -3,16 +3,21 @@
 import base64
 import functools
 import http.server
+import io
+import json
+import queue
 import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
+from benchmarks.server import direct_session
 from codeformer.errors import BenchmarkError
 from codeformer.images import decode_image, encode_jpeg
 from tests import pictures, shared
@@ -86,7 +91,68 @@ def test_a_file_behind_an_address(server: CogServer, png: bytes, tmp_path: Path)
         answer = server.succeed(images=[f"{address}/photo.png", data_uri(png)])
         assert [picture_of(output).shape for output in answer["output"]] == [(90, 160, 3)] * 2
         assert "404" in server.fail(images=[f"{address}/missing.png"])
+        # Cog leaves these to us.
+        shouted = address.replace("http", "HTTP")
+        [output] = server.succeed(images=[f"{shouted}/photo.png"])["output"]
+        assert picture_of(output).shape == (90, 160, 3)
+        assert "404" in server.fail(images=[f"{shouted}/missing.png"])
         files.shutdown()
+
+
+class SecretAndWebhook(http.server.BaseHTTPRequestHandler):
+    """A host that only the server reaches; it also keeps what webhooks send."""
+
+    SECRET = b"key=7f3a9 of an internal page"
+    received: ClassVar[queue.SimpleQueue[dict[str, Any]]]
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(self.SECRET)))
+        self.end_headers()
+        self.wfile.write(self.SECRET)
+
+    def do_POST(self) -> None:
+        self.received.put(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+        self.send_response(200)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def test_a_client_learns_nothing_of_what_lies_behind_an_address(server: CogServer) -> None:
+    SecretAndWebhook.received = queue.SimpleQueue()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), SecretAndWebhook) as host:
+        threading.Thread(target=host.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{host.server_port}"
+        body = {
+            "input": {"images": [f"{address}/internal"]},
+            "webhook": f"{address}/webhook",
+            "webhook_events_filter": ["start", "output", "logs", "completed"],
+        }
+        with direct_session() as session:
+            reply = session.post(
+                f"{server.url}/predictions", json=body, headers={"Prefer": "respond-async"}, timeout=60
+            )
+        assert reply.status_code == 202, reply.text
+        events = [SecretAndWebhook.received.get(timeout=60)]
+        while "error" not in events[-1]:
+            events.append(SecretAndWebhook.received.get(timeout=60))
+        host.shutdown()
+    assert "Image 1: not a picture" in events[-1]["error"]
+    assert "key=7f" not in json.dumps(events)
+    assert server.logs("key=7f"), "the operator cannot tell what came"
+
+
+def test_logs_name_no_path_of_the_server(server: CogServer) -> None:
+    stream = io.BytesIO()
+    # Pillow warns of these, and Python begins a warning with the path of the module.
+    Image.new("RGB", (64, 48)).save(stream, "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\x05\0")
+    answer = server.succeed(images=[data_uri(stream.getvalue())])
+    assert "site-packages" not in answer["logs"]
+    assert "no face" in answer["logs"]
+    assert server.logs("Corrupt EXIF data")
 
 
 BAD_REQUESTS: dict[str, tuple[dict[str, Any], str]] = {

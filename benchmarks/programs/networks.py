@@ -23,7 +23,8 @@ from codeformer.networks.codeformer import CodeFormer
 from codeformer.networks.inference import for_inference
 from codeformer.networks.parsenet import FaceParsingNetwork
 from codeformer.networks.retinaface import build_retinaface
-from codeformer.plan import DEFAULT_FIDELITY, available_device, half_dtype_of, torch_switches
+from codeformer.plan import DEFAULT_FIDELITY, available_device, torch_switches
+from codeformer.precision import half_dtype_of
 
 NETWORKS: Final[dict[str, tuple[Callable[[], Any], tuple[int, ...]]]] = {
     "restorer": (CodeFormer, (1, 3, 512, 512)),

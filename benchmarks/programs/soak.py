@@ -138,7 +138,7 @@ class Options(opt.Measuring):
     requests: Annotated[int, Field(ge=2, description="good and bad ones")] = 1000
     cancelled: Annotated[int, Field(ge=0, description="so many more")] = 10
     settled: Annotated[int, Field(ge=1, description="memory is compared from this request on")] = 200
-    port: Annotated[int, Field(description="a free one")] = 6301
+    port: opt.Port = 6301
     weights: opt.Weights = None
 
 
