@@ -65,13 +65,13 @@ data: $(VENV)/.tools  ## Make the 100 benchmark pictures data/1.jpg ... data/100
 sheet: $(VENV)/.tools  ## Draw docs/lite.jpg anew
 	$(PYTHON) -m scripts.contact_sheet
 
-bench: $(VENV)/.tools  ## Measure profiles and stages on data/, and write output/benchmark_report.html
-	$(PYTHON) benchmarks/run_bench.py --weights "$(WEIGHTS)"
-	$(PYTHON) benchmarks/bench_stages.py --weights "$(WEIGHTS)"
-	$(PYTHON) -m benchmarks.report benchmarks/last_bench.json benchmarks/last_bench_stages.json
+bench: $(VENV)/.tools  ## Measure profiles on the 100 pictures of data/, and stages; write output/benchmark_report.html
+	$(PYTHON) -m benchmarks requests --weights "$(WEIGHTS)"
+	$(PYTHON) -m benchmarks stages --weights "$(WEIGHTS)"
+	$(PYTHON) -m benchmarks report benchmarks/last_bench.json benchmarks/last_bench_stages.json
 
 soak: $(VENV)/.tools  ## Send 1000 mixed requests to the real server; memory, files and errors must stay as they should
-	$(PYTHON) benchmarks/soak.py --weights "$(WEIGHTS)"
+	$(PYTHON) -m benchmarks soak --weights "$(WEIGHTS)"
 
 audit: $(VENV)/.tools  ## Look the installed packages up in the database of known vulnerabilities (needs the network)
 	$(PYTHON) -m pip_audit --local --strict

@@ -5,44 +5,63 @@ quartiles. Configurations that are compared take turns, so that a machine's slow
 are compared round by round: the ratio of two medians hides what the ratios of pairs show.
 """
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Annotated, Any, Final, Self
 
 import numpy as np
 import psutil
 import torch
-from jsonschema import Draft202012Validator
+from pydantic import BaseModel, ConfigDict, Field
 
-from benchmarks.schemas import SCHEMAS
-from codeformer.errors import BenchmarkError
-from codeformer.weights.manifest import WeightSet
-
-PERCENTILES: Final = {"p25": 25, "p50": 50, "p75": 75, "p95": 95, "p99": 99}
 _CLEAR_PEAK: Final = Path("/proc/self/clear_refs")
 
+# In the order of the work.
+STAGES: Final = ("decode", "detect", "align", "restore", "parse", "paste", "encode")
+
 Call = Callable[[], Any]
+Positive = Annotated[int, Field(ge=1)]
 
 
-def summarise(samples: Sequence[float]) -> dict[str, float | int]:
-    """Count, mean, quartiles, p95, p99 (linear interpolation) and extremes, in the samples' unit.
+class Model(BaseModel):
+    """A part of a result: no unknown fields, no conversion of types, no infinite numbers."""
 
-    Raises:
-        ValueError: there are no samples, or one is not finite.
-    """
-    values = np.asarray(samples, dtype=np.float64)
-    if not values.size or not np.isfinite(values).all():
-        raise ValueError(f"expected finite samples, at least one; got {list(samples)[:10]}.")
-    points = np.percentile(values, list(PERCENTILES.values()))
-    return {
-        "count": len(samples),
-        "avg": round(float(values.mean()), 4),
-        **{name: round(float(point), 4) for name, point in zip(PERCENTILES, points, strict=True)},
-        "min": round(float(values.min()), 4),
-        "max": round(float(values.max()), 4),
-    }
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Summary(Model):
+    """Mean, percentiles (linear interpolation) and extremes of samples, in their unit."""
+
+    count: Positive
+    avg: float
+    p25: float
+    p50: float
+    p75: float
+    p95: float
+    p99: float
+    min: float
+    max: float
+
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> Self:
+        """Of at least one sample.
+
+        Raises:
+            ValueError: there are no samples, or one is not finite.
+        """
+        values = np.asarray(samples, dtype=np.float64)
+        if not values.size or not np.isfinite(values).all():
+            raise ValueError(f"expected finite samples, at least one; got {list(samples)[:10]}.")
+        p25, p50, p75, p95, p99 = np.percentile(values, (25, 50, 75, 95, 99))
+        numbers = {"avg": values.mean(), "p25": p25, "p50": p50, "p75": p75, "p95": p95, "p99": p99}
+        numbers |= {"min": values.min(), "max": values.max()}
+        return cls(count=values.size, **{name: round(float(value), 4) for name, value in numbers.items()})
+
+    def spread(self, digits: int = 1) -> str:
+        """The median, and the quartiles in brackets."""
+        p25, p50, p75 = (f"{value:,.{digits}f}" for value in (self.p25, self.p50, self.p75))
+        return f"{p50} ({p25} to {p75})"
 
 
 def synchronise(device: torch.device) -> None:
@@ -74,37 +93,49 @@ def interleave(
     Returns:
         For each name, time in ms and result of each round.
     """
-    if not calls:
-        return {}
-    names = list(calls)
+    samples: dict[str, list[tuple[float, Any]]] = {name: [] for name in calls}
     for _ in range(warmup):
-        for name in names:
-            calls[name]()
-    samples: dict[str, list[tuple[float, Any]]] = {name: [] for name in names}
+        for call in calls.values():
+            call()
     for turn in range(repeats):
-        for name in rotated(names, turn):
+        for name in rotated(list(calls), turn):
             samples[name].append(time_call(calls[name], device))
     return samples
 
 
+def times_of(samples: Mapping[str, Sequence[tuple[float, Any]]]) -> dict[str, list[float]]:
+    """The times of `interleave` alone, in ms."""
+    return {name: [elapsed_ms for elapsed_ms, _ in rounds] for name, rounds in samples.items()}
+
+
 def rotated(items: Sequence[str], by: int) -> list[str]:
     """The items in order, beginning with another one each time."""
-    start = by % len(items)
+    start = by % len(items) if items else 0
     return [*items[start:], *items[:start]]
 
 
-def pair_ratios(of: Sequence[float], to: Sequence[float]) -> dict[str, float | int]:
+def ratio_of_pairs(of: Sequence[float], to: Sequence[float]) -> Summary:
     """Summary of the ratio of each sample to the sample of the same round."""
-    return summarise([ours / theirs for ours, theirs in zip(of, to, strict=True)])
+    return Summary.of([ours / theirs for ours, theirs in zip(of, to, strict=True)])
 
 
-def stage_times(metrics: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float | int]]:
+def ratios_to_first(times: Mapping[str, Sequence[float]]) -> dict[str, Summary]:
+    """The ratios of each to the first one, round by round."""
+    return {name: ratio_of_pairs(times[name], times[next(iter(times))]) for name in list(times)[1:]}
+
+
+def stage_times(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Summary]:
     """Summaries over requests of the stage times that `codeformer.request` measures, in ms."""
     names = dict.fromkeys(name for each in metrics for name in each if name.startswith("timing."))
     return {
-        name.removeprefix("timing."): summarise([float(each[name]) for each in metrics if name in each])
+        name.removeprefix("timing."): Summary.of([float(each[name]) for each in metrics if name in each])
         for name in names
     }
+
+
+def medians(stages_ms: Mapping[str, Summary]) -> dict[str, float]:
+    """The median of each stage of `STAGES`, in their order."""
+    return {stage: stages_ms[stage].p50 for stage in STAGES if stage in stages_ms}
 
 
 class PeakMemory:
@@ -129,23 +160,19 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(self._device)
             self._before_mib = torch.cuda.memory_allocated(self._device) / 2**20
         else:
-            self._can_reset = _reset_peak_rss()
+            try:
+                _CLEAR_PEAK.write_text("5", encoding="ascii")
+                self._can_reset = True
+            except OSError:
+                self._can_reset = False
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._device.type == "cuda":
             peak_mib = torch.cuda.max_memory_allocated(self._device) / 2**20
-            self.mib = peak_mib - self._before_mib + self._own_mib
-        elif self._can_reset:
-            self.mib = peak_rss_mib([psutil.Process().pid])
-
-
-def _reset_peak_rss() -> bool:
-    try:
-        _CLEAR_PEAK.write_text("5", encoding="ascii")
-    except OSError:
-        return False
-    return True
+            self.mib = round(peak_mib - self._before_mib + self._own_mib, 1)
+        elif self._can_reset and (mib := peak_rss_mib([psutil.Process().pid])) is not None:
+            self.mib = round(mib, 1)
 
 
 def peak_rss_mib(pids: Sequence[int]) -> float | None:
@@ -161,96 +188,3 @@ def peak_rss_mib(pids: Sequence[int]) -> float | None:
             return None
         total += int(peak.split()[1])
     return total / 1024
-
-
-def describe_weights(weight_set: WeightSet) -> dict[str, Any]:
-    """Name and hashes of the weights that were used."""
-    return {
-        "name": weight_set.name,
-        "sha256": {role: file.sha256[:16] for role, file in weight_set.files()},
-    }
-
-
-def check_output(path: Path) -> None:
-    """Fails before the work, not after it, where a report cannot be written.
-
-    Raises:
-        BenchmarkError: the file or its folder cannot be made.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab"):
-            pass
-        if path.stat().st_size == 0:
-            path.unlink()
-    except OSError as cause:
-        raise BenchmarkError(f"{path}: cannot be written ({cause.strerror}); change --output.") from cause
-
-
-def write_report(
-    path: Path, kind: str, machine: Mapping[str, Any], weights: WeightSet | None, body: Mapping[str, Any]
-) -> None:
-    """Writes a report as strict JSON, with all that must stand beside it.
-
-    Args:
-        path: the file.
-        kind: its schema's name.
-        machine: from `describe_machine`, asked before the work began.
-        weights: the set that was used; None for random values.
-        body: the measurements.
-
-    Raises:
-        BenchmarkError: the report does not keep its schema, or the file cannot be written.
-    """
-    report = {
-        "kind": kind,
-        "machine": dict(machine),
-        "weights": None if weights is None else describe_weights(weights),
-        **body,
-    }
-    check_report(report, path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(report, indent=1, allow_nan=False)
-        path.write_text(text + "\n", encoding="utf-8")
-    except OSError as cause:
-        raise BenchmarkError(
-            f"{path}: cannot be written ({cause.strerror}); name another --output."
-        ) from cause
-
-
-def read_report(path: Path) -> dict[str, Any]:
-    """A report as its program wrote it.
-
-    Raises:
-        BenchmarkError: not a file, not strict JSON, or not a report of a known kind.
-    """
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
-    except OSError as cause:
-        raise BenchmarkError(f"{path}: cannot be read ({cause.strerror}).") from cause
-    except ValueError as cause:
-        raise BenchmarkError(f"{path}: not strict JSON ({cause}).") from cause
-    check_report(report, path)
-    return dict(report)
-
-
-def check_report(report: Any, path: Path) -> None:
-    """Holds a report against its kind's schema.
-
-    Raises:
-        BenchmarkError: it does not keep it; names the place.
-    """
-    kind = report.get("kind") if isinstance(report, dict) else None
-    if kind not in SCHEMAS:
-        raise BenchmarkError(f"{path}: expected a report of kind {', '.join(SCHEMAS)}, got {kind!r}.")
-    errors = sorted(
-        Draft202012Validator(SCHEMAS[kind]).iter_errors(report), key=lambda error: list(error.path)
-    )
-    if errors:
-        place = "/".join(str(part) for part in errors[0].path)
-        raise BenchmarkError(f"{path}: at {place or 'the top'}: {errors[0].message[:300]}")
-
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON number")

@@ -1,155 +1,200 @@
-"""What the benchmark programs' command lines have in common."""
+"""What the programs' command lines have in common, and what they ask for.
+
+A program's options are a model: a field without a default is an argument, the others are options.
+"""
 
 import argparse
 import fnmatch
 import re
 import shlex
-import signal
-import sys
-from collections.abc import Callable, Sequence
+import shutil
+import tempfile
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Annotated, Any, Final, Literal, TypeVar, get_args, get_origin
 
-from codeformer.errors import CodeFormerError, InputError
-from codeformer.images import decode_image
-from codeformer.plan import COMPILE_BACKENDS, DEFAULT_FIDELITY, RUNTIME_PROFILES, STABILITY_MODES
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from tqdm import tqdm
+
+from benchmarks.results import Configuration, Picture, header_of
+from benchmarks.server import Server, running_server, server_kind
+from codeformer.errors import InputError
+from codeformer.images import ImageU8, decode_image
+from codeformer.memory import keep_freed_memory
+from codeformer.models import Models, load_models
+from codeformer.plan import COMPILE_BACKENDS, DEFAULT_FIDELITY, RuntimeProfile, available_device
+from codeformer.weights.download import fetch_set
+from codeformer.weights.manifest import WeightSet, load_weight_set
+from data.make_pictures import COUNT, draw, encode, plan
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 DATA: Final = ROOT / "data"
+# The pictures that are part of the repository.
+COMMITTED: Final = frozenset({"1.jpg", "2.jpg", "3.jpg", "4.jpg"})
 SUFFIXES: Final = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
-PORT: Final = 6301
-# Every sensible configuration; in safe mode the backend is not used.
-CASES: Final[dict[str, dict[str, str]]] = {
-    f"{profile}/{mode}" + f"/{backend}" * (mode == "optimized"): {
-        "runtime_profile": profile,
-        "stability_mode": mode,
-        "compile_backend": backend,
-    }
-    for profile in RUNTIME_PROFILES
-    for mode, backends in (("safe", ("eager",)), ("optimized", COMPILE_BACKENDS))
-    for backend in backends
+_MODES: Final[list[Any]] = [("safe", "eager"), *(("optimized", backend) for backend in COMPILE_BACKENDS)]
+# Every sensible configuration by its label; in safe mode the backend is not used.
+CASES: Final[dict[str, Configuration]] = {
+    case.label: case
+    for profile in get_args(RuntimeProfile)
+    for mode, backend in _MODES
+    for case in [
+        Configuration(
+            runtime_profile=profile,
+            stability_mode=mode,
+            compile_backend=backend,
+            codeformer_fidelity=DEFAULT_FIDELITY,
+        )
+    ]
 }
+DEFAULT_CASES: Final = ("baseline/safe", "fast/optimized/none", "max_speed/optimized/none")
+
+Port = Annotated[int, Field(ge=0, description="a free one; 0: the system chooses (not with cog)")]
+Warmup = Annotated[int, Field(ge=0, description="rounds before those that count")]
+Repeats = Annotated[int, Field(ge=1, description="rounds that count")]
+Fidelity = Annotated[float, Field(ge=0, le=1)]
+Cases = Annotated[
+    tuple[str, ...], Field(description=f"names, or patterns such as 'fast/*', of {', '.join(CASES)}")
+]
+Weights = Annotated[
+    str | None, Field(description="a set's name or folder; else CODEFORMER_WEIGHTS, else official")
+]
+Device = Annotated[str | None, Field(description="cuda or cpu; else cuda where there is one")]
+OfficialSize = Annotated[
+    bool, Field(description="random networks of official size; the set's detector finds the faces")
+]
 
 
-def positive(text: str) -> int:
-    """A whole number from 1 on."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text}")
-    return number
+class Options(BaseModel):
+    """The options of a program; `command` is the whole command line."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    command: str
 
 
-def count(text: str) -> int:
-    """A whole number from 0 on."""
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 0 on, got {text}")
-    return number
+class Measuring(Options):
+    """The options of a program that has a result."""
+
+    output: Annotated[Path | None, Field(description="the result; else benchmarks/last_*.json")] = None
 
 
-def names_of(choices: Sequence[str]) -> Callable[[str], list[str]]:
-    """A parser of comma-separated names, each one of the choices."""
+class InProcess(Measuring):
+    """The options of a program that loads the networks itself."""
 
-    def parse(text: str) -> list[str]:
-        names = [name for name in text.split(",") if name]
-        unknown = [name for name in names if name not in choices]
-        if unknown or not names:
-            raise argparse.ArgumentTypeError(f"expected some of {', '.join(choices)}, got {text!r}")
-        return names
-
-    return parse
+    weights: Weights = None
+    device: Device = None
 
 
-def add_configuration(parser: argparse.ArgumentParser, *, profiles: str) -> None:
-    """The options that make a configuration; `profiles` is the default of --profiles."""
-    parser.add_argument(
-        "--profiles",
-        nargs="+",
-        type=names_of(RUNTIME_PROFILES),
-        default=[profiles.split(",")],
-        metavar="NAME",
-        help=f"of {', '.join(RUNTIME_PROFILES)}; default: {profiles}",
-    )
-    parser.add_argument("--stability-mode", choices=STABILITY_MODES, default="safe")
-    parser.add_argument("--compile-backend", choices=COMPILE_BACKENDS, default="eager")
-    parser.add_argument(
-        "--codeformer-fidelity", type=float, default=DEFAULT_FIDELITY, metavar="W", help="default 0.5"
-    )
+class Serving(Measuring):
+    """The options of a program that starts a server."""
+
+    port: Port = 6301
+    server: Annotated[
+        Literal["auto", "cog", "direct"],
+        Field(description="`cog serve` in Docker, Cog's server in this environment, or the first possible"),
+    ] = "auto"
+    weights: Weights = None
+    timeout_sec: Annotated[float, Field(description="for each request")] = 600.0
+    start_timeout_sec: Annotated[float, Field(description="for the server to become ready")] = 600.0
 
 
-def profiles_of(options: argparse.Namespace) -> list[str]:
-    """The profiles asked for, each once."""
-    return list(dict.fromkeys(name for names in options.profiles for name in names))
+_Options = TypeVar("_Options", bound=Options)
 
 
-def configuration(options: argparse.Namespace, profile: str) -> dict[str, Any]:
-    """A request's settings, as the server and the reports name them."""
-    return {
-        "runtime_profile": profile,
-        "stability_mode": options.stability_mode,
-        "compile_backend": options.compile_backend,
-        "codeformer_fidelity": options.codeformer_fidelity,
-    }
+def parse(model: type[_Options], command: str, description: str | None, given: Sequence[str]) -> _Options:
+    """A command line as a program's options; where it is wrong, ends with status 2 and says so."""
+    parser = argparse.ArgumentParser(prog=command, description=description)
+    for name, field in model.model_fields.items():
+        if name == "command":
+            continue
+        kind = field.annotation
+        settings: dict[str, Any] = {"nargs": "+"} if get_origin(kind) is tuple else {}
+        if kind is bool:
+            settings["action"] = "store_true"
+        elif get_origin(kind) is Literal:
+            settings["choices"] = get_args(kind)
+        default = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+        known = "" if field.is_required() or default in (None, False, "") else f"default: {default}"
+        parser.add_argument(
+            name if field.is_required() else f"--{name.replace('_', '-')}",
+            default=argparse.SUPPRESS,
+            help="; ".join(filter(None, (field.description, known))),
+            **settings,
+        )
+    values = vars(parser.parse_args(given))
+    try:
+        return model(command=f"{command} {shlex.join(given)}".rstrip(), **values)
+    except ValidationError as cause:
+        error = cause.errors(include_url=False)[0]
+        name = f"--{error['loc'][0]}: ".replace("_", "-") if error["loc"] else ""
+        parser.error(f"{name}{error['msg']}")
 
 
-def add_cases(parser: argparse.ArgumentParser, *, default: list[str]) -> None:
-    """--cases, for programs that compare configurations of all kinds."""
-    parser.add_argument(
-        "--cases",
-        nargs="+",
-        default=default,
-        metavar="PATTERN",
-        help=f"or patterns such as 'fast/*', of {', '.join(CASES)}; default: {' '.join(default)}",
-    )
+def split(names: Any) -> Any:
+    """Values of an option that may be separated by commas, too."""
+    return [name for text in names for name in text.split(",") if name]
 
 
-def cases_of(patterns: Sequence[str]) -> dict[str, dict[str, str]]:
-    """The configurations that patterns ask for, in their order.
+def cases_of(patterns: Sequence[str], fidelity: float = DEFAULT_FIDELITY) -> dict[str, Configuration]:
+    """The configurations that --cases asks for, in order, by label.
 
     Raises:
         InputError: a pattern matches none.
     """
-    chosen: dict[str, dict[str, str]] = {}
+    chosen: dict[str, Configuration] = {}
     for pattern in patterns:
         names = fnmatch.filter(CASES, pattern)
         if not names:
             raise InputError(f"--cases {pattern}: expected a pattern of some of {', '.join(CASES)}.")
-        chosen |= {name: CASES[name] for name in names}
+        chosen |= {name: CASES[name].model_copy(update={"codeformer_fidelity": fidelity}) for name in names}
     return chosen
 
 
-def cases_at_fidelity(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """The configurations of --cases, with --codeformer-fidelity."""
-    fidelity = {"codeformer_fidelity": options.codeformer_fidelity}
-    return {name: case | fidelity for name, case in cases_of(options.cases).items()}
+@dataclass(frozen=True)
+class Loaded:
+    """The networks to measure in this process, and the result's fields that are known before."""
+
+    device: torch.device
+    weights: WeightSet
+    models: Models
+    header: dict[str, Any]
 
 
-def add_repetition(parser: argparse.ArgumentParser, *, warmup: int, repeats: int) -> None:
-    """--warmup and --repeats."""
-    parser.add_argument("--warmup", type=count, default=warmup, help=f"rounds before, default {warmup}")
-    parser.add_argument("--repeats", type=positive, default=repeats, help=f"rounds, default {repeats}")
+def load(options: InProcess, *repeated: str) -> Loaded:
+    """Loads the networks that the options ask for, fetched if need be; keeps freed memory as a server does.
+
+    Args:
+        options: --weights, --device and others.
+        repeated: as for `header_of`.
+    """
+    device = available_device(options.device)
+    weights = load_weight_set(options.weights)
+    header = header_of(options, device, weights, *repeated)
+    fetch_set(weights, progress=True)
+    if device.type == "cpu":
+        keep_freed_memory()
+    return Loaded(device, weights, load_models(weights, device), header)
 
 
-def add_port(parser: argparse.ArgumentParser) -> None:
-    """--port."""
-    text = f"a free one, default {PORT}; 0 for one that the system chooses (not with cog)"
-    parser.add_argument("--port", type=count, default=PORT, help=text)
+def server_header(options: Serving, *repeated: str) -> dict[str, Any]:
+    """The fields of a result of requests that are known before the server starts; fetches its weights."""
+    kind = server_kind(None if options.server == "auto" else options.server)
+    weights = load_weight_set(options.weights)
+    # An image serves weights of its own.
+    header = header_of(options, available_device(None), weights if kind == "direct" else None, *repeated)
+    if kind == "direct":
+        fetch_set(weights, progress=True)
+    return header | {"server": kind}
 
 
-def add_server(parser: argparse.ArgumentParser) -> None:
-    """How the server is started, and waited for."""
-    add_port(parser)
-    parser.add_argument(
-        "--server",
-        choices=("auto", "cog", "direct"),
-        default="auto",
-        help="cog: `cog serve` in Docker; direct: Cog's server in this environment; auto: the first possible",
-    )
-    parser.add_argument("--weights", metavar="SET", help="the server's weight set (direct); default: its own")
-    parser.add_argument("--timeout-sec", type=float, default=600.0, metavar="S", help="for each request")
-    parser.add_argument(
-        "--start-timeout-sec", type=float, default=600.0, metavar="S", help="for the server to become ready"
-    )
+def server_of(options: Serving) -> AbstractContextManager[Server]:
+    """A server, started as the options in `SERVER` say."""
+    kind = None if options.server == "auto" else options.server
+    deadline_s = options.start_timeout_sec
+    return running_server(options.port, kind=kind, weights=options.weights, deadline_s=deadline_s)
 
 
 def pictures_in(folder: Path) -> list[Path]:
@@ -158,50 +203,57 @@ def pictures_in(folder: Path) -> list[Path]:
     Raises:
         InputError: there are none.
     """
-    files = (file for file in folder.glob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
-    pictures = sorted(files, key=_numeric)
-    if not pictures:
+
+    def parts(file: Path) -> list[Any]:
+        # Text and numbers alternate, so that like is compared with like.
+        pieces = re.split(r"(\d+)", file.name.lower())
+        return [int(piece) if index % 2 else piece for index, piece in enumerate(pieces)]
+
+    files = [file for file in folder.glob("*") if file.suffix.lower() in SUFFIXES and file.is_file()]
+    if not files:
         raise InputError(f"{folder}: expected pictures ({', '.join(SUFFIXES)}), found none; see `make data`.")
-    return pictures
+    return sorted(files, key=parts)
 
 
-def describe_picture(file: Path) -> dict[str, Any]:
-    """A picture's name and upright size.
+def benchmark_pictures(folder: Path) -> list[Path]:
+    """A folder's pictures. If it is data/ and holds only the committed ones, the others are made first.
+
+    Raises:
+        InputError: there are none.
+    """
+    files = pictures_in(folder)
+    if folder.resolve() != DATA or {file.name for file in files} != COMMITTED:
+        return files
+    print(f"data/ holds {len(files)} pictures: making the other {COUNT - len(files)} (as `make data` does)")
+    # Elsewhere first: an interruption would leave a part of them, which would then be measured.
+    with tempfile.TemporaryDirectory(dir=DATA) as temporary:
+        made = [Path(temporary) / f"{number}.jpg" for number in range(len(files) + 1, COUNT + 1)]
+        for file in tqdm(made, unit="picture"):
+            file.write_bytes(encode(draw(plan(int(file.stem))), clean=False))
+        for file in made:
+            shutil.move(file, DATA / file.name)
+    return pictures_in(folder)
+
+
+def read_picture(file: Path) -> ImageU8:
+    """A picture (H, W, 3) uint8 BGR.
 
     Raises:
         InputError: it cannot be read, or is no usable picture.
     """
     try:
-        height, width = decode_image(file.read_bytes()).shape[:2]
+        return decode_image(file.read_bytes())
     except OSError as cause:
         raise InputError(f"{file}: cannot be read ({cause.strerror}).") from cause
     except InputError as cause:
         raise InputError(f"{file}: {cause}") from cause
-    return {"name": file.name, "width": width, "height": height}
 
 
-def run(program: Callable[[], int]) -> int:
-    """A program's exit status; errors of ours become a line on the error stream.
+def describe_picture(file: Path) -> Picture:
+    """A picture's name and size.
 
-    SIGTERM ends the program as an exception does, so that no server is left behind.
+    Raises:
+        InputError: it cannot be read, or is no usable picture.
     """
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    try:
-        return program()
-    except CodeFormerError as failure:
-        print(f"error: {failure}", file=sys.stderr)
-        return 1
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def command_line(program: str, arguments: Sequence[str] | None) -> str:
-    """The command, to be committed beside its results."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    return shlex.join(["python", program, *given])
-
-
-def _numeric(file: Path) -> list[Any]:
-    # Text and numbers alternate, so that like is compared with like.
-    parts = re.split(r"(\d+)", file.name.lower())
-    return [int(part) if index % 2 else part for index, part in enumerate(parts)]
+    height, width = read_picture(file).shape[:2]
+    return Picture(name=file.name, width=width, height=height)

@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import json
+import mimetypes
 import os
 import shutil
 import signal
@@ -34,8 +35,7 @@ _STOP_S: Final = 20.0
 # How long a failed request may keep the worker after its answer.
 _BUSY_S: Final = 30.0
 _TAIL_CHARACTERS: Final = 4000
-_DEAD: Final = ("SETUP_FAILED", "DEFUNCT")
-_MIME_TYPES: Final = {".png": "image/png", ".webp": "image/webp", ".bmp": "image/bmp", ".tif": "image/tiff"}
+_DEAD: Final = {"SETUP_FAILED": "failed: its setup failed", "DEFUNCT": "is defunct"}
 
 
 @dataclass(frozen=True)
@@ -56,26 +56,28 @@ class Answer:
 
 
 class Server:
-    """A running server.
+    """A server that has been started.
 
     Args:
         process: that was started.
-        port: where it listens.
+        port: where it listens; 0 for one that the kernel chooses, found out while the server starts.
         log: what it prints.
         kind: how it was started.
-        setup_s: seconds from its start until it was ready.
     """
 
-    def __init__(
-        self, process: subprocess.Popen[bytes], port: int, log: Path, kind: ServerKind, setup_s: float
-    ) -> None:
+    setup_s: float
+
+    def __init__(self, process: subprocess.Popen[bytes], port: int, log: Path, kind: ServerKind) -> None:
         self._process = process
         self._port = port
         self._log = log
         self._session = direct_session()
-        self.url = f"http://{HOST}:{port}"
         self.kind = kind
-        self.setup_s = setup_s
+
+    @property
+    def url(self) -> str:
+        """Where it listens."""
+        return f"http://{HOST}:{self._port}"
 
     def predict(self, inputs: Mapping[str, Any], timeout_s: float) -> Answer:
         """Sends a request and waits for its answer, or until the server has got over its lateness.
@@ -83,26 +85,24 @@ class Server:
         Raises:
             BenchmarkError: the server is gone, or does not come to an end with a late request.
         """
-        url = f"{self.url}/predictions"
         body = json.dumps({"input": dict(inputs)}).encode()
         headers = {"Content-Type": "application/json"}
         deadline = time.monotonic() + _BUSY_S
         while True:
             started = time.perf_counter()
             try:
-                reply = self._session.post(url, data=body, headers=headers, timeout=timeout_s)
+                reply = self._session.post(
+                    f"{self.url}/predictions", data=body, headers=headers, timeout=timeout_s
+                )
             except requests.Timeout:
                 late = Answer(_since(started), error=f"no answer within {timeout_s:g} s (--timeout-sec)")
                 self.wait_until_idle(max(timeout_s, _BUSY_S))
                 return late
             except requests.RequestException as cause:
-                raise BenchmarkError(
-                    f"the server does not answer any more ({type(cause).__name__}); the end of its log:\n"
-                    f"{tail(self._log)}"
-                ) from cause
+                raise self._error(f"does not answer any more ({type(cause).__name__})") from cause
             elapsed_ms = _since(started)
             if reply.status_code == 503:
-                raise BenchmarkError(f"the server can serve no more; the end of its log:\n{tail(self._log)}")
+                raise self._error("can serve no more")
             if reply.status_code != 409 or time.monotonic() > deadline:
                 return _read_answer(reply, elapsed_ms)
             time.sleep(_POLL_S)
@@ -115,20 +115,25 @@ class Server:
         Raises:
             BenchmarkError: there is no proper answer.
         """
+        url = f"{self.url}/predictions/{name}"
         try:
             with direct_session() as session:
-                url = f"{self.url}/predictions/{name}"
-                reply = session.put(url, json={"input": dict(inputs)}, timeout=timeout_s)
-            return str(reply.json()["status"])
+                return str(session.put(url, json={"input": dict(inputs)}, timeout=timeout_s).json()["status"])
         except (requests.RequestException, ValueError, KeyError) as cause:
-            raise BenchmarkError(
-                f"no proper answer ({cause!r}); the end of its log:\n{tail(self._log)}"
-            ) from cause
+            raise self._error(f"gives no proper answer ({cause!r})") from cause
 
     def cancel(self, name: str) -> None:
         """Cancels a request, if it is still at work."""
         with direct_session() as session:
             session.post(f"{self.url}/predictions/{name}/cancel", timeout=_BUSY_S)
+
+    def wait_until_started(self, limit_s: float) -> None:
+        """Waits until a new server takes requests.
+
+        Raises:
+            BenchmarkError: it ends, its setup fails, or it takes too long.
+        """
+        self._wait_for("READY", limit_s, "was not ready in time", every_s=_POLL_S)
 
     def wait_until_busy(self, limit_s: float) -> None:
         """Waits until the server is at work on a request that was sent from another thread.
@@ -139,23 +144,39 @@ class Server:
         self._wait_for("BUSY", limit_s, "does not begin with a request")
 
     def wait_until_idle(self, limit_s: float) -> None:
-        """Waits until the server takes requests.
+        """Waits until the server takes requests again.
 
         Raises:
             BenchmarkError: it does not.
         """
         self._wait_for("READY", limit_s, "does not get over a late request")
 
-    def _wait_for(self, wanted: str, limit_s: float, otherwise: str) -> None:
+    def _wait_for(self, wanted: str, limit_s: float, otherwise: str, every_s: float = _STATE_POLL_S) -> None:
+        state = "no answer"
         deadline = time.monotonic() + limit_s
         while time.monotonic() < deadline:
-            state, _ = _health(self._session, self._port)
+            if self._process.poll() is not None:
+                raise self._error(f"ended with status {self._process.returncode}")
+            self._port = self._port or _port_of(self.pid)
+            state, setup_log = self._health() if self._port else (state, "")
             if state == wanted:
                 return
             if state in _DEAD:
-                break
-            time.sleep(_STATE_POLL_S)
-        raise BenchmarkError(f"the server {otherwise}:\n{tail(self._log)}")
+                raise self._error(_DEAD[state], setup_log)
+            time.sleep(every_s)
+        raise self._error(f"{otherwise} ({state})")
+
+    def _health(self) -> tuple[str, str]:
+        """The server's state in its own word, and what its setup said."""
+        try:
+            health = self._session.get(f"{self.url}/health-check", timeout=5).json()
+        except (requests.RequestException, ValueError):
+            return "no answer", ""
+        return str(health.get("status")), str((health.get("setup") or {}).get("logs") or "")
+
+    def _error(self, what: str, log: str = "") -> BenchmarkError:
+        end = (log.strip() or _read(self._log).strip())[-_TAIL_CHARACTERS:]
+        return BenchmarkError(f"the server {what}; the end of its log:\n{end}")
 
     @property
     def pid(self) -> int:
@@ -164,19 +185,13 @@ class Server:
 
     def resident_mib(self) -> float:
         """What the server's processes hold in memory now."""
-        parent = psutil.Process(self._process.pid)
-        family = [parent, *parent.children(recursive=True)]
-        return float(sum(member.memory_info().rss for member in family)) / 2**20
+        return float(sum(member.memory_info().rss for member in _family(self.pid))) / 2**20
 
     def peak_memory_mib(self) -> tuple[float, str] | tuple[None, None]:
         """The most memory the server has held so far, and of what: the GPU or its processes."""
         if self.kind == "cog":
             return None, None
-        try:
-            parent = psutil.Process(self._process.pid)
-            pids = [parent.pid, *(child.pid for child in parent.children(recursive=True))]
-        except psutil.NoSuchProcess:
-            return None, None
+        pids = [member.pid for member in _family(self.pid)]
         if (gpu := _gpu_memory_mib(pids)) is not None:
             return gpu, "GPU"
         peak = peak_rss_mib(pids)
@@ -221,12 +236,13 @@ def running_server(
         log = Path(folder) / "server.log"
         started = time.monotonic()
         process = _start(kind, port, weights, Path(folder), log, temporary)
+        server = Server(process, port, log, kind)
         try:
-            listening_on = _wait(process, port, log, started + deadline_s)
-            yield Server(process, listening_on, log, kind, time.monotonic() - started)
+            server.wait_until_started(deadline_s)
+            server.setup_s = time.monotonic() - started
+            yield server
         finally:
             _stop(process, port, kind)
-    _wait_until_free(port)
 
 
 def server_kind(wanted: ServerKind | None) -> ServerKind:
@@ -250,14 +266,13 @@ def check_port(port: int) -> None:
 
 def as_input(path: Path) -> str:
     """A picture file as the data URI that goes into a request."""
-    mime = _MIME_TYPES.get(path.suffix.lower(), "image/jpeg")
+    mime = mimetypes.guess_type(path)[0] or "image/jpeg"
     return f"data:{mime};base64,{base64.b64encode(path.read_bytes()).decode('ascii')}"
 
 
-def tail(log: Path) -> str:
-    """The end of a log."""
+def _read(log: Path) -> str:
     try:
-        return log.read_text(encoding="utf-8", errors="replace")[-_TAIL_CHARACTERS:].strip()
+        return log.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return "(no log)"
 
@@ -272,7 +287,7 @@ def _start(
         write_schema(SERVER_SCHEMA)
         command = [sys.executable, "-m", "cog.server.http", "--host", HOST]
         environment |= {
-            # Threads beside the first could not keep freed memory in arenas of their own.
+            # Other threads than the first could not keep freed memory in arenas of their own.
             "MALLOC_ARENA_MAX": "1",
             # Cog starts its worker as `python` from PATH.
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}",
@@ -307,23 +322,6 @@ def direct_session() -> requests.Session:
     return session
 
 
-def _wait(process: subprocess.Popen[bytes], port: int, log: Path, deadline: float) -> int:
-    """Waits until the server is ready; returns its port."""
-    state = "no answer"
-    with direct_session() as session:
-        while time.monotonic() < deadline:
-            if process.poll() is not None:
-                raise BenchmarkError(f"the server ended with status {process.returncode}:\n{tail(log)}")
-            port = port or _port_of(process.pid)
-            state, own_log = _health(session, port) if port else (state, "")
-            if state == "READY":
-                return port
-            if state in _DEAD:
-                raise BenchmarkError(f"the server's setup failed ({state}):\n{own_log or tail(log)}")
-            time.sleep(_POLL_S)
-    raise BenchmarkError(f"the server was not ready in time ({state}):\n{tail(log)}")
-
-
 def _port_of(pid: int) -> int:
     """Where a process listens; 0 as long as it does not."""
     with contextlib.suppress(psutil.Error):
@@ -333,18 +331,8 @@ def _port_of(pid: int) -> int:
     return 0
 
 
-def _health(session: requests.Session, port: int) -> tuple[str, str]:
-    """The server's state in its own word, and the end of its setup's log."""
-    try:
-        health = session.get(f"http://{HOST}:{port}/health-check", timeout=5).json()
-    except (requests.RequestException, ValueError):
-        return "no answer", ""
-    log = str((health.get("setup") or {}).get("logs") or "")
-    return str(health.get("status")), log.strip()[-_TAIL_CHARACTERS:]
-
-
 def _stop(process: subprocess.Popen[bytes], port: int, kind: ServerKind) -> None:
-    """Ends the server and all that it has started, first kindly."""
+    """Ends the server and all that it has started; what does not follow SIGTERM is killed."""
     if kind == "cog":
         # The container is no child of ours: it has to end itself.
         with contextlib.suppress(requests.RequestException), direct_session() as session:
@@ -360,6 +348,15 @@ def _stop(process: subprocess.Popen[bytes], port: int, kind: ServerKind) -> None
         with contextlib.suppress(psutil.NoSuchProcess):
             member.kill()
     process.wait(_STOP_S)
+    deadline = time.monotonic() + _STOP_S
+    while True:
+        try:
+            # It comes free a moment later.
+            return check_port(port)
+        except BenchmarkError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(_POLL_S)
 
 
 def _family(pid: int) -> list[psutil.Process]:
@@ -373,19 +370,6 @@ def _family(pid: int) -> list[psutil.Process]:
             if os.getpgid(other.pid) == pid:
                 members.add(other)
     return list(members)
-
-
-def _wait_until_free(port: int) -> None:
-    deadline = time.monotonic() + _STOP_S
-    while True:
-        try:
-            check_port(port)
-        except BenchmarkError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(_POLL_S)
-        else:
-            return
 
 
 def _read_answer(reply: requests.Response, elapsed_ms: float) -> Answer:

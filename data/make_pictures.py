@@ -123,7 +123,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--output", type=Path, default=FOLDER, metavar="DIR", help="default: data/")
     parser.add_argument("--count", type=int, default=COUNT, help=f"how many, default {COUNT}")
-    parser.add_argument("--clean", action="store_true", help="unspoilt, as references for benchmarks.quality")
+    parser.add_argument("--clean", action="store_true", help="not degraded: references for `quality`")
     options = parser.parse_args()
     if options.output.resolve() == FOLDER and (options.clean or options.count != COUNT):
         parser.error("--clean and --count write other pictures than data/ holds: name another --output.")

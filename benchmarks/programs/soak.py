@@ -2,41 +2,36 @@
 
 Good pictures of several sizes and profiles, bad ones of several kinds, and cancelled requests take turns.
 Every good one has to succeed with pictures of the right size, every bad one to fail with its own message,
-memory must not grow, no file may be left, and like requests have to take alike.
+memory must not grow, no file may be left, and requests of one kind have to take about the same time.
 """
 
-import argparse
 import base64
 import random
-import sys
 import tempfile
 import time
 import uuid
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Annotated, Any, Final, Literal
 
 import cv2
 import numpy as np
-
-if __package__ in (None, ""):  # run as a file: python benchmarks/soak.py
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from pydantic import Field
 
 from benchmarks import options as opt
-from benchmarks.measure import check_output, summarise, write_report
+from benchmarks.measure import Positive, Summary
+from benchmarks.results import Amount, Count, Prices, Report, header_of
 from benchmarks.server import Answer, Server, running_server
-from codeformer.errors import BenchmarkError
+from benchmarks.views import Lines, Section, Table, cell, sentence
+from codeformer.errors import BenchmarkError, InputError
 from codeformer.images import ImageU8, decode_image, encode_jpeg
-from codeformer.machine import describe_machine
 from codeformer.plan import available_device
 from codeformer.request import MAX_IMAGES, SAMPLES
 from codeformer.weights.manifest import load_weight_set
 
-OUTPUT: Final = Path(__file__).with_name("last_soak.json")
-PROGRAM: Final = "benchmarks/soak.py"
 SEED: Final = 0
 BAD_SHARE: Final = 10
 MAX_GROWTH: Final = 0.02
@@ -47,6 +42,62 @@ _TIMEOUT_S: Final = 120.0
 # How long a request may work before it is cancelled: at its beginning, in the middle, near its end.
 _CANCEL_AFTER_S: Final = (0.05, 0.3, 0.6, 1.0)
 _CANCELLED: Final = "four pictures, fast"
+
+
+class Result(Report):
+    """What became of the requests.
+
+    Attributes:
+        requests: how many of each kind.
+        cancelled: what became of the cancelled ones, in Cog's words.
+        faults: answers that were not as expected.
+        times_ms: of good requests by kind.
+        resident_mib: (requests served, MiB), from the first that counts.
+        growth: how far memory went above what it was then, as a share.
+        most_files: the most temporary files at a time.
+        files_left: after the server's end.
+    """
+
+    kind: Literal["soak"] = "soak"
+    requests: dict[str, Positive]
+    cancelled: dict[str, Positive]
+    faults: list[str]
+    times_ms: dict[str, Summary]
+    resident_mib: Annotated[list[tuple[Count, Amount]], Field(min_length=2)]
+    growth: float
+    most_files: Count
+    files_left: list[str]
+
+    def section(self, _prices: Prices, /) -> Section:
+        statuses = ", ".join(f"{number} {status}" for status, number in self.cancelled.items())
+        note = sentence(
+            f"{sum(self.requests.values())} requests",
+            f"{sum(self.cancelled.values())} more were cancelled ({statuses})",
+            f"{len(self.problems()) or 'no'} problems",
+            f"memory {self.growth:+.2%} from request {self.resident_mib[0][0]} on",
+            f"at most {self.most_files} files at a time, {len(self.files_left) or 'none'} left",
+        )
+        rows = []
+        for kind, number in self.requests.items():
+            rows.append({"request": kind, "times": str(number)})
+            if times := self.times_ms.get(kind):
+                rows[-1] |= {"p50 ms": cell(times.p50, 0), "p99 ms": cell(times.p99, 0)}
+                rows[-1]["p99 to p50"] = cell(times.p99 / times.p50, 2)
+        memory = Lines("requests", "resident MiB", {"server": self.resident_mib})
+        return Section("Many requests of all kinds", [note], [Table(rows)], [memory])
+
+    def problems(self) -> list[str]:
+        found = [*self.faults, *(f"left behind: {path}" for path in self.files_left)]
+        if self.most_files > MAX_IMAGES:
+            found.append(f"{self.most_files} files at a time, more than the last request's results")
+        if self.cancelled and "canceled" not in self.cancelled:
+            found.append("every cancelled request succeeded")
+        if self.growth > MAX_GROWTH:
+            found.append(f"memory grew by {self.growth:.1%} after request {self.resident_mib[0][0]}")
+        for kind, times in self.times_ms.items():
+            if times.p99 > MAX_TAIL * times.p50:
+                found.append(f"{kind}: p99 is {times.p99 / times.p50:.1f} times p50")
+        return found
 
 
 @dataclass(frozen=True)
@@ -81,123 +132,76 @@ class Kind:
         return f"expected {self.faces} faces in pictures of {self.shapes}, got {faces} in {shapes}"
 
 
-@dataclass
-class Findings:
-    """What has been seen so far."""
+class Options(opt.Measuring):
+    """The command line."""
 
-    requests: Counter[str] = field(default_factory=Counter)
-    cancelled: Counter[str] = field(default_factory=Counter)
-    faults: list[str] = field(default_factory=list)
-    times_ms: defaultdict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
-    resident_mib: list[list[float]] = field(default_factory=list)
-    most_files: int = 0
-
-    def growth(self) -> float:
-        """How far memory has gone above what it was when it was first looked at, as a share."""
-        return max(mib for _, mib in self.resident_mib) / self.resident_mib[0][1] - 1
-
-    def verdicts(self, files_left: Sequence[str]) -> list[str]:
-        """Everything that is not as it should be, in words."""
-        found = [*self.faults, *(f"left behind: {path}" for path in files_left)]
-        if self.most_files > MAX_IMAGES:
-            found.append(f"{self.most_files} files at a time, more than the last request's results")
-        if self.cancelled and not self.cancelled["canceled"]:
-            found.append("every cancelled request succeeded")
-        if self.growth() > MAX_GROWTH:
-            found.append(f"memory grew by {self.growth():.1%} after request {self.resident_mib[0][0]}")
-        for name, values in self.times_ms.items():
-            p50, p99 = np.percentile(values, (50, 99))
-            if p99 > MAX_TAIL * p50:
-                found.append(f"{name}: p99 is {p99 / p50:.1f} times p50")
-        return found
+    requests: Annotated[int, Field(ge=2, description="good and bad ones")] = 1000
+    cancelled: Annotated[int, Field(ge=0, description="so many more")] = 10
+    settled: Annotated[int, Field(ge=1, description="memory is compared from this request on")] = 200
+    port: opt.Port = 6301
+    weights: opt.Weights = None
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the soak.
-
-    Returns:
-        0 when everything stayed as it should, 1 otherwise.
-    """
-    parser = argparse.ArgumentParser(prog=f"python {PROGRAM}", description=__doc__)
-    parser.add_argument("--requests", type=opt.positive, default=1000, metavar="N")
-    parser.add_argument("--cancelled", type=opt.count, default=10, metavar="N", help="so many more")
-    parser.add_argument(
-        "--settled",
-        type=opt.positive,
-        default=200,
-        metavar="N",
-        help="memory is compared from this request on, default 200",
-    )
-    opt.add_port(parser)
-    parser.add_argument("--weights", metavar="SET", help="default: CODEFORMER_WEIGHTS, else official")
-    parser.add_argument("--output", type=Path, default=OUTPUT, metavar="FILE", help=f"default: {OUTPUT.name}")
-    options = parser.parse_args(arguments)
+def measure(options: Options) -> Result:
     if options.settled >= options.requests:
-        parser.error("--settled: expected a number below --requests")
-    return opt.run(lambda: _run(options, opt.command_line(PROGRAM, arguments)))
-
-
-def _run(options: argparse.Namespace, command: str) -> int:
+        raise InputError(f"--settled: expected a number below {options.requests}, the number of --requests.")
     weights = load_weight_set(options.weights)
-    check_output(options.output)
-    machine = describe_machine(available_device(None))
-    plan = make_plan(options.requests, options.cancelled)
-    findings = Findings()
+    header = header_of(options, available_device(None), weights)
     with tempfile.TemporaryDirectory(prefix="codeformer-soak-") as folder:
         temporary = Path(folder)
         with running_server(
             options.port, kind="direct", weights=options.weights, temporary=temporary
         ) as server:
-            _work_through(plan, server, temporary, options.settled, findings)
+            plan = make_plan(options.requests, options.cancelled)
+            found = _work_through(plan, server, temporary, options.settled)
         files_left = sorted(str(path.relative_to(temporary)) for path in temporary.rglob("*"))
-    write_report(
-        options.output,
-        "soak",
-        machine,
-        weights,
-        {
-            "command": command,
-            "requests": dict(findings.requests),
-            "cancelled": dict(findings.cancelled),
-            "faults": findings.faults,
-            "times_ms": {name: summarise(values) for name, values in findings.times_ms.items()},
-            "resident_mib": findings.resident_mib,
-            "growth": round(findings.growth(), 5),
-            "most_files": findings.most_files,
-            "files_left": files_left,
-        },
-    )
-    verdicts = findings.verdicts(files_left)
-    for verdict in verdicts:
-        print(verdict, file=sys.stderr)
-    print(f"wrote {options.output}: {len(verdicts) or 'no'} faults")
-    return int(bool(verdicts))
+    return Result(**header, **found, files_left=files_left)
+
+
+def growth_of(resident_mib: Sequence[tuple[int, float]]) -> float:
+    """How far memory has gone above what it was when it was first looked at, as a share."""
+    return round(max(mib for _, mib in resident_mib) / resident_mib[0][1] - 1, 5)
 
 
 def _work_through(
-    plan: Sequence[Kind | None], server: Server, temporary: Path, settled: int, findings: Findings
-) -> None:
+    plan: Sequence[Kind | None], server: Server, temporary: Path, settled: int
+) -> dict[str, Any]:
+    """Sends the requests; the fields of the result that come of it."""
     long_request = next(kind for kind in good_requests() if kind.name == _CANCELLED)
-    served = 0
+    requests: Counter[str] = Counter()
+    cancelled: Counter[str] = Counter()
+    faults = []
+    times_ms: defaultdict[str, list[float]] = defaultdict(list)
+    resident_mib: list[tuple[int, float]] = []
+    most_files = 0
     for kind in plan:
         if kind is None:
-            after_s = _CANCEL_AFTER_S[findings.cancelled.total() % len(_CANCEL_AFTER_S)]
-            findings.cancelled[_cancel(server, long_request, after_s)] += 1
+            after_s = _CANCEL_AFTER_S[cancelled.total() % len(_CANCEL_AFTER_S)]
+            cancelled[_cancel(server, long_request, after_s)] += 1
             continue
         answer = server.predict(kind.inputs, _TIMEOUT_S)
-        served += 1
-        findings.requests[kind.name] += 1
+        requests[kind.name] += 1
+        served = requests.total()
         if fault := kind.fault_of(answer):
-            findings.faults.append(f"request {served}, {kind.name}: {fault}")
+            faults.append(f"request {served}, {kind.name}: {fault}")
         elif not kind.error:
-            findings.times_ms[kind.name].append(answer.elapsed_ms)
+            times_ms[kind.name].append(answer.elapsed_ms)
         if served % _EVERY == 0:
             files = sum(path.is_file() for path in temporary.rglob("*"))
-            findings.most_files = max(findings.most_files, files)
-            print(f"{served}: {server.resident_mib():.0f} MiB, {files} files, {len(findings.faults)} faults")
+            most_files = max(most_files, files)
+            print(f"{served}: {server.resident_mib():.0f} MiB, {files} files, {len(faults)} faults")
         if served >= settled and (served - settled) % _EVERY == 0:
-            findings.resident_mib.append([served, round(server.resident_mib(), 1)])
-    findings.resident_mib.append([served, round(server.resident_mib(), 1)])
+            resident_mib.append((served, round(server.resident_mib(), 1)))
+    resident_mib.append((requests.total(), round(server.resident_mib(), 1)))
+    return {
+        "requests": requests,
+        "cancelled": cancelled,
+        "faults": faults,
+        "times_ms": {name: Summary.of(values) for name, values in times_ms.items()},
+        "resident_mib": resident_mib,
+        "growth": growth_of(resident_mib),
+        "most_files": most_files,
+    }
 
 
 def _cancel(server: Server, kind: Kind, after_s: float) -> str:
@@ -285,7 +289,3 @@ def _request(name: str, pictures: Sequence[ImageU8], faces: int, **inputs: Any) 
 
 def _uri(data: bytes) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(data).decode()}"
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,259 @@
+"""How good the restored pictures are, and how far the faster configurations deviate from another.
+
+Clean pictures are degraded, each with its own seed, restored, and compared with what they were: PSNR and SSIM
+of the whole picture and of its faces (as found in the clean picture), and NIQE, which needs no reference.
+"""
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+
+from benchmarks import options as opt
+from benchmarks.measure import Model, Summary
+from benchmarks.programs.full_size import with_official_sizes
+from benchmarks.results import Configuration, Count, Prices, Report
+from benchmarks.views import Section, Table, cell
+from codeformer.alignment import align_faces, crop_face, make_working_copy
+from codeformer.degradation import HEAVY, MILD, MODERATE, DegradationRange
+from codeformer.detection import FaceDetector
+from codeformer.errors import InputError
+from codeformer.evaluation import metrics
+from codeformer.images import ImageU8
+from codeformer.models import Models
+from codeformer.pipeline import Pipeline
+from codeformer.plan import torch_switches
+
+PRECISIONS: Final = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DEGRADATIONS: Final[dict[str, DegradationRange]] = {"mild": MILD, "moderate": MODERATE, "heavy": HEAVY}
+_SMALLEST_FACE: Final = 16
+
+Degradation = Literal["mild", "moderate", "heavy"]
+Precision = Literal["float32", "bfloat16", "float16"]
+Box = tuple[slice, slice]
+
+
+class Scores(Model):
+    """Distributions over pictures and over faces; None where there is none, or none large enough."""
+
+    psnr_db: Summary
+    ssim: Summary
+    face_psnr_db: Summary | None = None
+    face_ssim: Summary | None = None
+    niqe: Summary | None = None
+
+    def cells(self) -> dict[str, str]:
+        """Means, as cells of a table."""
+        columns = [("PSNR, dB", self.psnr_db, 2), ("SSIM", self.ssim, 4)]
+        more = [
+            ("faces: PSNR, dB", self.face_psnr_db, 2),
+            ("faces: SSIM", self.face_ssim, 4),
+            ("NIQE", self.niqe, 2),
+        ]
+        return {title: cell(of.avg if of else None, digits) for title, of, digits in [*columns, *more]}
+
+
+class Restored(Model):
+    """One configuration's scores, and how many faces it restored."""
+
+    configuration: Configuration
+    scores: Scores
+    faces: Count
+
+
+class Deviation(Model):
+    """How far one configuration's pictures are from another's, in 8-bit levels and dB.
+
+    `equal_codes` is the share of codes that are the same, None where there is no face.
+    """
+
+    configuration: Configuration
+    against: Configuration
+    max_levels: float
+    mean_levels: float
+    psnr_db: float
+    equal_codes: Annotated[float, Field(ge=0, le=1)] | None
+
+
+class Result(Report):
+    """Of all configurations and fidelities."""
+
+    kind: Literal["quality"] = "quality"
+    seed: Count
+    degradation: Degradation
+    official_size: bool
+    precision: Precision | None
+    images: Annotated[list[str], Field(min_length=1)]
+    clean_niqe: Summary | None
+    degraded: Scores
+    restored: list[Restored]
+    deviations: list[Deviation]
+
+    def section(self, _prices: Prices, /) -> Section:
+        notes = [f"{len(self.images)} pictures; {self.degradation} degradation, seed {self.seed}; means."]
+        if self.clean_niqe:
+            notes.append(f"NIQE of the clean pictures: {self.clean_niqe.avg:.2f}.")
+        rows = [{"configuration": "degraded", "w": ""} | self.degraded.cells()]
+        rows += [
+            _named(row.configuration) | row.scores.cells() | {"faces": str(row.faces)}
+            for row in self.restored
+        ]
+        deviations = [
+            {
+                **_named(row.configuration),
+                "deviation from": row.against.label,
+                "largest, levels": cell(row.max_levels, 0),
+                "mean, levels": cell(row.mean_levels, 4),
+                "PSNR, dB": cell(row.psnr_db),
+                "equal codes": "-" if row.equal_codes is None else f"{row.equal_codes:.2%}",
+            }
+            for row in self.deviations
+        ]
+        return Section("Quality", notes, [Table(rows), Table(deviations)])
+
+
+def _named(configuration: Configuration) -> dict[str, str]:
+    return {"configuration": configuration.label, "w": f"{configuration.codeformer_fidelity:g}"}
+
+
+class Options(opt.InProcess):
+    """The command line."""
+
+    reference: Annotated[Path, Field(description="a folder of clean pictures")]
+    cases: opt.Cases = opt.DEFAULT_CASES
+    fidelities: tuple[opt.Fidelity, ...] = (0.0, 0.5, 1.0)
+    degradation: Degradation = "moderate"
+    seed: Annotated[int, Field(ge=0, description="of the degradations")] = 0
+    limit: Annotated[int | None, Field(ge=1, description="so many pictures, the first ones")] = None
+    against: Annotated[
+        str | None, Field(description="deviation of the other cases from this one; 'baseline' will do")
+    ] = None
+    official_size: opt.OfficialSize = False
+    precision: Annotated[
+        Precision | None,
+        Field(description="of generator and parser in fast and max_speed, instead of the device's"),
+    ] = None
+
+
+def measure(options: Options) -> Result:
+    against = "baseline/safe" if options.against == "baseline" else options.against
+    if against and against not in opt.CASES:
+        raise InputError(f"--against {against}: expected one of {', '.join(opt.CASES)}.")
+    cases = opt.cases_of([against, *options.cases] if against else options.cases)
+    files = opt.pictures_in(options.reference)[: options.limit]
+    loaded = opt.load(options, "seed", "degradation", "official_size", "precision")
+    device = loaded.device
+    models = with_official_sizes(loaded.models, device) if options.official_size else loaded.models
+    clean = [opt.read_picture(file) for file in files]
+    boxes = [_face_boxes(models.detector, picture) for picture in clean]
+    degraded = []
+    for index, picture in enumerate(clean):
+        rng = np.random.default_rng((options.seed, index))
+        degraded.append(DEGRADATIONS[options.degradation].sample(rng).apply(picture, rng))
+    crops = _crops(models.detector, degraded, device) if against else None
+    codes = {} if crops is None else {name: _codes(models, cases[name], crops) for name in cases}
+    restored: list[Restored] = []
+    deviations: list[Deviation] = []
+    for fidelity in options.fidelities:
+        outputs: dict[str, list[ImageU8]] = {}
+        configurations = opt.cases_of(list(cases), fidelity)
+        for name, configuration in configurations.items():
+            plan = configuration.plan(device)
+            if options.precision and configuration.runtime_profile != "baseline":
+                plan = dataclasses.replace(plan, half_dtype=PRECISIONS[options.precision])
+            pipeline = Pipeline(models, device)
+            results = [pipeline.restore([picture], fidelity, plan)[0] for picture in degraded]
+            outputs[name] = [result.image_bgr for result in results]
+            faces = sum(len(result.faces) for result in results)
+            found = scores(outputs[name], clean, boxes)
+            restored.append(Restored(configuration=configuration, scores=found, faces=faces))
+            print(f"measured {name}, w = {fidelity:g}")
+        if against:
+            deviations += [
+                Deviation(
+                    configuration=configuration,
+                    against=configurations[against],
+                    equal_codes=_share_of_equal(codes[name], codes[against]) if codes else None,
+                    **_differences(outputs[name], outputs[against]),
+                )
+                for name, configuration in configurations.items()
+                if name != against
+            ]
+    return Result(
+        **loaded.header,
+        images=[file.name for file in files],
+        clean_niqe=_niqe(clean),
+        degraded=scores(degraded, clean, boxes),
+        restored=restored,
+        deviations=deviations,
+    )
+
+
+def _face_boxes(detector: FaceDetector, picture: ImageU8) -> list[Box]:
+    height, width = picture.shape[:2]
+    boxes = []
+    with torch_switches(cudnn_benchmark=False):
+        [faces] = detector.detect([picture])
+    for face in faces:
+        left, top = np.floor(face.box_xyxy[:2]).astype(int).clip(0)
+        right, bottom = np.ceil(face.box_xyxy[2:]).astype(int).clip(None, (width, height))
+        if min(right - left, bottom - top) >= _SMALLEST_FACE:
+            boxes.append((slice(top, bottom), slice(left, right)))
+    return boxes
+
+
+def scores(results: Sequence[ImageU8], clean: Sequence[ImageU8], boxes: Sequence[Sequence[Box]]) -> Scores:
+    """Scores of pictures (H, W, 3) uint8 BGR against clean ones, and of their faces in boxes."""
+    values: defaultdict[str, list[float]] = defaultdict(list)
+    for result, truth, faces in zip(results, clean, boxes, strict=True):
+        whole: list[Box] = [np.s_[:, :]]
+        for prefix, regions in (("", whole), ("face_", faces)):
+            for region in regions:
+                values[f"{prefix}psnr_db"].append(metrics.psnr_db(result[region], truth[region]))
+                values[f"{prefix}ssim"].append(metrics.ssim(result[region], truth[region]))
+    summaries: dict[str, Any] = {name: Summary.of(numbers) for name, numbers in values.items()}
+    return Scores(**summaries, niqe=_niqe(results))
+
+
+def _niqe(pictures: Sequence[ImageU8]) -> Summary | None:
+    numbers = [value for picture in pictures if (value := metrics.niqe(picture)) is not None]
+    return Summary.of(numbers) if numbers else None
+
+
+def _differences(ours: Sequence[ImageU8], theirs: Sequence[ImageU8]) -> dict[str, float]:
+    pairs = list(zip(ours, theirs, strict=True))
+    levels = [np.abs(a.astype(np.int16) - b) for a, b in pairs]
+    return {
+        "max_levels": int(max(difference.max() for difference in levels)),
+        "mean_levels": round(float(np.mean([difference.mean() for difference in levels])), 5),
+        "psnr_db": round(float(np.mean([metrics.psnr_db(a, b) for a, b in pairs])), 3),
+    }
+
+
+def _share_of_equal(a: torch.Tensor, b: torch.Tensor) -> float:
+    return round(float((a == b).double().mean()), 6)
+
+
+def _crops(detector: FaceDetector, pictures: Sequence[ImageU8], device: torch.device) -> torch.Tensor | None:
+    """The aligned faces of all pictures, (N, 512, 512, 3) uint8 BGR; None where there is no face."""
+    crops = []
+    for picture in pictures:
+        working = make_working_copy(picture)
+        with torch_switches(cudnn_benchmark=False):
+            [found] = detector.detect([working.image_bgr])
+        faces, _ = align_faces(working, found)
+        crops += [crop_face(working.image_bgr, face.working_to_face) for face in faces]
+    return torch.from_numpy(np.stack(crops)).to(device) if crops else None
+
+
+def _codes(models: Models, configuration: Configuration, crops: torch.Tensor) -> torch.Tensor:
+    """The codes that a configuration predicts; in float32 in every profile, whatever the fidelity."""
+    plan = configuration.plan(crops.device)
+    restorer = (models.optimized(plan.compile_backend) if plan.optimized else models).restorer
+    with torch_switches(cudnn_benchmark=plan.cudnn_benchmark):
+        return torch.cat([restorer.codes(batch) for batch in torch.split(crops, plan.micro_batch)])

@@ -1,0 +1,51 @@
+"""How near a picture is to another, and how natural it looks. For training and benchmarks."""
+
+from typing import Final
+
+import numpy as np
+
+from codeformer.basicsr_compat import import_basicsr
+from codeformer.images import ImageU8
+
+IDENTICAL_DB: Final = 100.0
+# SSIM looks through a window of 11 px.
+SMALLEST_FOR_SSIM: Final = 11
+# NIQE works on blocks of 96 px, and wants a few of them.
+SMALLEST_FOR_NIQE: Final = 192
+
+
+def psnr_db(result: ImageU8, truth: ImageU8) -> float:
+    """Peak signal-to-noise ratio of two pictures (H, W, 3) uint8, in dB; `IDENTICAL_DB` at most.
+
+    The bound keeps means finite: an error of one level in one pixel is as good as none.
+    """
+    metrics = import_basicsr("metrics")
+    return min(float(metrics.calculate_psnr(result, truth, crop_border=0)), IDENTICAL_DB)
+
+
+def ssim(result: ImageU8, truth: ImageU8) -> float:
+    """Structural similarity of two pictures (H, W, 3) uint8, 1 for equal ones.
+
+    Sides have to be at least `SMALLEST_FOR_SSIM`.
+    """
+    return float(import_basicsr("metrics").calculate_ssim(result, truth, crop_border=0))
+
+
+def colour_shift(result: ImageU8, truth: ImageU8) -> float:
+    """The largest absolute difference of a channel's mean between two (H, W, 3) pictures, in 8-bit levels."""
+    return float(np.abs(result.mean(axis=(0, 1)) - truth.mean(axis=(0, 1))).max())
+
+
+def niqe(picture: ImageU8) -> float | None:
+    """Naturalness (NIQE, lower is better) of a picture (H, W, 3) uint8 BGR, without a reference.
+
+    Returns:
+        None for a picture with a side below `SMALLEST_FOR_NIQE`, and for a flat one, which has no statistics.
+    """
+    if min(picture.shape[:2]) < SMALLEST_FOR_NIQE:
+        return None
+    try:
+        value = float(np.squeeze(import_basicsr("metrics").calculate_niqe(picture, crop_border=0)))
+    except np.linalg.LinAlgError:
+        return None
+    return value if np.isfinite(value) else None
