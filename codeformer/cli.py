@@ -125,6 +125,13 @@ def _parser() -> argparse.ArgumentParser:
     restore.add_argument("--compile-backend", choices=COMPILE_BACKENDS, default="eager")
     restore.add_argument("--weights", metavar="SET", help=_set_help())
     restore.add_argument("--device", help="cuda or cpu; default: cuda where there is one")
+    restore.add_argument(
+        "--no-second-look",
+        dest="second_look",
+        action="store_const",
+        const=False,
+        help="take every detection for an upright face, as upstream does",
+    )
     restore.add_argument("--compare", action="store_true", help="also write before/after pictures")
     restore.add_argument("-r", "--recursive", action="store_true", help="go through folders in folders")
     restore.add_argument(
@@ -208,7 +215,7 @@ def _restore_all(
     check_fidelity(options.codeformer_fidelity)
     limits = Limits.from_environment()
     results.check()
-    pipeline = Pipeline.load(options.weights, options.device)
+    pipeline = Pipeline.load(options.weights, options.device, second_look=options.second_look)
     with logging_redirect_tqdm(), _photo_in_log() as name_in_log:
         for photo in tqdm(photos, desc="restoring", unit="photo", disable=len(photos) == 1):
             name_in_log(_shown(photo.path))

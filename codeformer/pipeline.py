@@ -60,6 +60,7 @@ from codeformer.plan import (
     torch_switches,
 )
 from codeformer.restoration import match_gray
+from codeformer.server_log import operator_logger
 from codeformer.traits import Area, gray_area, is_gray, loses_detail
 from codeformer.weights.download import fetch_set
 from codeformer.weights.manifest import WeightSet, load_weight_set
@@ -306,7 +307,7 @@ class _Request:
         for picture, (copy, found) in enumerate(zip(working, found_faces, strict=True)):
             if found.ghosts:
                 logger.info(
-                    "image %d: %d detections were not found again in another framing: no faces",
+                    "image %d: not found again in another framing, so no faces: %d detections",
                     picture + 1,
                     found.ghosts,
                 )
@@ -346,10 +347,10 @@ class _Request:
         self._losing_detail[picture] = sum(loses_detail(image, one.face.face_to_picture) for one in aligned)
         if self._losing_detail[picture]:
             logger.warning(
-                "image %d: %d sharp faces are larger than the %d px of their crops and may come back softer",
+                "image %d: sharp and larger than their crops of %d px, which may come back softer: %d faces",
                 picture + 1,
-                self._losing_detail[picture],
                 FACE_SIZE,
+                self._losing_detail[picture],
             )
         return [
             _FaceJob(
@@ -479,7 +480,7 @@ class _Request:
                 yield
         except _STAGE_ERRORS as cause:
             kind = DeviceMemoryError if is_out_of_memory(cause) else InferenceError
-            logger.warning("%s failed on %s: %s: %s", stage, where, type(cause).__name__, cause)
+            operator_logger.warning("%s failed on %s: %s: %s", stage, where, type(cause).__name__, cause)
             raise kind(stage, where, in_words(cause)) from cause
 
 

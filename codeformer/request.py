@@ -246,6 +246,7 @@ def _summarise(results: Sequence[RestoredImage]) -> Metrics:
         for number, result in enumerate(results, start=1)
         for reason, count in Counter(result.skipped_faces).items()
     ]
+    metrics["faces.losing_detail"] = sum(result.faces_losing_detail for result in results)
     metrics["faces.float32_retries"] = sum(result.float32_retries for result in results)
     metrics["faces.memory_retries"] = sum(result.memory_retries for result in results)
     metrics["images.count"] = len(results)

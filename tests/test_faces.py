@@ -62,7 +62,8 @@ class Knowing(FaceDetector):
 
 
 def pipeline_of(detector: FaceDetector, restorer: FaceRestorer | None = None) -> Pipeline:
-    return Pipeline(Models(detector, restorer or Negative(), TemplateMask()), CPU)
+    """A pipeline that takes what the detector says; `Knowing` says it whatever it is shown."""
+    return Pipeline(Models(detector, restorer or Negative(), TemplateMask()), CPU, second_look=False)
 
 
 def test_a_hundred_faces_are_restored_in_small_batches_and_the_log_says_how_far(
@@ -185,3 +186,55 @@ def test_of_thousands_of_faces_no_more_than_allowed_are_looked_at() -> None:
     assert skipped == []
     with pytest.raises(FaceLimitError, match="at most 29 faces, found more"):
         pipeline_of(Knowing(*faces_xy)).restore([picture], limits=Limits(max_faces=29))
+
+
+def two_faces(behind: float, in_front: float) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Landmarks of two faces that overlap by half, of these sizes."""
+    places = [similarity(behind, 0, 250, 300), similarity(in_front, 0, 250 + 300 * in_front, 300)]
+    picture = np.random.default_rng(2).integers(0, 120, (600, 800, 3), np.uint8)
+    return picture, [transform_points(place, FFHQ_TEMPLATE_XY) for place in places]
+
+
+class Scored(Knowing):
+    """Finds faces with these scores, best first."""
+
+    def __init__(self, faces_xy: Sequence[np.ndarray], scores: Sequence[float]) -> None:
+        super().__init__(*faces_xy)
+        self._scores = scores
+
+    def detect(self, images_bgr: Sequence[np.ndarray], *, batched: bool = True) -> list[list[Detection]]:
+        found = [
+            dataclasses.replace(face, score=score)
+            for face, score in zip(super().detect(images_bgr)[0], self._scores, strict=True)
+        ]
+        return [sorted(found, key=lambda face: -face.score) for _ in images_bgr]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "scores", "on_top"),
+    [((0.5, 0.5), (0.9, 0.99), 1), ((0.5, 0.5), (0.99, 0.9), 0), ((0.3, 0.6), (0.99, 0.97), 1)],
+)
+def test_the_nearer_of_two_faces_lies_on_top(
+    sizes: tuple[float, float], scores: tuple[float, float], on_top: int
+) -> None:
+    picture, faces_xy = two_faces(*sizes)
+
+    def restored(*chosen: int) -> np.ndarray:
+        detector = Scored([faces_xy[i] for i in chosen], [scores[i] for i in chosen])
+        [result] = pipeline_of(detector).restore([picture])
+        assert [face.score for face in result.faces] == sorted((scores[i] for i in chosen), reverse=True)
+        return result.image_bgr
+
+    both, alone = restored(0, 1), restored(on_top)
+    # Where the nearer one is whole, nothing of the other shows.
+    core = core_of(faces_xy[on_top], sizes[on_top])
+    np.testing.assert_array_equal(both[core], alone[core])
+    other = restored(1 - on_top)
+    assert (both != alone).any()
+    assert not np.array_equal(both[core], other[core])
+
+
+def core_of(landmarks_xy: np.ndarray, size: float) -> tuple[slice, slice]:
+    x, y = landmarks_xy[2]
+    reach = 80 * size
+    return np.s_[int(y - reach) : int(y + reach), int(x - reach) : int(x + reach)]

@@ -64,6 +64,7 @@ def test_too_little_memory_is_told_from_other_failures(failure: Exception, expec
 FAULTS = """
 import resource, sys
 import torch
+import codeformer.pipeline  # the heap as it is where networks run
 from codeformer.memory import keep_freed_memory
 if sys.argv[1] == "keep" and not keep_freed_memory():
     print("another allocator")
