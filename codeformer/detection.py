@@ -107,18 +107,22 @@ class FaceDetector:
         """
         batch = torch.from_numpy(batch_bgr).to(self._device)
         height, width = batch.shape[1:3]
-        offsets, scores, landmark_offsets = self.network(self._normalise(batch))
+        offsets, both_scores, landmark_offsets = self.network(self._normalise(batch))
+        scores = both_scores[:, :, 1].float()
+        # No comparison holds for NaN: the answer would be that there is no face.
+        if not bool(torch.isfinite(scores).all()):
+            raise NonFiniteOutputError("the detector's scores are not finite.")
+        found: list[list[Detection]] = [[] for _ in batch_bgr]
         anchors = anchors_for(height, width, self._device)
-        return [
-            select_faces(
+        for row in (scores > score_threshold).any(dim=1).nonzero().flatten().tolist():
+            found[row] = select_faces(
                 decode_boxes(offsets[row].float(), anchors),
-                scores[row, :, 1].float(),
+                scores[row],
                 decode_landmarks(landmark_offsets[row].float(), anchors),
                 size_wh=(width, height),
                 score_threshold=score_threshold,
             )
-            for row in range(len(batch))
-        ]
+        return found
 
     def _normalise(self, batch_bgr: Tensor) -> Tensor:
         """(B, H, W, 3) uint8 to (B, 3, H, W) float32 without the channel means; no division."""
@@ -192,10 +196,8 @@ def select_faces(
         Faces in px of the picture, best score first.
 
     Raises:
-        NonFiniteOutputError: a score, or the place of a face, is NaN or infinite.
+        NonFiniteOutputError: the place of a face is NaN or infinite.
     """
-    # No comparison holds for NaN: the answer would be that there is no face.
-    is_finite = bool(torch.isfinite(scores).all())
     confident = scores > score_threshold
     units = boxes_xyxy.new_tensor(size_wh)
     boxes, scores = boxes_xyxy[confident] * units.repeat(2), scores[confident]
@@ -203,8 +205,8 @@ def select_faces(
     # torchvision's areas lack the "+ 1" of inclusive pixel boxes; moving the far corners adds it.
     keep = nms(boxes + boxes.new_tensor([0.0, 0.0, 1.0, 1.0]), scores, NMS_IOU)
     pixels = torch.cat([boxes[keep], landmarks[keep].flatten(1)], dim=1).cpu().numpy()
-    if not (is_finite and np.isfinite(pixels).all()):
-        raise NonFiniteOutputError("the detector's output is not finite.")
+    if not np.isfinite(pixels).all():
+        raise NonFiniteOutputError("the place of a face is not finite.")
     return [
         Detection(row[:4], float(score), row[4:].reshape(LANDMARKS, 2))
         for row, score in zip(pixels, scores[keep].cpu().numpy(), strict=True)
