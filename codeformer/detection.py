@@ -130,13 +130,13 @@ class FaceDetector:
         return channels_first.to(dtype=torch.float32, memory_format=self._layout) - self._mean
 
 
-def resize_for_detection(image_bgr: ImageU8) -> tuple[ImageU8, float]:
-    """A copy whose shorter side is 640 px, and its scale.
+def resize_for_detection(image_bgr: ImageU8, side: int = DETECTION_SIDE) -> tuple[ImageU8, float]:
+    """A copy whose shorter side is 640 px, or as told, and its scale.
 
     Area filter when shrinking, bilinear when growing; sizes are truncated to whole pixels.
     """
     height, width = image_bgr.shape[:2]
-    scale = DETECTION_SIDE / min(height, width)
+    scale = side / min(height, width)
     size_wh = (int(width * scale), int(height * scale))
     interpolation = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
     return np.asarray(cv2.resize(image_bgr, size_wh, interpolation=interpolation), dtype=np.uint8), scale

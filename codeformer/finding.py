@@ -9,7 +9,8 @@ for faces too large for their frame, with a margin.
 """
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Final
@@ -18,7 +19,7 @@ import cv2
 import numpy as np
 
 from codeformer.alignment import FFHQ_TEMPLATE_XY, WorkingCopy
-from codeformer.detection import MEAN_BGR, Detection, FaceDetector
+from codeformer.detection import DETECTION_SIDE, MEAN_BGR, Detection, FaceDetector, resize_for_detection
 from codeformer.errors import OptionError
 from codeformer.images import ImageU8
 
@@ -39,17 +40,19 @@ _BETWEEN_TURNS: Final = 0.3
 _LARGE: Final = 0.8
 _DETAIL: Final = 0.15
 _LARGE_COST: Final = 0.5
-# On every side, in longer sides of the picture.
-_MARGIN: Final = 0.5
+# On every side, in shorter sides of the picture.
+_MARGIN: Final = 0.65
 
-# Two detections are of one face when their centres are this close, in sides of the larger box, or their boxes
-# overlap this much; and of one pose when their landmarks are this close, in eye distances.
+# Two detections are of one face when their centres are this close, in sides of the larger box, or the boxes
+# overlap this much. They are of one pose when their landmarks are this close on average, in eye distances, or
+# for small faces seen in one orientation, in shorter sides of the picture: landmarks are no finer than that.
 _SAME_CENTRE: Final = 0.25
 _SAME_BOX: Final = 0.4
 _SAME_POSE: Final = 0.35
+_FINEST: Final = 0.0125
 
-# What the best view of a detection has to be worth. Real faces reach 0.75, however small. Large ones reach
-# 0.92, and what is found only in a turned picture and is no face 0.88.
+# The score that a view has to give. Real faces reach 0.75, however small. Large ones reach 0.92, and what is
+# found only in a turned picture and is no face 0.88.
 _SEEN: Final = 0.7
 _SEEN_AS_DETAIL: Final = 0.9
 # Views in one pass of the network.
@@ -135,21 +138,27 @@ class FaceFinder:
         self._detector = detector
 
     def find(
-        self, pictures: Sequence[WorkingCopy], *, batched: bool = True, at_most: int | None = None
+        self,
+        pictures: Sequence[WorkingCopy],
+        *,
+        batched: bool = True,
+        at_most: int = sys.maxsize,
+        before_look: Callable[[], None] = lambda: None,
     ) -> list[FoundFaces]:
         """Finds the faces of each picture, in the working frame.
 
         Args:
             pictures: working copies.
             batched: let pictures of one size share a forward pass of the first look.
-            at_most: so many detections of a picture are looked at again, the best; the others pass.
+            at_most: so many faces of a picture are looked for; the time it takes is bounded by it.
+            before_look: called before every search of a whole picture; what it raises ends the work.
 
         Raises:
             NonFiniteOutputError: the network's answer holds NaN or infinity.
         """
         first = self._detector.detect([picture.image_bgr for picture in pictures], batched=batched)
         return [
-            _SecondLook(self._detector, picture).find(found, at_most)
+            _SecondLook(self._detector, picture, at_most, before_look).find(found)
             for picture, found in zip(pictures, first, strict=True)
         ]
 
@@ -157,45 +166,64 @@ class FaceFinder:
 class _SecondLook:
     """One picture, looked at again."""
 
-    def __init__(self, detector: FaceDetector, picture: WorkingCopy) -> None:
+    def __init__(
+        self, detector: FaceDetector, picture: WorkingCopy, at_most: int, before_look: Callable[[], None]
+    ) -> None:
         self._detector = detector
         self._image_bgr = picture.image_bgr
         self._is_enlarged = picture.scale != 1.0
+        self._at_most = at_most
+        self._before_look = before_look
 
-    def find(self, found: list[Detection], at_most: int | None) -> FoundFaces:
-        looked_at = found if at_most is None else found[:at_most]
-        first = [_candidate(one, self._image_bgr) for one in looked_at]
+    def find(self, found: list[Detection]) -> FoundFaces:
+        first = [
+            _Candidate(one, 0, _value(one), _is_large(one, self._image_bgr)) for one in found[: self._at_most]
+        ]
         verdicts = self._verdicts(first)
         faces = [one for one, verdict in zip(first, verdicts, strict=True) if verdict is _Verdict.CONFIRMED]
+        # More detections than there may be faces: what holds for the best of them holds for the others.
+        others = found[len(first) :]
+        unseen_others = 0 if 2 * len(faces) >= len(first) else len(others)
         if len(faces) < len(first) or not faces:
             framed = self._search(0, _MARGIN)
             turned = [candidate for turns in (1, 2, 3) for candidate in self._search(turns)]
             faces += self._confirmed(framed + turned, faces)
             faces += self._half_hidden(first + framed, faces)
-        large = [face for face in faces if face.is_large]
-        if large or not faces:
-            faces = [face for face in faces if not face.is_large]
-            turns_to_try = {face.turns for face in large} or range(4)
-            framed = [candidate for turns in turns_to_try for candidate in self._search(turns, _MARGIN)]
-            faces += self._confirmed(large + framed, faces)
+        faces = self._placed_well(faces)
 
         # People in a picture mostly have one orientation: a small face that no view shows well is taken for
         # upright where all others are.
         has_others, all_upright = bool(faces), all(face.turns == 0 for face in faces)
         skipped: list[str] = []
-        ghosts = 0
+        ghosts = unseen_others
         for one, verdict in zip(first, verdicts, strict=True):
             if _is_at(one, faces):
                 continue
-            if self._is_detail(one):
-                ghosts += verdict is _Verdict.UNSEEN
-                skipped += [NO_POSE] * (verdict is _Verdict.OTHER_POSE)
-            elif _is_plausible(one.detection) and all_upright and (has_others or verdict is _Verdict.UNSEEN):
+            if self._is_detail(one) and verdict is _Verdict.UNSEEN:
+                ghosts += 1
+            elif (
+                not self._is_detail(one)
+                and _is_plausible(one.detection)
+                and all_upright
+                and (has_others or verdict is _Verdict.UNSEEN)
+            ):
                 faces.append(one)
             else:
                 skipped.append(NO_POSE)
-        detections = [face.detection for face in faces] + found[len(first) :]
+        detections = [face.detection for face in faces] + ([] if unseen_others else others)
         return FoundFaces(sorted(detections, key=lambda one: -one.score), skipped, ghosts)
+
+    def _placed_well(self, faces: list[_Candidate]) -> list[_Candidate]:
+        """The faces; those too large for the picture, or all if there are none, as a margin shows them."""
+        large = [face for face in faces if face.is_large]
+        if faces and not large:
+            return faces
+        others = [face for face in faces if not face.is_large]
+        # Where there is none, the upright picture has been searched with a margin before.
+        turns_to_try = {face.turns for face in large} or {1, 2, 3}
+        framed = [candidate for turns in turns_to_try for candidate in self._search(turns, _MARGIN)]
+        well_placed = others + self._confirmed(framed, others)
+        return well_placed + self._best(large, well_placed)
 
     def _half_hidden(self, candidates: Sequence[_Candidate], faces: Sequence[_Candidate]) -> list[_Candidate]:
         """Candidates behind faces, which outdo them in every view, if they are found without those."""
@@ -207,60 +235,68 @@ class _SecondLook:
         if not behind:
             return []
         alone = self._search(0, _MARGIN, without=faces)
-        found = [one for one in behind if _verdict(one, alone, _SEEN_AS_DETAIL) is _Verdict.CONFIRMED]
-        best: list[_Candidate] = []
-        for one in sorted(found, key=lambda one: -one.rank):
-            if not _is_at(one, best):
-                best.append(one)
-        return best
+        found = [one for one in behind if self._verdict(one, alone, _SEEN_AS_DETAIL) is _Verdict.CONFIRMED]
+        return self._best(found, faces)
 
     def _search(
         self, turns: int, margin: float = 0.0, *, without: Sequence[_Candidate] = ()
     ) -> list[_Candidate]:
         """Detections in the whole picture, turned and with a margin, back in the frame of the picture.
 
-        Faces to be left out are painted over.
+        Faces to be left out are painted over. The picture is resized before it is turned and framed, since it
+        may be large.
         """
-        border = round(margin * max(self._image_bgr.shape[:2]))
-        framed = self._image_bgr.copy() if without else self._image_bgr
+        self._before_look()
+        copy, scale = resize_for_detection(self._image_bgr, round(DETECTION_SIDE / (1 + 2 * margin)))
+        copy = copy.copy() if without else copy
         for face in without:
-            left, top, right, bottom = np.maximum(face.detection.box_xyxy, 0).round().astype(int)
-            framed[top:bottom, left:right] = MEAN_BGR
-        if border:
-            framed = np.asarray(
-                cv2.copyMakeBorder(
-                    framed, border, border, border, border, cv2.BORDER_CONSTANT, value=MEAN_BGR
-                ),
-                dtype=np.uint8,
-            )
-        view = np.ascontiguousarray(np.rot90(framed, turns))
-        [found] = self._detector.detect([view])
+            left, top, right, bottom = (np.maximum(face.detection.box_xyxy, 0) * scale).round().astype(int)
+            copy[top:bottom, left:right] = MEAN_BGR
+        border = round(margin * min(copy.shape[:2]))
+        framed = cv2.copyMakeBorder(copy, border, border, border, border, cv2.BORDER_CONSTANT, value=MEAN_BGR)
+        view = np.ascontiguousarray(np.rot90(framed, turns), dtype=np.uint8)
+        size_wh = (framed.shape[1], framed.shape[0])
+        [found] = self._detector.detect_at_size(view[None])
         return [
-            _candidate(one, view, turns, frame_size_wh=(framed.shape[1], framed.shape[0]), border=border)
+            _Candidate(
+                _moved(_turned_back(one, turns, size_wh), 1 / scale, before_xy=(-border, -border)),
+                turns,
+                _value(one),
+                # In a frame with a margin no face is too large.
+                not margin and _is_large(one, view),
+            )
             for one in found
         ]
 
     def _confirmed(self, candidates: Iterable[_Candidate], faces: Sequence[_Candidate]) -> list[_Candidate]:
         """At each place without a face the best candidate, if it is found again as it is."""
-        chosen: list[_Candidate] = []
-        for candidate in sorted(candidates, key=lambda candidate: -candidate.rank):
-            if not _is_at(candidate, [*faces, *chosen]):
-                chosen.append(candidate)
+        chosen = self._best(candidates, faces)
         views = self._views(chosen, _THOROUGH)
         return [
             one
             for one, seen in zip(chosen, views, strict=True)
-            if _verdict(one, seen, self._seen_at(one)) is _Verdict.CONFIRMED
+            if self._verdict(one, seen, self._seen_at(one)) is _Verdict.CONFIRMED
         ]
+
+    def _best(self, candidates: Iterable[_Candidate], faces: Sequence[_Candidate]) -> list[_Candidate]:
+        """At each place without a face the candidate of the highest rank."""
+        chosen: list[_Candidate] = []
+        for candidate in sorted(candidates, key=lambda candidate: -candidate.rank):
+            if len(faces) + len(chosen) >= self._at_most:
+                break
+            if not _is_at(candidate, [*faces, *chosen]):
+                chosen.append(candidate)
+        return chosen
 
     def _verdicts(self, candidates: Sequence[_Candidate]) -> list[_Verdict]:
         verdicts = [
-            _verdict(one, seen) for one, seen in zip(candidates, self._views(candidates, _QUICK), strict=True)
+            self._verdict(one, seen)
+            for one, seen in zip(candidates, self._views(candidates, _QUICK), strict=True)
         ]
         in_doubt = [i for i, verdict in enumerate(verdicts) if verdict is not _Verdict.CONFIRMED]
         again = self._views([candidates[i] for i in in_doubt], _THOROUGH)
         for index, seen in zip(in_doubt, again, strict=True):
-            verdicts[index] = _verdict(candidates[index], seen)
+            verdicts[index] = self._verdict(candidates[index], seen)
         return verdicts
 
     def _views(self, candidates: Sequence[_Candidate], view: _View) -> list[list[_Candidate]]:
@@ -271,17 +307,24 @@ class _SecondLook:
             patches = [_cut(self._image_bgr, one.detection, view) for one in candidates[start : start + step]]
             batch = np.stack([np.rot90(patch, turns) for patch, _, _ in patches for turns in range(4)])
             found = self._detector.detect_at_size(batch, score_threshold=_SEEN)
-            for index, (patch, scale, corner_xy) in enumerate(patches):
+            for index, (_, scale, corner_xy) in enumerate(patches):
+                size_wh = (view.size, view.size)
                 views.append(
                     [
-                        _candidate(
-                            one, patch, turns, (view.size, view.size), scale=scale, corner_xy=corner_xy
+                        _Candidate(
+                            _moved(_turned_back(one, turns, size_wh), 1 / scale, after_xy=corner_xy),
+                            turns,
+                            _value(one),
+                            is_large=False,
                         )
                         for turns in range(4)
                         for one in found[4 * index + turns]
                     ]
                 )
         return views
+
+    def _verdict(self, candidate: _Candidate, views: Iterable[_Candidate], seen: float = _SEEN) -> _Verdict:
+        return _verdict(candidate, views, min(self._image_bgr.shape[:2]), seen)
 
     def _seen_at(self, candidate: _Candidate) -> float:
         """What its best view has to be worth."""
@@ -292,60 +335,59 @@ class _SecondLook:
         return self._is_enlarged or _side(candidate.detection) > _DETAIL * min(self._image_bgr.shape[:2])
 
 
-def _candidate(
-    found: Detection,
-    frame: ImageU8,
-    turns: int = 0,
-    frame_size_wh: tuple[int, int] = (0, 0),
-    *,
-    border: int = 0,
-    scale: float = 1.0,
-    corner_xy: tuple[int, int] = (0, 0),
-) -> _Candidate:
-    """A detection in a frame that was cut out, scaled, padded and turned, back in the picture.
-
-    Args:
-        found: in the frame.
-        frame: what was searched.
-        turns: quarter turns it had been given, counter-clockwise.
-        frame_size_wh: its size before it was turned.
-        border: px of grey on every side; a face in a frame with a margin is never too large.
-        scale: px of the frame for each of the picture.
-        corner_xy: the frame's corner in the picture.
-    """
-    moved = _moved(
-        _turned_back(found, turns, frame_size_wh), 1 / scale, (corner_xy[0] - border, corner_xy[1] - border)
-    )
-    is_large = not border and _side(found) > _LARGE * min(frame.shape[:2])
-    return _Candidate(moved, turns, _value(found), is_large)
-
-
-def _verdict(candidate: _Candidate, views: Iterable[_Candidate], seen: float = _SEEN) -> _Verdict:
-    near = [view for view in views if view.value >= seen and _is_at(view, [candidate])]
+def _verdict(
+    candidate: _Candidate, views: Iterable[_Candidate], shorter_side: int, seen: float = _SEEN
+) -> _Verdict:
+    near = [view for view in views if view.detection.score >= seen and _is_at(view, [candidate])]
     if not near:
         return _Verdict.UNSEEN
     best = max(near, key=lambda view: view.value)
-    one, again = candidate.detection, best.detection
-    distance = np.linalg.norm(one.landmarks_xy - again.landmarks_xy, axis=1).mean()
-    agrees = distance < _SAME_POSE * max(_pose(one)[2], _pose(again)[2])
-    suits = best.turns == candidate.turns or candidate.value >= best.value - _BETWEEN_TURNS
-    return _Verdict.CONFIRMED if agrees and suits else _Verdict.OTHER_POSE
+    one = candidate.detection
+    if best.turns == candidate.turns:
+        same = [view.detection for view in near if view.turns == candidate.turns]
+        agrees = any(
+            _offset(one, other) < max(_SAME_POSE * _eyes(one, other), _FINEST * shorter_side)
+            for other in same
+        )
+    else:
+        # Halfway between two orientations a face is seen alike from both.
+        other = best.detection
+        is_between = candidate.value >= best.value - _BETWEEN_TURNS
+        agrees = is_between and _offset(one, other) < _SAME_POSE * _eyes(one, other)
+    return _Verdict.CONFIRMED if agrees else _Verdict.OTHER_POSE
+
+
+def _offset(one: Detection, other: Detection) -> float:
+    """Mean distance of their landmarks in px."""
+    return float(np.linalg.norm(one.landmarks_xy - other.landmarks_xy, axis=1).mean())
+
+
+def _eyes(one: Detection, other: Detection) -> float:
+    """The larger of their eye distances in px."""
+    return max(_pose(one)[2], _pose(other)[2])
 
 
 def _cut(image_bgr: ImageU8, detection: Detection, view: _View) -> tuple[ImageU8, float, tuple[int, int]]:
     """A square around a detection, grey outside the picture; its scale, and its corner in the picture."""
     height, width = image_bgr.shape[:2]
     # Of a face that reaches out of the picture only what is there counts.
-    left, top = np.maximum(detection.box_xyxy[:2], 0)
-    right, bottom = np.minimum(detection.box_xyxy[2:], (width, height))
+    left, top = np.clip(detection.box_xyxy[:2], 0, (width - 1, height - 1))
+    right, bottom = np.clip(detection.box_xyxy[2:], 0, (width, height))
     side = max(2, round(view.context * float(max(right - left, bottom - top))))
     x, y = round(float(left + right - side) / 2), round(float(top + bottom - side) / 2)
-    inner = image_bgr[max(y, 0) : max(min(y + side, height), 0), max(x, 0) : max(min(x + side, width), 0)]
-    square = np.full((side, side, 3), MEAN_BGR, np.uint8)
-    square[max(-y, 0) :, max(-x, 0) :][: inner.shape[0], : inner.shape[1]] = inner
-    interpolation = cv2.INTER_AREA if view.size < side else cv2.INTER_LINEAR
-    patch = cv2.resize(square, (view.size, view.size), interpolation=interpolation)
-    return np.asarray(patch, dtype=np.uint8), view.size / side, (x, y)
+    scale = view.size / side
+    inner = image_bgr[max(y, 0) : min(y + side, height), max(x, 0) : min(x + side, width)]
+    patch = np.full((view.size, view.size, 3), MEAN_BGR, np.uint8)
+    room = patch[round(max(-y, 0) * scale) :, round(max(-x, 0) * scale) :]
+    size_wh = (
+        min(max(round(inner.shape[1] * scale), 1), room.shape[1]),
+        min(max(round(inner.shape[0] * scale), 1), room.shape[0]),
+    )
+    # Resized before it is laid on grey: a large face would need a large square.
+    room[: size_wh[1], : size_wh[0]] = cv2.resize(
+        inner, size_wh, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
+    )
+    return patch, scale, (x, y)
 
 
 def _turned_back(detection: Detection, turns: int, size_wh: tuple[int, int]) -> Detection:
@@ -364,13 +406,19 @@ def _turned_back(detection: Detection, turns: int, size_wh: tuple[int, int]) -> 
     return Detection(box, detection.score, points[2:])
 
 
-def _moved(detection: Detection, scale: float, offset_xy: tuple[int, int]) -> Detection:
-    """A detection with its coordinates multiplied, then shifted."""
-    offset = np.array(offset_xy, np.float32)
+def _moved(
+    detection: Detection,
+    scale: float = 1.0,
+    *,
+    before_xy: tuple[int, int] = (0, 0),
+    after_xy: tuple[int, int] = (0, 0),
+) -> Detection:
+    """A detection with its coordinates shifted, multiplied and shifted again."""
+    before, after = np.array(before_xy, np.float32), np.array(after_xy, np.float32)
     return Detection(
-        detection.box_xyxy * np.float32(scale) + np.tile(offset, 2),
+        (detection.box_xyxy.reshape(2, 2) + before).reshape(4) * np.float32(scale) + np.tile(after, 2),
         detection.score,
-        detection.landmarks_xy * np.float32(scale) + offset,
+        (detection.landmarks_xy + before) * np.float32(scale) + after,
     )
 
 
@@ -401,6 +449,10 @@ def _value(detection: Detection) -> float:
     return detection.score - cost
 
 
+def _is_large(detection: Detection, frame_bgr: ImageU8) -> bool:
+    return bool(_side(detection) > _LARGE * min(frame_bgr.shape[:2]))
+
+
 def _side(detection: Detection) -> float:
     left, top, right, bottom = detection.box_xyxy
     return float(max(right - left, bottom - top))
@@ -415,7 +467,7 @@ def _overlap(one: Detection, other: Detection) -> float:
     """The share of the area of two boxes that is in both."""
     (a, b), (c, d) = one.box_xyxy.reshape(2, 2), other.box_xyxy.reshape(2, 2)
     shared = np.prod(np.maximum(np.minimum(b, d) - np.maximum(a, c), 0.0))
-    return float(shared / (np.prod(b - a) + np.prod(d - c) - shared))
+    return float(shared / max(np.prod(b - a) + np.prod(d - c) - shared, 1e-6))
 
 
 def _is_same_place(one: Detection, other: Detection) -> bool:

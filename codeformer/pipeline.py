@@ -333,7 +333,12 @@ class _Request:
         batched = self._plan.batch_detection
         if self._second_look:
             finder = FaceFinder(self._models.detector)
-            return finder.find(working, batched=batched, at_most=self._limits.max_faces + 1)
+            return finder.find(
+                working,
+                batched=batched,
+                at_most=self._limits.max_faces + 1,
+                before_look=lambda: self._deadline.check("detection"),
+            )
         found = self._models.detector.detect([copy.image_bgr for copy in working], batched=batched)
         return [FoundFaces(faces, [], 0) for faces in found]
 
@@ -347,7 +352,7 @@ class _Request:
         self._losing_detail[picture] = sum(loses_detail(image, one.face.face_to_picture) for one in aligned)
         if self._losing_detail[picture]:
             logger.warning(
-                "image %d: sharp and larger than their crops of %d px, which may come back softer: %d faces",
+                "image %d: sharp or grainy, larger than their crops of %d px, and maybe softer now: %d faces",
                 picture + 1,
                 FACE_SIZE,
                 self._losing_detail[picture],

@@ -21,6 +21,9 @@ INNER_FACE: Final[Area] = (slice(110, 430), slice(110, 400))
 _GRAY_VARIANCE: Final = 10.0
 # Mean distance of the channels from their mean, in levels, of a face without a tint.
 _NEUTRAL: Final = 3.0
+# A face darker than this mean level is judged as if it were brighter, by so much at most: noise grows too.
+_BRIGHT: Final = 100.0
+_MAX_GAIN: Final = 3.0
 # A crop this much smaller tells as much about colours.
 _REDUCED: Final = 4
 # Strength in levels of the detail that a crop cannot hold. A sharp photograph has 3 and more.
@@ -70,11 +73,18 @@ def gray_area(image_bgr: ImageU8, picture_to_face: FloatArray, *, picture_is_gra
     crop: ImageU8 = np.asarray(reduced, dtype=np.uint8)
     rows, columns = (slice(part.start // _REDUCED, part.stop // _REDUCED) for part in INNER_FACE)
     face = crop[rows, columns]
-    if not is_gray(face):
+    if picture_is_gray:
+        return _area_without_colour(crop) if is_gray(face) else None
+    # In the dark, colours are close to each other.
+    gain = float(np.clip(_BRIGHT / max(face.mean(), 1.0), 1.0, _MAX_GAIN))
+    tint = np.abs(face - face.mean(axis=2, keepdims=True)).mean()
+    if not is_gray(face, _GRAY_VARIANCE / gain**2) or tint * gain > _NEUTRAL:
         return None
-    if not picture_is_gray and np.abs(face - face.mean(axis=2, keepdims=True)).mean() > _NEUTRAL:
-        return None
-    return WHOLE_CROP if is_gray(crop) else INNER_FACE
+    return _area_without_colour(crop)
+
+
+def _area_without_colour(crop_bgr: ImageU8) -> Area:
+    return WHOLE_CROP if is_gray(crop_bgr) else INNER_FACE
 
 
 def loses_detail(image_bgr: ImageU8, face_to_picture: FloatArray) -> bool:

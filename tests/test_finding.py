@@ -8,10 +8,11 @@ import cv2
 import numpy as np
 import pytest
 import skimage.data
+import torch
 
 from codeformer.alignment import FFHQ_TEMPLATE_XY, WorkingCopy, make_working_copy
 from codeformer.detection import Detection, FaceDetector
-from codeformer.errors import OptionError
+from codeformer.errors import OptionError, TimeLimitError
 from codeformer.finding import NO_POSE, FaceFinder, FoundFaces, is_second_look_on
 from codeformer.images import decode_image
 from codeformer.limits import Limits
@@ -85,6 +86,7 @@ def test_a_single_look_at_faces_upside_down_finds_none_as_it_is(detector: FaceDe
     [upright] = detector.detect([picture])
     [found] = detector.detect([turned(picture, 2)])
     expected = [turned_points(face.landmarks_xy, 2, picture.shape) for face in upright]
+    assert found, "the case needs faces in wrong poses"
     assert all(offset(face.landmarks_xy, one) > RIGHT for face in found for one in expected)
 
 
@@ -174,17 +176,18 @@ def test_a_face_behind_another_is_found_as_it_is(detector: FaceDetector) -> None
 
 
 class Told(FaceDetector):
-    """Detects what it is told at the first look, and at every other one what it is told to see again."""
+    """Detects what it is told at the first look, and nothing afterwards."""
 
-    def __init__(self, first: Sequence[Detection], again: Sequence[Detection] = ()) -> None:
-        self._looks = itertools.chain([list(first)], itertools.repeat(list(again)))
+    def __init__(self, first: Sequence[Detection]) -> None:
+        self._first = list(first)
         self.views = 0
 
     def detect(self, images_bgr: Sequence[np.ndarray], *, batched: bool = True) -> list[list[Detection]]:
-        return [next(self._looks) for _ in images_bgr]
+        return [self._first for _ in images_bgr]
 
     def detect_at_size(self, batch_bgr: np.ndarray, *, score_threshold: float = 0.8) -> list[list[Detection]]:
-        self.views += len(batch_bgr)
+        # A search of the whole picture is a batch of one.
+        self.views += len(batch_bgr) if len(batch_bgr) > 1 else 0
         return [[] for _ in batch_bgr]
 
 
@@ -213,11 +216,56 @@ def test_landmarks_of_no_pose_are_left_alone_and_counted() -> None:
 
 
 def test_only_so_many_detections_are_looked_at_again() -> None:
+    """The others are taken for what most of those are."""
     crowd = [face_at(50 + 100 * i, 50 + 100 * j, 0.2) for i in range(20) for j in range(20)]
-    detector = Told(crowd)
-    [found] = FaceFinder(detector).find([WorkingCopy(np.zeros((2000, 2000, 3), np.uint8), 1.0)], at_most=10)
-    assert len(found.faces) == 400
-    assert detector.views == 10 * 4 * 2
+    picture = np.zeros((2000, 2000, 3), np.uint8)
+    for scale, at_most in ((2.0, 10), (2.0, 30)):
+        detector = Told(crowd)
+        [found] = FaceFinder(detector).find([WorkingCopy(picture, scale)], at_most=at_most)
+        assert (len(found.faces), found.ghosts) == (0, 400)
+        assert detector.views == at_most * 4 * 2
+
+    class Sure(Told):
+        """Sees every face again, in the middle of its upright view."""
+
+        def detect_at_size(
+            self, batch_bgr: np.ndarray, *, score_threshold: float = 0.8
+        ) -> list[list[Detection]]:
+            self.views += len(batch_bgr)
+            again = face_at(batch_bgr.shape[2] / 2, batch_bgr.shape[1] / 2, batch_bgr.shape[1] / 2 / 320)
+            return [[again] if number % 4 == 0 else [] for number in range(len(batch_bgr))]
+
+    sure = Sure(crowd)
+    [found] = FaceFinder(sure).find([WorkingCopy(picture, 1.0)], at_most=10)
+    assert (len(found.faces), found.ghosts) == (400, 0)
+    assert sure.views == 10 * 4
+
+
+@pytest.mark.parametrize("shape", [(1, 20), (1000, 50), (640, 640), (1080, 1920)])
+def test_a_picture_without_faces_costs_eight_looks_at_most(shape: tuple[int, int]) -> None:
+    pixels: list[int] = []
+
+    class Blind(FaceDetector):
+        def detect_at_size(
+            self, batch_bgr: np.ndarray, *, score_threshold: float = 0.8
+        ) -> list[list[Detection]]:
+            pixels.append(batch_bgr[..., 0].size)
+            return [[] for _ in batch_bgr]
+
+    network = torch.nn.Linear(1, 1)
+    FaceFinder(Blind(network)).find([make_working_copy(np.zeros((*shape, 3), np.uint8))])
+    assert 4 <= len(pixels) <= 9
+    assert sum(pixels) <= 8.5 * pixels[0]
+
+
+def test_a_request_that_has_ended_is_looked_at_no_more(detector: FaceDetector) -> None:
+    def ended() -> None:
+        raise TimeLimitError(1.0, "detection")
+
+    finder = FaceFinder(detector)
+    assert len(finder.find([make_working_copy(pictures.portrait())], before_look=ended)[0].faces) == 1
+    with pytest.raises(TimeLimitError):
+        finder.find([make_working_copy(pictures.plain())], before_look=ended)
 
 
 def test_an_upright_picture_costs_one_look_at_each_face(detector: FaceDetector) -> None:
