@@ -1,6 +1,7 @@
-# The tasks of people and CI alike. Needs Python 3.11 with venv; everything else goes into .venv.
+# The tasks of people and CI alike. Needs Python 3.11, 3.12 or 3.13 with venv; everything else goes into .venv.
 
-PYTHON3 ?= $(shell command -v python3.11 || echo python3)
+# The Python that .venv is made with; none: the first one that will do.
+PYTHON3 ?=
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 PHOTO ?= data/1.jpg
@@ -20,16 +21,27 @@ help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 $(VENV)/.made:
-	@"$(PYTHON3)" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' \
-		|| { echo "Python 3.11 is needed; name it: make PYTHON3=/path/to/python3.11"; exit 1; }
-	"$(PYTHON3)" -m venv --clear $(VENV)
-	@touch $@
+	@set -- python3.11 python3.12 python3.13 python3; [ -z "$(PYTHON3)" ] || set -- "$(PYTHON3)"; \
+	for python in "$$@"; do \
+		if "$$python" -c 'import ensurepip, sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
+			2>/dev/null; then \
+			echo "$(VENV): made with $$("$$python" --version)"; \
+			"$$python" -m venv --clear "$(VENV)" && touch "$@"; exit; \
+		fi; \
+	done; \
+	echo "Python 3.11, 3.12 or 3.13 with venv is needed; there is none under the name of: $$*." >&2; \
+	echo "Debian and Ubuntu: sudo apt install python3-venv. Elsewhere: make PYTHON3=/path/to/python3.12" >&2; \
+	exit 1
 
 $(VENV)/.runtime: requirements.txt $(VENV)/.made
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-$(VENV)/.tools: requirements-dev.txt $(VENV)/.runtime
+$(VENV)/.server: requirements-serve.txt $(VENV)/.runtime
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements-serve.txt
+	@touch $@
+
+$(VENV)/.tools: requirements-dev.txt $(VENV)/.server
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
@@ -50,13 +62,13 @@ format: $(VENV)/.tools  ## Format the code
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
 
-serve: $(VENV)/.runtime  ## Run the real Cog server on PORT (default 8080), without Docker; WEIGHTS=official
+serve: $(VENV)/.server  ## Run the real Cog server on PORT (default 8080), without Docker; WEIGHTS=official
 	@$(PYTHON) -m scripts.write_schema .cog/openapi_schema.json
 	MALLOC_ARENA_MAX=1 PATH="$(CURDIR)/$(VENV)/bin:$$PATH" PORT=$(PORT) CODEFORMER_WEIGHTS="$(WEIGHTS)" \
 		COG_PREDICT_TYPE_STUB=predict.py:Predictor \
 		$(PYTHON) -m cog.server.http --host 127.0.0.1
 
-schema: $(VENV)/.runtime  ## Pin the predictor's input schema anew
+schema: $(VENV)/.server  ## Pin the predictor's input schema anew
 	$(PYTHON) -m scripts.write_schema tests/input_schema.json
 
 data: $(VENV)/.tools  ## Make the 100 benchmark pictures data/1.jpg ... data/100.jpg
@@ -80,4 +92,4 @@ compile-cache: $(VENV)/.runtime  ## Compile for compile_backend inductor ahead o
 	$(PYTHON) -m codeformer compile "$(CACHE)" --weights "$(WEIGHTS)"
 
 clean:  ## Remove the environment and caches
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-3.* .mypy_cache .pytest_cache .ruff_cache

@@ -1,10 +1,11 @@
-"""The only door to basicsr.
+"""The only door to basicsr, which nothing but NIQE and its registry of networks needs.
 
-basicsr 1.4.2 imports a torchvision module that newer torchvision no longer has, and its import
-pulls in training code. The serving path therefore never comes here.
+basicsr 1.4.2 can be installed on Python 3.11 and 3.12 only. It imports a torchvision module that newer
+torchvision no longer has, and its import pulls in training code. The serving path therefore never comes here.
 """
 
 import importlib
+import importlib.util
 import sys
 import types
 
@@ -13,6 +14,11 @@ from torchvision.transforms.functional import rgb_to_grayscale
 from codeformer.networks.codeformer import CodeFormer
 
 _REMOVED_MODULE = "torchvision.transforms.functional_tensor"
+
+
+def has_basicsr() -> bool:
+    """Whether basicsr is installed."""
+    return importlib.util.find_spec("basicsr") is not None
 
 
 def import_basicsr(name: str) -> types.ModuleType:

@@ -104,7 +104,7 @@ def _discard_output() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m codeformer", description="Restore the faces of photos.")
+    parser = argparse.ArgumentParser(prog=_program_name(), description="Restore the faces of photos.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     restore = commands.add_parser("restore", help="restore photos, or folders of photos")
@@ -162,6 +162,11 @@ def _parser() -> argparse.ArgumentParser:
         action.add_argument("set", nargs="?", metavar="SET", help=_set_help())
         action.set_defaults(command=command)
     return parser
+
+
+def _program_name() -> str:
+    """What is called: the command of an installed package, or the module."""
+    return "codeformer" if Path(sys.argv[0]).stem == "codeformer" else "python -m codeformer"
 
 
 def _set_help() -> str:

@@ -1,7 +1,7 @@
 """Seeded degradation of clean pictures: blur, down-sampling, noise, JPEG.
 
 y = resize(jpeg(resize(x * blur) + noise)), the order of the CodeFormer paper (Zhou et al., 2022) and of
-the GFPGAN paper before it. The kernels are basicsr's. For training, measuring and making data;
+the GFPGAN paper before it. For training, measuring and making data;
 the serving path never comes here.
 """
 
@@ -11,8 +11,8 @@ from typing import Final, Literal
 
 import cv2
 import numpy as np
+import numpy.typing as npt
 
-from codeformer.basicsr_compat import import_basicsr
 from codeformer.images import ImageU8
 
 Interpolation = Literal["linear", "cubic"]
@@ -49,21 +49,26 @@ class Degradation:
             image_bgr: the clean picture.
             rng: where the noise comes from.
         """
-        basicsr = import_basicsr("data.degradations")
         height, width = image_bgr.shape[:2]
-        kernel = basicsr.bivariate_Gaussian(self.blur_kernel, self.blur_sigma, self.blur_sigma, 0)
+        kernel = gaussian_kernel(self.blur_kernel, self.blur_sigma)
         picture = cv2.filter2D(image_bgr.astype(np.float32) / 255, -1, kernel, borderType=cv2.BORDER_REFLECT)
         small_wh = (max(1, round(width / self.downsampling)), max(1, round(height / self.downsampling)))
         picture = cv2.resize(picture, small_wh, interpolation=cv2.INTER_LINEAR)
         noise = rng.standard_normal(picture.shape, dtype=np.float32) * (self.noise_sigma / 255)
         noisy = np.clip(np.rint((picture + noise) * 255), 0, 255).astype(np.uint8)
-        # basicsr's JPEG hands OpenCV floats, which OpenCV 5 only takes under protest.
         _, data = cv2.imencode(".jpg", noisy, [cv2.IMWRITE_JPEG_QUALITY, self.jpeg_quality])
         compressed = np.asarray(cv2.imdecode(data, cv2.IMREAD_COLOR))
         restored_size = cv2.resize(
             compressed, (width, height), interpolation=_INTERPOLATIONS[self.enlarged_by]
         )
         return np.asarray(restored_size, dtype=np.uint8)
+
+
+def gaussian_kernel(side: int, sigma: float) -> npt.NDArray[np.float64]:
+    """A Gaussian sampled at whole px, (side, side), of sum 1; `side` in px is odd, `sigma` in px."""
+    offsets = np.arange(side) - side // 2
+    weights = np.exp(-0.5 * (offsets[:, None] ** 2 + offsets**2) / sigma**2)
+    return np.asarray(weights / weights.sum())
 
 
 @dataclass(frozen=True)

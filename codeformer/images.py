@@ -13,7 +13,7 @@ from typing import Any, Final
 import cv2
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageCms, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageCms, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
 from codeformer import jpeg, tiff
 from codeformer.errors import ImageError
@@ -67,6 +67,9 @@ _SRGB: Final = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
 Image.MAX_IMAGE_PIXELS = None
 # Programs that make pictures write how they did it into them, often more than the 1 MiB Pillow admits.
 PngImagePlugin.MAX_TEXT_CHUNK = 16 * 2**20
+# Grey with premultiplied alpha, 8 bits each: Pillow 12 has a decoder for it, but only Pillow 13 lists it.
+for _order in (TiffImagePlugin.II, TiffImagePlugin.MM):
+    TiffImagePlugin.OPEN_INFO.setdefault((_order, 1, (1,), 1, (8, 8), (_PREMULTIPLIED_ALPHA,)), ("La", "La"))
 
 # What Pillow's and OpenCV's decoders raise on damaged data.
 _DECODER_ERRORS: Final = (

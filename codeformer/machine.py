@@ -10,9 +10,12 @@ from typing import Any, Final
 
 import torch
 
+from codeformer.locations import checkout
+
 _PACKAGES: Final = ("torch", "torchvision", "numpy", "opencv-python", "cog", "facexlib", "basicsr")
 # Results are written one after another, and are no reason to distrust the next.
 _NOT_CODE: Final = (":!benchmarks/results", ":!docs", ":!*.md", ":!weights/*/scores.json")
+NOT_INSTALLED: Final = "not installed"
 _CPU_INFO: Final = Path("/proc/cpuinfo")
 
 
@@ -58,8 +61,10 @@ def cpu_name() -> str:
 
 
 def commit() -> str:
-    """The commit of the code, with a + if code has been changed since; "unknown" outside a repository."""
-    folder = str(Path(__file__).resolve().parents[1])
+    """The commit of the code, with a + if code has been changed since; "unknown" without one."""
+    folder = str(checkout() or "")
+    if not folder:
+        return "unknown"
     name = _output_of("git", "-C", folder, "rev-parse", "--short=12", "HEAD")
     changed = _output_of("git", "-C", folder, "status", "--porcelain", "--", ".", *_NOT_CODE)
     return (name + "+" * bool(changed)) if name else "unknown"
@@ -69,7 +74,7 @@ def _version(package: str) -> str:
     try:
         return version(package)
     except PackageNotFoundError:
-        return "not installed"
+        return NOT_INSTALLED
 
 
 def _output_of(*command: str) -> str:

@@ -23,6 +23,7 @@ from codeformer.clock import STAGES
 from codeformer.errors import DeviceError, ImageError, InferenceError, OptionError
 from codeformer.images import ImageU8, decode_image, encode_jpeg
 from codeformer.limits import DEFAULT_LIMITS, Deadline, Limits
+from codeformer.locations import shipped
 from codeformer.pipeline import Pipeline, RestoredImage
 from codeformer.plan import DEFAULT_FIDELITY, check_fidelity, resolve_plan
 from codeformer.precision import half_dtype_of
@@ -32,7 +33,7 @@ logger = logging.getLogger(__name__)
 MAX_IMAGES: Final = 4
 # Decoders and encoders leave Python's lock to others while they work.
 _FILE_WORKERS: Final = min(MAX_IMAGES, os.cpu_count() or 1)
-SAMPLES: Final = Path(__file__).resolve().parents[1] / "data"
+SAMPLES: Final = shipped("data")
 
 # Seconds to connect, and between two pieces of data.
 _FETCH_TIMEOUT_S: Final = (10.0, 30.0)

@@ -563,10 +563,6 @@ def test_scores_are_those_of_scikit_image(tmp_path: Path) -> None:
     ideal = quality.scores([clean], [clean], [[]])
     assert (ideal.psnr_db.avg, ideal.ssim.avg) == pytest.approx((100, 1))
     assert ideal.face_psnr_db is None
-    # NIQE calls the noisy one the less natural.
-    assert result.niqe
-    assert ideal.niqe
-    assert result.niqe.avg > ideal.niqe.avg
 
 
 def test_scores_of_flat_pictures() -> None:
@@ -688,6 +684,16 @@ def test_failures_and_odd_names_are_shown_as_text(tmp_path: Path) -> None:
     html = (tmp_path / "x.html").read_text()
     assert "<script>" not in html
     assert "&lt;script&gt;alert(1)" in html
+
+
+def test_a_missing_niqe_is_explained() -> None:
+    prices = read_model(Prices, PRICES)
+    result = committed("quality")
+    assert not [note for note in result.section(prices).notes if "basicsr" in note]
+    versions = {**result.machine.versions, "basicsr": "not installed"}
+    without = {"machine": result.machine.model_copy(update={"versions": versions}), "clean_niqe": None}
+    notes = result.model_copy(update=without).section(prices).notes
+    assert "No NIQE: basicsr was not installed." in notes
 
 
 def test_costs_follow_the_price_table(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from codeformer.detection import FaceDetector
 from codeformer.errors import InputError
 from codeformer.evaluation import metrics
 from codeformer.images import ImageU8
+from codeformer.machine import NOT_INSTALLED
 from codeformer.models import Models
 from codeformer.pipeline import Pipeline
 from codeformer.plan import torch_switches
@@ -98,6 +99,8 @@ class Result(Report):
         notes = [f"{len(self.images)} pictures; {self.degradation} degradation, seed {self.seed}; means."]
         if self.clean_niqe:
             notes.append(f"NIQE of the clean pictures: {self.clean_niqe.avg:.2f}.")
+        elif self.machine.versions.get("basicsr") == NOT_INSTALLED:
+            notes.append("No NIQE: basicsr was not installed.")
         rows = [{"configuration": "degraded", "w": ""} | self.degraded.cells()]
         rows += [
             _named(row.configuration) | row.scores.cells() | {"faces": str(row.faces)}

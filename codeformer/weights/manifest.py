@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from codeformer.errors import ManifestError
+from codeformer.locations import downloads, shipped
 
-WEIGHTS_ROOT: Final = Path(__file__).resolve().parents[2] / "weights"
+WEIGHTS_ROOT: Final = shipped("weights")
 SET_VARIABLE: Final = "CODEFORMER_WEIGHTS"
 DEFAULT_SET: Final = "official"
 MANIFEST_NAME: Final = "manifest.json"
@@ -57,9 +58,9 @@ class WeightFile:
     def remedy(self) -> str:
         """What to do when it is not that file, in words."""
         if not self.sources:
-            return "It is shipped with the project, not downloaded: restore it from the repository."
+            return "It is shipped with the project, not downloaded: restore it or install anew."
         folder = self.path.parent
-        name = folder.name if folder.parent == WEIGHTS_ROOT else folder
+        name = folder.name if folder.parent in {WEIGHTS_ROOT, downloads()} else folder
         return f"Run `python -m codeformer weights fetch {name}` to get it from {self.sources[0]}."
 
 
@@ -85,8 +86,9 @@ def load_weight_set(name_or_path: str | Path | None = None) -> WeightSet:
     """Reads a weight set's manifest.
 
     Args:
-        name_or_path: a set under `weights/`, or the path of a folder with a manifest; None asks the
-            environment variable CODEFORMER_WEIGHTS, and takes "official" if that is not set.
+        name_or_path: a set that comes with the package, or the path of a folder with a manifest; None asks
+            the environment variable CODEFORMER_WEIGHTS, and takes "official" if that is not set. Downloaded
+            files of a set given by its path lie in its folder, those of others in `downloads()`.
 
     Raises:
         ManifestError: no such set, or its manifest is malformed.
@@ -107,21 +109,21 @@ def load_weight_set(name_or_path: str | Path | None = None) -> WeightSet:
         content = json.loads(manifest_path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as cause:
         raise ManifestError(manifest_path, f"not valid JSON ({cause}).") from cause
-    return _parse_manifest(manifest_path, content)
+    return _parse_manifest(manifest_path, content, downloads() / chosen if is_name else folder)
 
 
 def available_sets() -> list[str]:
-    """The names of the sets under `weights/`."""
+    """The names of the sets that come with the package."""
     return sorted(path.parent.name for path in WEIGHTS_ROOT.glob(f"*/{MANIFEST_NAME}"))
 
 
-def _parse_manifest(path: Path, content: object) -> WeightSet:
+def _parse_manifest(path: Path, content: object, download_folder: Path) -> WeightSet:
     if not isinstance(content, dict):
         raise ManifestError(path, f"expected a JSON object, got {type(content).__name__}.")
     if unknown := sorted(set(content) - {"description", *ARCHITECTURES}):
         raise ManifestError(path, f"unknown keys {unknown}.")
     files = {
-        role: _parse_file(path, role, content[role])
+        role: _parse_file(path, role, content[role], download_folder)
         for role in ARCHITECTURES
         if content.get(role) is not None
     }
@@ -136,7 +138,7 @@ def _parse_manifest(path: Path, content: object) -> WeightSet:
     )
 
 
-def _parse_file(manifest: Path, role: str, entry: object) -> WeightFile:
+def _parse_file(manifest: Path, role: str, entry: object, download_folder: Path) -> WeightFile:
     if not isinstance(entry, dict):
         raise ManifestError(manifest, f"{role}: expected a JSON object, got {type(entry).__name__}.")
     if set(entry) != set(_FIELDS):
@@ -160,7 +162,7 @@ def _parse_file(manifest: Path, role: str, entry: object) -> WeightFile:
     if not all(isinstance(source, str) for source in entry["sources"]):
         raise ManifestError(manifest, f"{role}.sources: expected a list of addresses.")
     return WeightFile(
-        path=manifest.parent / name,
+        path=(download_folder if entry["sources"] else manifest.parent) / name,
         size_bytes=entry["bytes"],
         sha256=sha256,
         sources=tuple(entry["sources"]),

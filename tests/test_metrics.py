@@ -1,0 +1,62 @@
+"""Kernels and scores against basicsr's, where it can be installed, and against arithmetic."""
+
+import numpy as np
+import pytest
+
+from codeformer.basicsr_compat import has_basicsr, import_basicsr
+from codeformer.degradation import gaussian_kernel
+from codeformer.evaluation import metrics
+from tests import pictures
+
+needs_basicsr = pytest.mark.skipif(
+    not has_basicsr(), reason="basicsr is not installed; Python 3.13 cannot build it"
+)
+
+
+@needs_basicsr
+@pytest.mark.parametrize(("side", "sigma"), [(1, 0.1), (3, 0.5), (11, 2.0), (41, 15.0)])
+def test_kernels_are_basicsrs(side: int, sigma: float) -> None:
+    expected = import_basicsr("data.degradations").bivariate_Gaussian(side, sigma, sigma, 0)
+    np.testing.assert_allclose(gaussian_kernel(side, sigma), expected, rtol=1e-12, atol=0)
+
+
+@needs_basicsr
+@pytest.mark.parametrize("shape", [(11, 11), (37, 64)])
+def test_scores_are_basicsrs(shape: tuple[int, int]) -> None:
+    clean = pictures.portrait()[: shape[0], : shape[1]]
+    noise = np.random.default_rng(0).normal(0, 12, clean.shape)
+    noisy = np.clip(np.rint(clean + noise), 0, 255).astype(np.uint8)
+    basicsr = import_basicsr("metrics")
+    assert metrics.psnr_db(noisy, clean) == pytest.approx(basicsr.calculate_psnr(noisy, clean, 0), abs=1e-9)
+    assert metrics.ssim(noisy, clean) == pytest.approx(basicsr.calculate_ssim(noisy, clean, 0), abs=1e-9)
+
+
+def test_a_kernel_has_its_sigma() -> None:
+    kernel = gaussian_kernel(41, 3.0)
+    offsets = np.arange(41) - 20
+    assert kernel.sum() == pytest.approx(1)
+    assert (kernel.sum(axis=0) * offsets**2).sum() == pytest.approx(9, rel=1e-3)
+
+
+def test_scores_of_flat_pictures_by_the_formulas() -> None:
+    dark, light = np.full((20, 30, 3), 2, np.uint8), np.full((20, 30, 3), 5, np.uint8)
+    constant = (0.01 * 255) ** 2
+    assert metrics.psnr_db(dark, light) == pytest.approx(20 * np.log10(255 / 3))
+    assert metrics.ssim(dark, light) == pytest.approx((2 * 2 * 5 + constant) / (2**2 + 5**2 + constant))
+    assert metrics.psnr_db(dark, dark) == metrics.IDENTICAL_DB
+
+
+@needs_basicsr
+def test_noise_is_less_natural() -> None:
+    clean = pictures.portrait()
+    noise = np.random.default_rng(0).normal(0, 8, clean.shape)
+    of_clean = metrics.niqe(clean)
+    of_noisy = metrics.niqe(np.clip(np.rint(clean + noise), 0, 255).astype(np.uint8))
+    assert of_clean is not None
+    assert of_noisy is not None
+    assert of_noisy > of_clean
+
+
+def test_without_basicsr_there_is_no_niqe(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "has_basicsr", lambda: False)
+    assert metrics.niqe(pictures.portrait()) is None
