@@ -98,19 +98,15 @@ class Judged:
 
         Args:
             found_xy: of what would be restored.
-            true_xy: of the faces; each is found once at most, by the nearest.
+            true_xy: of the faces; each is found once at most.
             skipped: detections left out.
             right: the largest distance of a right one.
         """
-        pairs = [
-            (_distance(found, truth), one, face)
-            for one, found in enumerate(found_xy)
-            for face, truth in enumerate(true_xy)
-        ]
         match: dict[int, int] = {}
-        for distance, one, face in sorted(pairs):
-            if distance <= right and one not in match and face not in match.values():
-                match[one] = face
+        for one, found in enumerate(found_xy):
+            for face, truth in enumerate(true_xy):
+                if one not in match and face not in match.values() and _distance(found, truth) <= right:
+                    match[one] = face
         others = [found for one, found in enumerate(found_xy) if one not in match]
         wrong_pose = sum(any(_is_at(found, truth) for truth in true_xy) for found in others)
         return cls(len(true_xy), len(match), wrong_pose, len(others) - wrong_pose, skipped)
@@ -292,7 +288,9 @@ def measure(options: Options) -> Result:
         close_ups = finding.close_ups(aligned)
         print(f"measured close-ups of {len(aligned)} faces")
         turned, whole, crops = finding.scenes(folders, options.crops, options.seed)
-        faceless = finding.faceless({"crops": crops, "scikit-image": _faceless_pictures()})
+        faceless = finding.faceless(
+            {"crops": crops, "scikit-image": [_skimage_picture(name) for name in FACELESS]}
+        )
         print(f"measured {len(crops)} crops and {len(FACELESS)} pictures without faces")
     return Result(
         **header,
@@ -470,10 +468,6 @@ def crops_beside(
         if not touched.all(axis=1).any():
             crops.append(np.ascontiguousarray(picture[top : top + side, left : left + side]))
     return crops
-
-
-def _faceless_pictures() -> list[ImageU8]:
-    return [_skimage_picture(name) for name in FACELESS]
 
 
 def _skimage_picture(name: str) -> ImageU8:
