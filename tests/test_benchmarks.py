@@ -1,6 +1,7 @@
 """Benchmarks: the numbers they make of samples, what they say of faults, and what is committed."""
 
 import contextlib
+import dataclasses
 import http.server
 import json
 import re
@@ -27,17 +28,18 @@ from skimage.metrics import peak_signal_noise_ratio
 
 from benchmarks import options, runner
 from benchmarks.measure import Summary, interleave, rotated
-from benchmarks.programs import full_size, quality, requests, soak, stages
+from benchmarks.programs import faces, full_size, quality, requests, soak, stages
 from benchmarks.results import PRICES, Device, Prices, read_model
 from benchmarks.runner import PROGRAMS, TOOLS, main, read_report, run
 from benchmarks.server import Answer, as_input, check_port, running_server
+from codeformer.alignment import FFHQ_TEMPLATE_XY, crop_face, estimate_similarity
 from codeformer.errors import BenchmarkError
 from codeformer.evaluation import metrics
 from codeformer.images import encode_jpeg
 from codeformer.models import load_models
 from codeformer.parsing import FaceParser
 from codeformer.weights.manifest import load_weight_set
-from data.make_pictures import draw, encode, plan
+from data.make_pictures import LANDMARKS_XY, draw, encode, plan
 from tests import pictures
 from tests.conftest import CPU
 
@@ -599,6 +601,124 @@ def test_quality_measures_every_case_and_its_deviation(tiny_weights: Path, tmp_p
     assert result.degraded.psnr_db.avg > 20
 
 
+# Faces.
+
+
+def test_a_found_face_is_right_in_a_wrong_pose_or_extra() -> None:
+    face = FFHQ_TEMPLATE_XY
+    eyes = float(np.linalg.norm(face[0] - face[1]))
+    right, down = np.array([eyes, 0.0]), np.array([0.0, eyes])
+    neighbour, upside_down = face + 4 * right, 2 * face.mean(axis=0) - face
+    moved = face + 0.14 * right
+
+    def judged(*found: np.ndarray, skipped: int = 0) -> tuple[int, ...]:
+        return dataclasses.astuple(faces.Judged.of(found, [face, neighbour], skipped))
+
+    # Faces, right, wrong pose, extra, skipped.
+    assert judged(neighbour, moved, skipped=3) == (2, 2, 0, 0, 3)
+    assert judged(face + 0.16 * down) == (2, 0, 1, 0, 0)
+    assert judged(upside_down, neighbour) == (2, 1, 1, 0, 0)
+    assert judged(face - 2 * down, neighbour) == (2, 1, 0, 1, 0)
+    # Nobody is found twice.
+    assert judged(moved, face) == (2, 1, 1, 0, 0)
+    assert dataclasses.astuple(faces.Judged.of([face], [])) == (0, 0, 0, 1, 0)
+
+
+@pytest.mark.parametrize("turns", range(4))
+def test_points_turn_with_their_picture(turns: int) -> None:
+    picture = np.zeros((5, 8), np.uint8)
+    picture[1, 6] = 9
+    [[x, y]] = faces.turned_points(np.array([[6.0, 1.0]]), turns, (8, 5))
+    assert np.rot90(picture, turns)[int(y), int(x)] == 9
+
+
+def test_crops_without_faces_touch_no_box_and_close_ups_are_where_they_say() -> None:
+    picture = np.zeros((400, 600, 3), np.uint8)
+    boxes = [np.array([0.0, 0.0, 150.0, 400.0]), np.array([420.0, 90.0, 480.0, 150.0])]
+    for left, top, right, bottom in np.array(boxes, int):
+        picture[top:bottom, left:right] = 255
+    crops = faces.crops_beside(boxes, picture, 5, np.random.default_rng(0))
+    assert len(crops) == 5
+    assert not any(crop.any() for crop in crops)
+    assert all(crop.shape[0] == crop.shape[1] and 90 <= crop.shape[0] <= 240 for crop in crops)
+    assert (
+        faces.crops_beside([np.array([0.0, 0.0, 600.0, 400.0])], picture, 5, np.random.default_rng(0)) == []
+    )
+
+    face = np.random.default_rng(1).integers(0, 256, (512, 512, 3), np.uint8)
+    for part in faces.CLOSE_UPS:
+        crop, (left, top) = faces.close_up_of(face, part)
+        assert crop.shape == (round(512 * part),) * 2 + (3,)
+        np.testing.assert_array_equal(crop, face[top : top + len(crop), left : left + len(crop)])
+
+
+@pytest.mark.slow
+def test_turned_faces_are_found_by_the_second_look_alone(
+    tiny_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(faces, "FACELESS", ("chelsea", "page"))
+    scenes, aligned = tmp_path / "scenes", tmp_path / "aligned"
+    for directory, name, picture in (
+        (scenes, "Jane.png", pictures.portrait()),
+        (scenes, "John.png", pictures.group()),
+        (aligned, "Jill.png", crop_face(pictures.portrait(), nasa_to_face())),
+    ):
+        directory.mkdir(exist_ok=True)
+        cv2.imwrite(str(directory / name), picture)
+    arguments = ["--weights", tiny_weights, "--device", "cpu", "--warmup", 0, "--repeats", 1, "--crops", 2]
+    output = tmp_path / "faces.json"
+    status, result = measured("faces", *arguments, "--scenes", scenes, "--close-ups", aligned, output=output)
+    assert status == 0
+    turned = {(row.pictures_of, row.second_look): row for row in result.turned}
+    assert len(turned) == 8
+    assert {row.faces for row in turned.values()} == {5}
+    assert [turned[f"{turn}°", True].right for turn in (0, 90, 180, 270)] == [5, 5, 5, 5]
+    assert turned["0°", False].right == 5
+    # The first look takes them for upright ones, or does not see them.
+    assert turned["180°", False].right == 0
+    assert 1 <= turned["180°", False].wrong_pose <= 5
+    assert (turned["180°", False].with_ghosts, turned["180°", True].with_ghosts) == (2, 0)
+    [whole] = result.whole
+    assert (whole.pictures_of, whole.pictures, whole.faces, whole.right) == ("scenes", 2, 5, 5)
+    assert [(row.pictures, row.faces) for row in result.close_ups] == [(1, 1)] * 8
+    assert all(row.right == 1 for row in result.close_ups if row.second_look)
+    crops, ours = (row for row in result.faceless if row.second_look)
+    assert 1 <= crops.pictures <= 4
+    assert ours.pictures == 2
+    assert (crops.with_ghosts, ours.with_ghosts) == (0, 0)
+    costs = {(cost.picture, cost.width): cost for cost in result.costs}
+    assert [costs["upright portrait", side].faces for side in (256, 512, 640, 1080)] == [1] * 4
+    assert (costs["group of ten", 1280].faces, costs["without a face", 512].faces) == (10, 0)
+    for cost in costs.values():
+        added = cost.on_ms.p50 - cost.off_ms.p50
+        assert cost.on_to_off.p50 == pytest.approx(cost.on_ms.p50 / cost.off_ms.p50, rel=1e-3)
+        assert cost.share_of_request.p50 == pytest.approx(added / cost.request_ms.p50, abs=1e-3)
+    assert not re.search(r"J(ane|ohn|ill)", output.read_text()), "a picture's name may be a person's"
+
+
+def nasa_to_face() -> np.ndarray:
+    matrix = estimate_similarity(np.array(LANDMARKS_XY))
+    assert matrix is not None
+    return matrix
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("--close-ups SCENES", "expected an aligned 512 px face, got"),
+        ("--scenes SCENES --detector SCENES/none.pth", "none.pth"),
+        ("--scenes SCENES --detector SCENES/1.png", "expected a checkpoint of RetinaFace"),
+    ],
+)
+def test_faces_of_another_kind_are_refused(
+    arguments: str, said: str, tmp_path: Path, blind_weights: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cv2.imwrite(str(tmp_path / "1.png"), pictures.plain())
+    given = arguments.replace("SCENES", str(tmp_path)).split()
+    assert run("faces", [*given, "--weights", str(blind_weights), "--output", str(tmp_path / "x.json")]) == 1
+    assert said in capsys.readouterr().err
+
+
 # Reports.
 
 
@@ -651,7 +771,7 @@ def test_the_page_is_whole_and_shows_what_was_measured(tmp_path: Path) -> None:
     for file in COMMITTED:
         assert read_report(file).machine.commit in html
     charts = [ElementTree.fromstring(svg) for svg in re.findall(r"<svg .*?</svg>", html, re.DOTALL)]
-    assert len(charts) == 11
+    assert len(charts) == 13
     for chart in charts:
         right, bottom = map(float, chart.attrib["viewBox"].split()[2:])
         drawn = [mark for mark in chart.iter() if mark.tag in {"rect", "line", "circle", "polyline"}]
