@@ -248,7 +248,6 @@ class _SecondLook:
         """
         self._before_look()
         copy, scale = resize_for_detection(self._image_bgr, round(DETECTION_SIDE / (1 + 2 * margin)))
-        copy = copy.copy() if without else copy
         for face in without:
             left, top, right, bottom = (np.maximum(face.detection.box_xyxy, 0) * scale).round().astype(int)
             copy[top:bottom, left:right] = MEAN_BGR
@@ -327,7 +326,7 @@ class _SecondLook:
         return _verdict(candidate, views, min(self._image_bgr.shape[:2]), seen)
 
     def _seen_at(self, candidate: _Candidate) -> float:
-        """What its best view has to be worth."""
+        """The score that a view has to give."""
         return _SEEN_AS_DETAIL if candidate.turns and self._is_detail(candidate) else _SEEN
 
     def _is_detail(self, candidate: _Candidate) -> bool:
