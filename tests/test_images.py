@@ -143,7 +143,8 @@ def test_a_profile_is_judged_by_what_it_does_not_by_its_name() -> None:
     assert np.abs(decoded.astype(int) - expected).max() <= 1
 
 
-@pytest.mark.parametrize("profile", [b"no profile", swapped_profile()[:200]])
+# A profile holds the time it was made at: without names, two test processes would collect different tests.
+@pytest.mark.parametrize("profile", [b"no profile", swapped_profile()[:200]], ids=["text", "cut short"])
 def test_a_profile_that_cannot_be_read_is_no_reason_to_refuse(
     profile: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
