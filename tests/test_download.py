@@ -308,7 +308,7 @@ def test_a_wrong_file_is_replaced_only_on_demand(weight_file: Callable[..., Weig
 
 def test_a_missing_file_without_a_source_says_where_it_comes_from(tmp_path: Path) -> None:
     file = WeightFile(tmp_path / "a.pth", 9, "0" * 64, (), "none", {})
-    with pytest.raises(WeightFileError, match=r"no such file.*repository"):
+    with pytest.raises(WeightFileError, match=r"no such file.*shipped with the project"):
         fetch(file)
 
 

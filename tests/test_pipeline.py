@@ -535,6 +535,7 @@ def test_a_face_too_small_is_left_as_it_is_and_said_so(
 ) -> None:
     tiny = Detection(np.array([0, 0, 9, 9], np.float32), 0.9, np.full((5, 2), 4, np.float32))
     monkeypatch.setattr(FaceDetector, "detect", lambda *_, **__: [[tiny]])
+    tiny_pipeline.second_look = False
     photo = pictures.portrait()
     with caplog.at_level(logging.WARNING):
         [result] = tiny_pipeline.restore([photo])

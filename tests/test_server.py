@@ -67,6 +67,7 @@ def test_a_data_uri(server: CogServer, png: bytes, smooth: np.ndarray) -> None:
         "restored": 0,
         "skipped": 0,
         "skip_reasons": [],
+        "losing_detail": 0,
         "float32_retries": 0,
         "memory_retries": 0,
     }
