@@ -1,5 +1,6 @@
 """What the programs' results have in common: types, files, provenance, costs."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeVar
@@ -108,7 +109,7 @@ class Kind(BaseModel):
     kind: str
 
 
-class Report(Model):
+class Report(Model, ABC):
     """A result of a program. Its `kind` is the program's name.
 
     A program's own result adds its fields, says what it shows, and what went wrong.
@@ -120,9 +121,9 @@ class Report(Model):
     """None for random values, and for an image, which serves weights of its own."""
     command: str
 
+    @abstractmethod
     def section(self, prices: Prices, /) -> Section:
         """What is shown of it."""
-        raise NotImplementedError
 
     def problems(self) -> list[str]:
         """What went wrong, in words; the program's exit status is 1 where anything did."""
