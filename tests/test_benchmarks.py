@@ -278,16 +278,16 @@ def test_servers_that_start_at_once_each_have_a_port(blind_weights: Path, tiny_w
 
     def start(number: int) -> tuple[str, float]:
         weights = (blind_weights, tiny_weights)[number % 2]
-        try:
+        with contextlib.ExitStack() as failed:
+            # The others are not to wait for one that fails.
+            failed.callback(together.abort)
             together.wait(60)
             with running_server(0, kind="direct", weights=str(weights), deadline_s=120) as server:
                 answer = server.predict({"images": ["data/1.jpg"]}, 60)
                 # None ends before all have answered: their ports are in use at one time.
                 together.wait(120)
+                failed.pop_all()
                 return server.url, answer.metrics["faces.restored"]
-        except BaseException:
-            together.abort()
-            raise
 
     with ThreadPoolExecutor(count) as workers:
         urls, faces = zip(*workers.map(start, range(count)), strict=True)
