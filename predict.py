@@ -4,13 +4,13 @@ import threading
 
 from cog import BaseRunner, Input, Path
 
+from codeformer.engine.pipeline import Pipeline
+from codeformer.engine.precision import cpu_precision
 from codeformer.limits import Limits
-from codeformer.outputs import OutputFolder
-from codeformer.pipeline import Pipeline
-from codeformer.precision import cpu_precision
-from codeformer.request import serve, warm_up
-from codeformer.server_log import configure_server_log
-from codeformer.worker import Worker
+from codeformer.log import configure_server_log
+from codeformer.serving.outputs import OutputFolder
+from codeformer.serving.request import serve, warm_up
+from codeformer.serving.worker import Worker
 
 
 class Predictor(BaseRunner):

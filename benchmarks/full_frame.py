@@ -17,7 +17,7 @@ def paste_full_frame(
         picture: (H, W, 3) uint8 BGR; not altered.
         face: (512, 512, 3) uint8 BGR.
         face_to_picture: (2, 3) float64.
-        mask: (512, 512) float32 or None, as for `codeformer.compositing.paste_face`.
+        mask: (512, 512) float32 or None, as for `codeformer.imaging.pasting.paste_face`.
 
     Returns:
         The new picture, and the soft mask (H, W) float32 it was blended with.

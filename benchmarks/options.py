@@ -21,11 +21,11 @@ from tqdm import tqdm
 
 from benchmarks.results import Configuration, Picture, header_of
 from benchmarks.server import Server, running_server, server_kind
+from codeformer.engine.memory import keep_freed_memory
+from codeformer.engine.models import Models, load_models
+from codeformer.engine.plan import COMPILE_BACKENDS, DEFAULT_FIDELITY, RuntimeProfile, available_device
 from codeformer.errors import InputError
-from codeformer.images import ImageU8, decode_image
-from codeformer.memory import keep_freed_memory
-from codeformer.models import Models, load_models
-from codeformer.plan import COMPILE_BACKENDS, DEFAULT_FIDELITY, RuntimeProfile, available_device
+from codeformer.imaging.files import ImageU8, decode_image
 from codeformer.weights.download import fetch_set
 from codeformer.weights.manifest import WeightSet, load_weight_set
 from data.make_pictures import COUNT, draw, encode, plan

@@ -10,9 +10,9 @@ from pydantic import BaseModel, Field, ValidationError
 
 from benchmarks.measure import STAGES, Model, Positive, Summary, medians
 from benchmarks.views import Bars, Boxes, Chart, Section, Table, cell, sentence
+from codeformer.engine.plan import CompileBackend, ExecutionPlan, RuntimeProfile, StabilityMode, resolve_plan
 from codeformer.errors import BenchmarkError
-from codeformer.machine import describe_machine
-from codeformer.plan import CompileBackend, ExecutionPlan, RuntimeProfile, StabilityMode, resolve_plan
+from codeformer.evaluation.machine import describe_machine
 from codeformer.weights.manifest import WeightSet
 
 PRICES: Final = Path(__file__).with_name("prices.json")
@@ -36,7 +36,7 @@ class Device(Model):
 
 
 class Machine(Model):
-    """What `codeformer.machine.describe_machine` says."""
+    """What `codeformer.evaluation.machine.describe_machine` says."""
 
     time: str
     commit: str

@@ -10,19 +10,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from codeformer.alignment import Face
-    from codeformer.pipeline import Pipeline, RestoredImage
-    from codeformer.plan import ExecutionPlan, resolve_plan
+    from codeformer.engine.pipeline import Pipeline, RestoredImage
+    from codeformer.engine.plan import ExecutionPlan, resolve_plan
+    from codeformer.imaging.geometry import Face
 
 __all__ = ["ExecutionPlan", "Face", "Pipeline", "RestoredImage", "resolve_plan"]
 
 # Imported when they are asked for: torch takes seconds, and the command line's help needs none of it.
 _HOMES: Final = {
-    "ExecutionPlan": "plan",
-    "Face": "alignment",
-    "Pipeline": "pipeline",
-    "RestoredImage": "pipeline",
-    "resolve_plan": "plan",
+    "ExecutionPlan": "engine.plan",
+    "Face": "imaging.geometry",
+    "Pipeline": "engine.pipeline",
+    "RestoredImage": "engine.pipeline",
+    "resolve_plan": "engine.plan",
 }
 
 

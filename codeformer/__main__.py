@@ -2,6 +2,6 @@
 
 import sys
 
-from codeformer.cli import main
+from codeformer.cli.main import main
 
 sys.exit(main())

@@ -19,8 +19,8 @@ import numpy as np
 import skimage.data
 from tqdm import tqdm
 
-from codeformer.degradation import HEAVY, MILD, MODERATE, Degradation
-from codeformer.images import ImageU8
+from codeformer.evaluation.degradation import HEAVY, MILD, MODERATE, Degradation
+from codeformer.imaging.files import ImageU8
 
 FOLDER: Final = Path(__file__).resolve().parent
 COUNT: Final = 100

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from skimage.data import astronaut
 
-from codeformer.alignment import FACE_SIZE, align_faces, crop_face, make_working_copy
-from codeformer.degradation import Degradation
-from codeformer.images import ImageU8
-from codeformer.models import load_models
-from codeformer.training.evaluation import restore_face
+from codeformer.engine.models import load_models
+from codeformer.evaluation.degradation import Degradation
+from codeformer.imaging.files import ImageU8
+from codeformer.imaging.geometry import FACE_SIZE, align_faces, crop_face, make_working_copy
+from codeformer.training.scores import restore_face
 from codeformer.weights.manifest import load_weight_set
 
 TARGET: Final = Path(__file__).resolve().parents[1] / "docs" / "lite.jpg"

@@ -10,14 +10,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from codeformer.detection import FaceDetector
-from codeformer.models import Models
+from codeformer.engine.detector import FaceDetector
+from codeformer.engine.masker import FaceParser, TemplateMask
+from codeformer.engine.models import Models
+from codeformer.engine.pipeline import Pipeline
+from codeformer.engine.restorer import FaceRestorer
 from codeformer.networks.codeformer import CodeFormer
 from codeformer.networks.parsenet import FaceParsingNetwork
 from codeformer.networks.retinaface import build_retinaface
-from codeformer.parsing import FaceParser, TemplateMask
-from codeformer.pipeline import Pipeline
-from codeformer.restoration import FaceRestorer
 from codeformer.training.detector import load_teacher
 from codeformer.weights.checkpoints import load_into
 from codeformer.weights.manifest import load_weight_set
@@ -111,7 +111,7 @@ def filled_parsenet() -> FaceParsingNetwork:
 def _same_arithmetic_on_every_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plans for a CPU are in float32, whatever this one can do or the environment says."""
     monkeypatch.delenv("CODEFORMER_CPU_PRECISION", raising=False)
-    monkeypatch.setattr("codeformer.precision.cpu_multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr("codeformer.engine.precision.cpu_multiplies_bfloat16", lambda: False)
 
 
 @pytest.fixture

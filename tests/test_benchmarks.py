@@ -32,12 +32,12 @@ from benchmarks.programs import faces, full_size, quality, requests, soak, stage
 from benchmarks.results import PRICES, Device, Prices, read_model
 from benchmarks.runner import PROGRAMS, TOOLS, main, read_report, run
 from benchmarks.server import Answer, as_input, check_port, running_server
-from codeformer.alignment import FFHQ_TEMPLATE_XY, crop_face, estimate_similarity
+from codeformer.engine.masker import FaceParser
+from codeformer.engine.models import load_models
 from codeformer.errors import BenchmarkError
 from codeformer.evaluation import metrics
-from codeformer.images import encode_jpeg
-from codeformer.models import load_models
-from codeformer.parsing import FaceParser
+from codeformer.imaging.files import encode_jpeg
+from codeformer.imaging.geometry import FFHQ_TEMPLATE_XY, crop_face, estimate_similarity
 from codeformer.weights.manifest import load_weight_set
 from data.make_pictures import LANDMARKS_XY, draw, encode, plan
 from tests import pictures

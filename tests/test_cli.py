@@ -16,13 +16,15 @@ import cv2
 import numpy as np
 import pytest
 
-from codeformer import cli, compile_cache, plan
-from codeformer.cli import main
+from codeformer.cli import main as cli
+from codeformer.cli.main import main
+from codeformer.cli.photos import Photo
+from codeformer.cli.results import ResultFolder
+from codeformer.engine import plan
+from codeformer.engine.pipeline import Pipeline
 from codeformer.errors import DeviceMemoryError
-from codeformer.images import encode_jpeg
-from codeformer.photos import Photo
-from codeformer.pipeline import Pipeline
-from codeformer.results import ResultFolder
+from codeformer.imaging.files import encode_jpeg
+from codeformer.serving import compile_cache
 from tests import shared
 from tests.compare import assert_pictures_close
 
@@ -377,7 +379,7 @@ def test_local_errors_name_the_file_and_send_nobody_anywhere(
     def full(*_: object, **__: object) -> None:
         raise DeviceMemoryError("restore", "image 1 face 2", "OutOfMemoryError: no memory.")
 
-    monkeypatch.setattr("codeformer.request.serve", full)
+    monkeypatch.setattr("codeformer.serving.request.serve", full)
     assert restore(good, "-o", output) == 1
     said = capsys.readouterr().err
     assert f"failed: {cut}: the file is damaged or cut short" in said
@@ -510,7 +512,7 @@ def test_a_full_disk_behind_the_output_is_told_in_one_line() -> None:
 def test_help_waits_for_no_large_library(arguments: list[str]) -> None:
     code = (
         "import sys, atexit; atexit.register(lambda: print(*sorted(sys.modules), file=sys.stderr)); "
-        f"from codeformer.cli import main; main({arguments!r})"
+        f"from codeformer.cli.main import main; main({arguments!r})"
     )
     run = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100, check=True
@@ -543,7 +545,7 @@ def test_as_a_module_on_the_sample_photo(tiny_weights: Path, tmp_path: Path) -> 
 
 def test_importing_the_package_stays_out_of_basicsr() -> None:
     code = (
-        "import sys, json, codeformer.cli, predict; "
+        "import sys, json, codeformer.cli.main, predict; "
         "print(json.dumps([m for m in sys.modules if m.split('.')[0] in ('basicsr', 'numba', 'scipy')]))"
     )
     result = subprocess.run(

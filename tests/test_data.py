@@ -9,9 +9,9 @@ import cv2
 import numpy as np
 import pytest
 
-from codeformer.alignment import align_faces, make_working_copy
-from codeformer.detection import FaceDetector
-from codeformer.images import decode_image
+from codeformer.engine.detector import FaceDetector
+from codeformer.imaging.files import decode_image
+from codeformer.imaging.geometry import align_faces, make_working_copy
 from data.make_pictures import COUNT, INDEX, KINDS, Recipe, draw, encode, index_text, plan
 
 DATA = Path(__file__).resolve().parents[1] / "data"

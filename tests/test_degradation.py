@@ -7,7 +7,14 @@ import cv2
 import numpy as np
 import pytest
 
-from codeformer.degradation import HEAVY, MILD, MODERATE, MODERATE_CUBIC, Degradation, DegradationRange
+from codeformer.evaluation.degradation import (
+    HEAVY,
+    MILD,
+    MODERATE,
+    MODERATE_CUBIC,
+    Degradation,
+    DegradationRange,
+)
 from tests import pictures
 from tests.compare import assert_pictures_close
 

@@ -5,12 +5,13 @@ import numpy as np
 import pytest
 import torch
 
-from codeformer import compositing, device_pixels
-from codeformer.alignment import BORDER_BGR, compose, crop_face, invert
-from codeformer.parsing import TemplateMask
+from codeformer.engine import device_pixels
+from codeformer.engine.masker import TemplateMask
+from codeformer.imaging import pasting
+from codeformer.imaging.geometry import BORDER_BGR, compose, crop_face, invert
 from tests import pictures
 from tests.compare import assert_pictures_close
-from tests.test_compositing import similarity
+from tests.test_pasting import similarity
 
 # Scale from face to picture, rotation, and the face's centre in a picture of 420 x 300 px.
 PLACES = {
@@ -54,7 +55,7 @@ def test_pastes_as_opencv_does(
     matrix = similarity(*PLACES[place])
     mask = TemplateMask().masks(torch.from_numpy(face[None]))[0] if with_mask else None
     expected = picture.copy()
-    compositing.paste_face(expected, face, matrix, None if mask is None else mask.numpy())
+    pasting.paste_face(expected, face, matrix, None if mask is None else mask.numpy())
     canvas = torch.from_numpy(picture.copy()).to(device)
     device_pixels.paste_face(
         canvas,

@@ -9,8 +9,17 @@ import numpy as np
 import pytest
 import torch
 
-from codeformer.alignment import (
+from codeformer.engine.detector import FaceDetector
+from codeformer.engine.masker import TemplateMask
+from codeformer.engine.models import Models
+from codeformer.engine.pipeline import Pipeline
+from codeformer.engine.plan import resolve_plan
+from codeformer.engine.restorer import FaceRestorer
+from codeformer.errors import FaceLimitError
+from codeformer.imaging.files import ImageU8
+from codeformer.imaging.geometry import (
     FFHQ_TEMPLATE_XY,
+    Detection,
     align_faces,
     crop_face,
     invert,
@@ -18,19 +27,11 @@ from codeformer.alignment import (
     reduction_for,
     transform_points,
 )
-from codeformer.detection import Detection, FaceDetector
-from codeformer.errors import FaceLimitError
-from codeformer.images import ImageU8
 from codeformer.limits import Limits
-from codeformer.models import Models
-from codeformer.parsing import TemplateMask
-from codeformer.pipeline import Pipeline
-from codeformer.plan import resolve_plan
-from codeformer.restoration import FaceRestorer
 from tests import pictures
 from tests.compare import assert_pictures_close
 from tests.conftest import CPU, make_tiny_restorer
-from tests.test_compositing import similarity
+from tests.test_pasting import similarity
 
 
 class Negative(FaceRestorer):

@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from codeformer.errors import BenchmarkError
-from codeformer.images import encode_jpeg
+from codeformer.imaging.files import encode_jpeg
 from tests import pictures
 from tests.server import CogServer, data_uri, running
 

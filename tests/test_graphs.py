@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from codeformer import graphs
-from codeformer.graphs import BatchFunction, GraphedCalls, Recording, bucket_of
+from codeformer.engine import graphs
+from codeformer.engine.graphs import BatchFunction, GraphedCalls, Recording, bucket_of
 
 
 class FakeRecorder:

@@ -19,12 +19,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from codeformer.engine.pipeline import Pipeline
 from codeformer.errors import CancelledError, ImageError, OptionError, TimeLimitError
-from codeformer.images import decode_image
+from codeformer.imaging.files import decode_image
 from codeformer.limits import Limits
-from codeformer.pipeline import Pipeline
-from codeformer.request import serve
-from tests.test_images import gradient, png_header, save
+from codeformer.serving.request import serve
+from tests.test_files import gradient, png_header, save
 
 
 def picture_file(kind: str, mode: str = "RGB", *, size: Any = (64, 48), **options: Any) -> bytes:

@@ -13,11 +13,11 @@ import tifffile
 from PIL import Image
 
 from codeformer.errors import ImageError
-from codeformer.images import FORMATS, decode_image
-from codeformer.kinds import kind_of
+from codeformer.imaging.files import FORMATS, decode_image
+from codeformer.imaging.kinds import kind_of
 from codeformer.limits import Limits
 from tests.compare import assert_pictures_close
-from tests.test_images import gradient, save
+from tests.test_files import gradient, save
 
 SENSOR = np.full((64, 96), 1000, np.uint16)
 

@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 import torch
 
-from codeformer import pipeline as pipeline_module
-from codeformer.detection import FaceDetector
+from codeformer.engine import pipeline as pipeline_module
+from codeformer.engine.detector import FaceDetector
+from codeformer.engine.graphs import recording_lock
+from codeformer.engine.masker import TemplateMask
+from codeformer.engine.models import Models
+from codeformer.engine.pipeline import Pipeline
+from codeformer.engine.restorer import FaceRestorer
 from codeformer.errors import FaceLimitError, ImageError, OptionError, TimeLimitError
-from codeformer.graphs import recording_lock
-from codeformer.images import encode_jpeg
+from codeformer.imaging.files import encode_jpeg
 from codeformer.limits import Deadline, Limits
-from codeformer.models import Models
-from codeformer.parsing import TemplateMask
-from codeformer.pipeline import Pipeline
-from codeformer.request import serve
-from codeformer.restoration import FaceRestorer
+from codeformer.serving.request import serve
 from tests import pictures
 from tests.conftest import CPU, make_tiny_restorer
 

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from skimage import data
 
-from codeformer.alignment import align_faces, crop_face, make_working_copy
-from codeformer.degradation import HEAVY, MODERATE, DegradationRange
-from codeformer.detection import FaceDetector
-from codeformer.models import Models, load_models
+from codeformer.engine.detector import FaceDetector
+from codeformer.engine.models import Models, load_models
+from codeformer.evaluation.degradation import HEAVY, MODERATE, DegradationRange
+from codeformer.imaging.geometry import align_faces, crop_face, make_working_copy
 from codeformer.training.__main__ import LITE
-from codeformer.training.evaluation import measure_detector, measure_restorer, restore_face
 from codeformer.training.faces import pictures_in
+from codeformer.training.scores import measure_detector, measure_restorer, restore_face
 from codeformer.weights.manifest import WEIGHTS_ROOT, load_weight_set
 from tests import pictures, shared
 from tests.conftest import CPU

@@ -11,8 +11,8 @@ import cv2
 import pytest
 import torch
 
-from codeformer.memory import BYTES_PER_FACE, batch_size_for, is_out_of_memory
-from codeformer.plan import resolve_plan
+from codeformer.engine.memory import BYTES_PER_FACE, batch_size_for, is_out_of_memory
+from codeformer.engine.plan import resolve_plan
 from tests.conftest import CPU
 
 
@@ -66,8 +66,8 @@ def test_too_little_memory_is_told_from_other_failures(failure: Exception, expec
 FAULTS = """
 import resource, sys
 import torch
-import codeformer.pipeline  # the heap as it is where networks run
-from codeformer.memory import keep_freed_memory
+import codeformer.engine.pipeline  # the heap as it is where networks run
+from codeformer.engine.memory import keep_freed_memory
 if sys.argv[1] == "keep" and not keep_freed_memory():
     print("another allocator")
     raise SystemExit
@@ -98,7 +98,7 @@ def test_freed_memory_is_kept() -> None:
 KERNELS = """
 import sys
 import torch
-from codeformer.memory import limit_kernel_cache
+from codeformer.engine.memory import limit_kernel_cache
 if sys.argv[1] == "limited":
     limit_kernel_cache()
 convolve = torch.nn.Conv2d(32, 32, 3).requires_grad_(False)

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from codeformer.basicsr_compat import has_basicsr, import_basicsr
-from codeformer.degradation import gaussian_kernel
 from codeformer.evaluation import metrics
+from codeformer.evaluation.basicsr_compat import has_basicsr, import_basicsr
+from codeformer.evaluation.degradation import gaussian_kernel
 from tests import pictures
 
 needs_basicsr = pytest.mark.skipif(

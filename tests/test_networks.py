@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from codeformer.basicsr_compat import has_basicsr, import_basicsr, register_codeformer
+from codeformer.engine.restorer import faces_to_batch
+from codeformer.evaluation.basicsr_compat import has_basicsr, import_basicsr, register_codeformer
 from codeformer.networks.codeformer import CodeFormer, InputCorrection, take_colours
 from codeformer.networks.parsenet import FaceParsingNetwork
 from codeformer.networks.retinaface import build_retinaface
-from codeformer.restoration import faces_to_batch
 from tests import shared
 from tests.compare import relative_error
 from tests.conftest import TINY_CONFIG, make_tiny_restorer

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from codeformer.errors import OutputError
-from codeformer.outputs import OutputFolder
+from codeformer.serving.outputs import OutputFolder
 
 
 class Interruption(BaseException):
@@ -67,7 +67,7 @@ def test_a_folder_that_cannot_be_made_is_a_clear_error(
 
 ENDED = """
 import sys, time
-from codeformer.outputs import OutputFolder
+from codeformer.serving.outputs import OutputFolder
 outputs = OutputFolder()
 outputs.write([b"one"])
 print(outputs.path, flush=True)

@@ -216,7 +216,7 @@ def test_an_installed_package_downloads_into_the_users_cache(installed: Installe
 
 @pytest.mark.slow
 def test_an_installed_package_restores_its_sample_portrait(installed: Installed) -> None:
-    code = "from codeformer import request as r; print(r.SAMPLES / '1.jpg', r.__file__)"
+    code = "from codeformer.serving import request as r; print(r.SAMPLES / '1.jpg', r.__file__)"
     sample, module = map(Path, installed.run("python", "-c", code).split())
     assert sample.is_relative_to(installed.environment)
     assert module.is_relative_to(installed.environment)

@@ -11,7 +11,11 @@ import pytest
 import torch
 
 from codeformer import Pipeline, resolve_plan
-from codeformer.detection import Detection, FaceDetector
+from codeformer.engine.detector import FaceDetector
+from codeformer.engine.masker import TemplateMask
+from codeformer.engine.models import Models
+from codeformer.engine.pipeline import RestoredImage
+from codeformer.engine.restorer import FaceRestorer
 from codeformer.errors import (
     BackendConflictError,
     DeviceMemoryError,
@@ -20,11 +24,8 @@ from codeformer.errors import (
     NonFiniteOutputError,
     OptionError,
 )
-from codeformer.models import Models
+from codeformer.imaging.geometry import Detection
 from codeformer.networks.retinaface import build_retinaface
-from codeformer.parsing import TemplateMask
-from codeformer.pipeline import RestoredImage
-from codeformer.restoration import FaceRestorer
 from codeformer.weights.checkpoints import load_into
 from codeformer.weights.manifest import load_weight_set
 from tests import pictures, shared

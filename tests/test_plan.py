@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from codeformer import plan as plans
-from codeformer.errors import OptionError
-from codeformer.plan import (
+from codeformer.engine import plan as plans
+from codeformer.engine.plan import (
     COMPILE_BACKENDS,
     RUNTIME_PROFILES,
     STABILITY_MODES,
@@ -21,6 +20,7 @@ from codeformer.plan import (
     resolve_plan,
     torch_switches,
 )
+from codeformer.errors import OptionError
 from tests.conftest import CPU
 
 CUDA = torch.device("cuda")

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from codeformer import precision
+from codeformer.engine import precision
+from codeformer.engine.pipeline import Pipeline
+from codeformer.engine.plan import STABILITY_MODES, resolve_plan
+from codeformer.engine.precision import CPU_PRECISION_VARIABLE, half_dtype_of, time_convolutions
 from codeformer.errors import OptionError
-from codeformer.pipeline import Pipeline
-from codeformer.plan import STABILITY_MODES, resolve_plan
-from codeformer.precision import CPU_PRECISION_VARIABLE, half_dtype_of, time_convolutions
-from codeformer.request import serve, warm_up
+from codeformer.serving.request import serve, warm_up
 from predict import Predictor
 from tests.conftest import CPU
 

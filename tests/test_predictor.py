@@ -19,13 +19,13 @@ import numpy as np
 import pytest
 import yaml
 
-from codeformer import plan as plans
-from codeformer import request
+from codeformer.engine import plan as plans
+from codeformer.engine.pipeline import Pipeline
+from codeformer.engine.restorer import FaceRestorer
 from codeformer.errors import DeviceError, ImageError, OptionError, OutputError
-from codeformer.images import decode_image
-from codeformer.pipeline import Pipeline
-from codeformer.request import MAX_IMAGES, describe, serve
-from codeformer.restoration import FaceRestorer
+from codeformer.imaging.files import decode_image
+from codeformer.serving import request
+from codeformer.serving.request import MAX_IMAGES, describe, serve
 from predict import Predictor
 from scripts.write_schema import PINNED_SCHEMA, build_schema
 from tests.compare import assert_pictures_close

@@ -19,7 +19,7 @@ from PIL import Image
 
 from benchmarks.server import direct_session
 from codeformer.errors import BenchmarkError
-from codeformer.images import decode_image, encode_jpeg
+from codeformer.imaging.files import decode_image, encode_jpeg
 from tests import pictures, shared
 from tests.compare import assert_pictures_close
 from tests.server import CogServer, data_uri, running

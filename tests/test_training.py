@@ -15,22 +15,21 @@ from skimage.metrics import structural_similarity
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from codeformer.alignment import FFHQ_TEMPLATE_XY
-from codeformer.detection import Detection, FaceDetector
+from codeformer.engine.detector import FaceDetector
+from codeformer.engine.models import load_models
 from codeformer.errors import InputError, TrainingError
-from codeformer.models import load_models
+from codeformer.evaluation.matching import Agreement, box_iou
+from codeformer.imaging.geometry import FFHQ_TEMPLATE_XY, Detection
 from codeformer.networks.codeformer import CodeFormer
 from codeformer.networks.retinaface import build_retinaface
 from codeformer.training import faces
 from codeformer.training.__main__ import CONFIGURATIONS, main
 from codeformer.training.align import aligned_faces
 from codeformer.training.detector import DistillationStage
-from codeformer.training.evaluation import measure_detector, measure_restorer
 from codeformer.training.export import export_network, write_manifest
 from codeformer.training.faces import FacePairs, read_face, read_photograph, split_faces, split_pictures
 from codeformer.training.loop import MuonWithAdamW, Options, digest_of, read_checkpoint, train
 from codeformer.training.losses import code_loss, discriminator_loss, luma, picture_loss, ssim
-from codeformer.training.matching import Agreement, box_iou
 from codeformer.training.restorer import (
     AutoencoderStage,
     CodePredictionStage,
@@ -40,6 +39,7 @@ from codeformer.training.restorer import (
     start_idle,
 )
 from codeformer.training.scenes import SCENE_SIDE, Scenes
+from codeformer.training.scores import measure_detector, measure_restorer
 from codeformer.weights.manifest import load_weight_set
 from tests import pictures
 from tests.conftest import CPU, TINY_CONFIG, make_blind_detector, make_tiny_restorer

@@ -4,18 +4,18 @@ import cv2
 import numpy as np
 import pytest
 
-from codeformer.alignment import FFHQ_TEMPLATE_XY, invert, transform_points
-from codeformer.images import decode_image, encode_jpeg
-from codeformer.models import Models
-from codeformer.parsing import TemplateMask
-from codeformer.pipeline import Pipeline
-from codeformer.traits import INNER_FACE, WHOLE_CROP, gray_area, is_gray, loses_detail
+from codeformer.engine.masker import TemplateMask
+from codeformer.engine.models import Models
+from codeformer.engine.pipeline import Pipeline
+from codeformer.imaging.files import decode_image, encode_jpeg
+from codeformer.imaging.geometry import FFHQ_TEMPLATE_XY, invert, transform_points
+from codeformer.imaging.traits import INNER_FACE, WHOLE_CROP, gray_area, is_gray, loses_detail
 from tests import pictures, shared
 from tests.conftest import CPU
-from tests.test_compositing import similarity
-from tests.test_detection import PHOTOS
+from tests.test_detector import PHOTOS
 from tests.test_faces import Knowing, Negative, resized
-from tests.test_images import gradient
+from tests.test_files import gradient
+from tests.test_pasting import similarity
 
 # Of the astronaut's face in `pictures.portrait`.
 FACE_TO_PORTRAIT = similarity(0.62, 3, 222, 118)

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from codeformer import Pipeline
+from codeformer.engine.masker import TemplateMask
+from codeformer.engine.models import load_models
 from codeformer.errors import ManifestError, WeightFileError
-from codeformer.models import load_models
-from codeformer.parsing import TemplateMask
 from codeformer.weights.checkpoints import load_into, read_verified
 from codeformer.weights.manifest import WEIGHTS_ROOT, WeightSet, available_sets, load_weight_set
 from tests.conftest import CPU, TINY_CONFIG, describe_file, make_tiny_restorer

@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from codeformer.engine.pipeline import Pipeline
 from codeformer.errors import CancelledError, ImageError
 from codeformer.limits import Deadline
-from codeformer.pipeline import Pipeline
-from codeformer.request import serve
-from codeformer.worker import Worker
+from codeformer.serving.request import serve
+from codeformer.serving.worker import Worker
 from tests.faults import Interrupted, interrupt
-from tests.test_images import gradient, save
+from tests.test_files import gradient, save
 
 
 def in_new_thread(call: Callable[[], object]) -> object:

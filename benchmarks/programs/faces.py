@@ -23,7 +23,14 @@ from benchmarks.measure import Model, Summary, interleave, ratio_of_pairs, times
 from benchmarks.programs.stages import picture_with
 from benchmarks.results import Count, Prices, RepeatedReport, Weights
 from benchmarks.views import Bars, Section, Table, cell, sentence
-from codeformer.alignment import (
+from codeformer.engine.detector import FaceDetector, resize_for_detection
+from codeformer.engine.finder import FaceFinder, FoundFaces
+from codeformer.engine.models import Models
+from codeformer.engine.pipeline import Pipeline
+from codeformer.engine.plan import torch_switches
+from codeformer.errors import BenchmarkError, InputError
+from codeformer.imaging.files import ImageU8
+from codeformer.imaging.geometry import (
     FACE_SIZE,
     FFHQ_TEMPLATE_XY,
     Face,
@@ -34,13 +41,6 @@ from codeformer.alignment import (
     estimate_similarity,
     make_working_copy,
 )
-from codeformer.detection import FaceDetector, resize_for_detection
-from codeformer.errors import BenchmarkError, InputError
-from codeformer.finding import FaceFinder, FoundFaces
-from codeformer.images import ImageU8
-from codeformer.models import Models
-from codeformer.pipeline import Pipeline
-from codeformer.plan import torch_switches
 from codeformer.training.detector import load_teacher
 from data.make_pictures import LANDMARKS_XY
 

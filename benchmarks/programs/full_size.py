@@ -13,13 +13,13 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from benchmarks import options as opt
-from codeformer.detection import FaceDetector
-from codeformer.models import Models, load_models
+from codeformer.engine.detector import FaceDetector
+from codeformer.engine.masker import FaceParser
+from codeformer.engine.models import Models, load_models
+from codeformer.engine.restorer import FaceRestorer
 from codeformer.networks.codeformer import CodeFormer
 from codeformer.networks.parsenet import FaceParsingNetwork
 from codeformer.networks.retinaface import build_retinaface
-from codeformer.parsing import FaceParser
-from codeformer.restoration import FaceRestorer
 from codeformer.training.export import copy_network, export_network, write_manifest
 from codeformer.weights.manifest import load_weight_set
 

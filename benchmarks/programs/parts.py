@@ -19,17 +19,17 @@ from benchmarks.full_frame import paste_full_frame
 from benchmarks.measure import Call, Summary, interleave, ratio_of_pairs, time_call, times_of
 from benchmarks.results import Prices, RepeatedReport
 from benchmarks.views import Section, Table, sentence
-from codeformer import device_pixels
-from codeformer.alignment import FACE_SIZE, crop_face, invert
-from codeformer.compositing import paste_face
-from codeformer.detection import FaceDetector, anchors_for
+from codeformer.engine import device_pixels
+from codeformer.engine.detector import FaceDetector, anchors_for
+from codeformer.engine.masker import TemplateMask, soften_labels
+from codeformer.engine.pipeline import Pipeline
+from codeformer.engine.plan import torch_switches
 from codeformer.errors import BenchmarkError
-from codeformer.images import ImageU8, decode_image, encode_jpeg
-from codeformer.parsing import TemplateMask, soften_labels
-from codeformer.pipeline import Pipeline
-from codeformer.plan import torch_switches
-from codeformer.request import SAMPLES
-from codeformer.traits import is_gray
+from codeformer.imaging.files import ImageU8, decode_image, encode_jpeg
+from codeformer.imaging.geometry import FACE_SIZE, crop_face, invert
+from codeformer.imaging.pasting import paste_face
+from codeformer.imaging.traits import is_gray
+from codeformer.serving.request import SAMPLES
 from codeformer.weights.manifest import WeightSet
 
 LARGE_WH: Final = (4000, 3000)

@@ -19,16 +19,16 @@ from benchmarks.measure import Model, Summary
 from benchmarks.programs.full_size import with_official_sizes
 from benchmarks.results import Configuration, Count, Prices, Report
 from benchmarks.views import Section, Table, cell
-from codeformer.alignment import align_faces, crop_face, make_working_copy
-from codeformer.degradation import HEAVY, MILD, MODERATE, DegradationRange
-from codeformer.detection import FaceDetector
+from codeformer.engine.detector import FaceDetector
+from codeformer.engine.models import Models
+from codeformer.engine.pipeline import Pipeline
+from codeformer.engine.plan import torch_switches
 from codeformer.errors import InputError
 from codeformer.evaluation import metrics
-from codeformer.images import ImageU8
-from codeformer.machine import NOT_INSTALLED
-from codeformer.models import Models
-from codeformer.pipeline import Pipeline
-from codeformer.plan import torch_switches
+from codeformer.evaluation.degradation import HEAVY, MILD, MODERATE, DegradationRange
+from codeformer.evaluation.machine import NOT_INSTALLED
+from codeformer.imaging.files import ImageU8
+from codeformer.imaging.geometry import align_faces, crop_face, make_working_copy
 
 PRECISIONS: Final = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEGRADATIONS: Final[dict[str, DegradationRange]] = {"mild": MILD, "moderate": MODERATE, "heavy": HEAVY}

@@ -26,10 +26,10 @@ from benchmarks.measure import Positive, Summary
 from benchmarks.results import Amount, Count, Prices, Report, header_of
 from benchmarks.server import Answer, Server, running_server
 from benchmarks.views import Lines, Section, Table, cell, sentence
+from codeformer.engine.plan import available_device
 from codeformer.errors import BenchmarkError, InputError
-from codeformer.images import ImageU8, decode_image, encode_jpeg
-from codeformer.plan import available_device
-from codeformer.request import MAX_IMAGES, SAMPLES
+from codeformer.imaging.files import ImageU8, decode_image, encode_jpeg
+from codeformer.serving.request import MAX_IMAGES, SAMPLES
 from codeformer.weights.manifest import load_weight_set
 
 SEED: Final = 0

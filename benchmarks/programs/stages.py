@@ -37,15 +37,15 @@ from benchmarks.measure import (
 from benchmarks.programs.full_size import with_official_sizes
 from benchmarks.results import Amount, Configuration, Count, Prices, RepeatedReport
 from benchmarks.views import Bars, Chart, Lines, Section, Table, cell, sentence
-from codeformer.alignment import FACE_SIZE
-from codeformer.detection import resize_for_detection
+from codeformer.engine.detector import resize_for_detection
+from codeformer.engine.masker import FaceParser
+from codeformer.engine.models import Models
+from codeformer.engine.pipeline import Pipeline
+from codeformer.engine.plan import DEFAULT_FIDELITY, torch_switches
 from codeformer.errors import BenchmarkError, CodeFormerError
-from codeformer.images import ImageU8
-from codeformer.models import Models
-from codeformer.parsing import FaceParser
-from codeformer.pipeline import Pipeline
-from codeformer.plan import DEFAULT_FIDELITY, torch_switches
-from codeformer.request import Outcome, serve
+from codeformer.imaging.files import ImageU8
+from codeformer.imaging.geometry import FACE_SIZE
+from codeformer.serving.request import Outcome, serve
 from data.make_pictures import Placement, Recipe, draw, encode
 
 FLOAT32: Final = "float32"

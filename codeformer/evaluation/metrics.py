@@ -6,8 +6,8 @@ from typing import Final
 import numpy as np
 from skimage.metrics import structural_similarity
 
-from codeformer.basicsr_compat import has_basicsr, import_basicsr
-from codeformer.images import ImageU8
+from codeformer.evaluation.basicsr_compat import has_basicsr, import_basicsr
+from codeformer.imaging.files import ImageU8
 
 IDENTICAL_DB: Final = 100.0
 # SSIM looks through a window of 11 px.

@@ -13,17 +13,16 @@ import cv2
 import torch
 from torch.utils.data import DataLoader
 
-from codeformer.alignment import FACE_SIZE
-from codeformer.detection import FaceDetector
+from codeformer.engine.detector import FaceDetector
+from codeformer.engine.models import load_models
+from codeformer.engine.plan import available_device, torch_switches
 from codeformer.errors import CodeFormerError, InputError, TrainingError
-from codeformer.machine import describe_machine
-from codeformer.models import load_models
+from codeformer.evaluation.machine import describe_machine
+from codeformer.imaging.geometry import FACE_SIZE
 from codeformer.networks.codeformer import CodeFormer
 from codeformer.networks.retinaface import build_retinaface
-from codeformer.plan import available_device, torch_switches
 from codeformer.training.align import aligned_faces
 from codeformer.training.detector import BACKBONE, DistillationStage, load_teacher
-from codeformer.training.evaluation import measure_detector, measure_restorer
 from codeformer.training.export import copy_network, export_network, write_manifest
 from codeformer.training.faces import (
     CROP_GRID,
@@ -46,6 +45,7 @@ from codeformer.training.restorer import (
     start_idle,
 )
 from codeformer.training.scenes import Scenes
+from codeformer.training.scores import measure_detector, measure_restorer
 from codeformer.weights.manifest import load_weight_set
 
 LITE: Final[dict[str, Any]] = {

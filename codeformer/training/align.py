@@ -8,10 +8,10 @@ from typing import Final
 import cv2
 import numpy as np
 
-from codeformer.alignment import FACE_SIZE, FloatArray, align_faces, compose, make_working_copy
-from codeformer.detection import FaceDetector
+from codeformer.engine.detector import FaceDetector
 from codeformer.errors import InputError
-from codeformer.images import ImageU8
+from codeformer.imaging.files import ImageU8
+from codeformer.imaging.geometry import FACE_SIZE, FloatArray, align_faces, compose, make_working_copy
 from codeformer.training.faces import read_photograph
 
 MAX_ENLARGEMENT: Final = 1.5

@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from codeformer.detection import FaceDetector
+from codeformer.engine.detector import FaceDetector
 from codeformer.errors import WeightFileError
-from codeformer.images import ImageU8
+from codeformer.evaluation.matching import Agreement
+from codeformer.imaging.files import ImageU8
 from codeformer.networks.retinaface import build_retinaface
-from codeformer.training.matching import Agreement
 
 BACKBONE: Final = "mobile0.25"
 # Up to the first share of training units learn side by side, from the second on as the network they are.

@@ -13,10 +13,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from codeformer.alignment import BORDER_BGR, FACE_SIZE
-from codeformer.degradation import HEAVY, MILD, MODERATE, DegradationRange
 from codeformer.errors import ImageError, InputError
-from codeformer.images import ImageU8, decode_image
+from codeformer.evaluation.degradation import HEAVY, MILD, MODERATE, DegradationRange
+from codeformer.imaging.files import ImageU8, decode_image
+from codeformer.imaging.geometry import BORDER_BGR, FACE_SIZE
 
 PICTURE_SUFFIXES: Final = (".jpg", ".jpeg", ".png", ".webp")
 # One face in this many is kept from training, to tell when to stop.

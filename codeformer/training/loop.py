@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
+from codeformer.engine.plan import as_device
 from codeformer.errors import TrainingError
-from codeformer.plan import as_device
 
 AVERAGE_DECAY: Final = 0.998
 WARM_UP_SHARE: Final = 0.03

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from codeformer.restoration import LUMA_RGB
+from codeformer.engine.restorer import LUMA_RGB
 
 
 def picture_loss(output: Tensor, target: Tensor) -> Tensor:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from codeformer.degradation import MILD, MODERATE
-from codeformer.detection import MEAN_BGR
+from codeformer.engine.detector import MEAN_BGR
 from codeformer.errors import InputError
-from codeformer.images import ImageU8
+from codeformer.evaluation.degradation import MILD, MODERATE
+from codeformer.imaging.files import ImageU8
 
 SCENE_SIDE: Final = 512
 _KINDS: Final = ("photograph", "strewn", "close_up")

@@ -1,0 +1,273 @@
+"""The folder of the command line's results: no file takes the place of another photo's, or of an original."""
+
+import contextlib
+import errno
+import fcntl
+import os
+import re
+import secrets
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import count
+from pathlib import Path
+from typing import Final
+
+from codeformer.cli.marks import Role, marked, read_mark
+from codeformer.cli.photos import Photo
+from codeformer.errors import DiskFullError, InputError
+
+_NUMBERED: Final = re.compile(r"(.*)_(\d+)\.jpg", re.DOTALL)
+# From here on a name may have to be shortened, on any file system.
+_LONG_STEM_BYTES: Final = 100
+# Where the system does not say how long a name may be.
+_NAME_BYTES: Final = 255
+_FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
+
+
+class ResultFolder:
+    """Names and writes the results of one run.
+
+    A photo's result is `STEM.jpg`, or `STEM_2.jpg` and so on where that is taken: by another photo's result,
+    of this run or an earlier one, or by a file of another origin. The result that an earlier run made of a
+    photo is replaced, unless it was edited since.
+
+    Args:
+        folder: made when it is first written to.
+        photos: all of this run.
+        compare: whether each has a comparison as well, `STEM_compare.jpg`.
+        overwrite: files of another origin may be replaced; never photos of this run or other photos' results.
+
+    Raises:
+        InputError: a file in a photo's own folder, which may be an original, is in the way.
+    """
+
+    def __init__(
+        self, folder: Path, photos: Sequence[Photo], *, compare: bool, overwrite: bool = False
+    ) -> None:
+        self._folder = folder
+        self._roles: tuple[Role, ...] = ("result", "comparison") if compare else ("result",)
+        self._overwrite = overwrite
+        self._originals = {_real(photo.path) for photo in photos}
+        self._albums = {path.parent for path in self._originals} | {photo.place.parent for photo in photos}
+        self._listings: dict[Path, dict[str, str]] = {}
+        self._numbers: dict[Path, dict[str, list[int]]] = {}
+        self._reserved: set[str] = set()
+        self._files: dict[Photo, list[Path]] = {}
+        # Those that have a result keep its name, and those whose own name it is come before others.
+        for numbers_of in (self._earlier_numbers, self._own_number, lambda _: count(1)):
+            for photo in photos:
+                if photo not in self._files and (files := self._choose(photo, numbers_of(photo))):
+                    self._files[photo] = files
+                    self._reserved.update(map(_key, files))
+
+    def existing(self, photo: Photo) -> Path | None:
+        """The whole result of an earlier run; None where it, or its comparison, is not there."""
+        for role, file in zip(self._roles, self._files[photo], strict=True):
+            mark = read_mark(file)
+            if mark is None or not mark.is_intact or (mark.role, mark.source) != (role, photo.source):
+                return None
+        return self._files[photo][0]
+
+    def check(self) -> None:
+        """Makes the folder, and tries whether files can be written there.
+
+        Raises:
+            InputError: they cannot.
+            DiskFullError: it is full.
+        """
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with _temporary(self._folder, b""):
+                pass
+        except OSError as cause:
+            _raise_if_full(self._folder, cause)
+            raise InputError(f"--output {self._folder}: cannot be written ({cause.strerror}).") from cause
+
+    def write(self, photo: Photo, *jpegs: bytes) -> Path:
+        """Writes a photo's result, and its comparison if there is one; whole files, or none.
+
+        Args:
+            photo: one of this run.
+            jpegs: a file for each role.
+
+        Returns:
+            Where the result is.
+
+        Raises:
+            DiskFullError: the disk is full.
+            OSError: it cannot be written for another reason.
+        """
+        folder = self._files[photo][0].parent
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with contextlib.ExitStack() as stack:
+                partial = [
+                    stack.enter_context(_temporary(folder, marked(data, role, photo.source)))
+                    for role, data in zip(self._roles, jpegs, strict=True)
+                ]
+                stack.enter_context(_locked(folder))
+                files = self._files_now(photo)
+                # The result last: where it is, its comparison is.
+                for path, file in reversed(list(zip(partial, files, strict=True))):
+                    path.replace(file)
+        except OSError as cause:
+            _raise_if_full(folder, cause)
+            raise
+        return files[0]
+
+    def _files_now(self, photo: Photo) -> list[Path]:
+        """The planned names, or others where a run beside this one has taken them meanwhile."""
+        planned = self._files[photo]
+        self._reserved.difference_update(map(_key, planned))
+        self._listings.pop(planned[0].parent, None)
+        if not self._are_free(photo, planned):
+            numbers = (number for number in count(1) if self._are_free(photo, self._named(photo, number)))
+            self._files[photo] = self._named(photo, next(numbers))
+        self._reserved.update(map(_key, self._files[photo]))
+        return self._files[photo]
+
+    def _earlier_numbers(self, photo: Photo) -> list[int]:
+        """The number of the result that an earlier run made, if there is one."""
+        numbers = self._numbers_in(self._folder / photo.folder)
+        stem = _folded(photo.path.stem)
+        # A name that had to be shortened begins as the photo's does.
+        shortest = len(stem) if len(os.fsencode(stem)) < _LONG_STEM_BYTES else 1
+        candidates = {n for length in range(shortest, len(stem) + 1) for n in numbers.get(stem[:length], ())}
+        for number in sorted({1} | candidates):
+            actual = self._actual(self._named(photo, number)[0])
+            if actual is not None and self._is_own(photo, actual, "result"):
+                return [number]
+        return []
+
+    def _own_number(self, photo: Photo) -> list[int]:
+        """1 where the photo has its result's name itself."""
+        return [1] if _folded(self._named(photo, 1)[0].name) == _folded(photo.path.name) else []
+
+    def _choose(self, photo: Photo, numbers: Iterable[int]) -> list[Path] | None:
+        for number in numbers:
+            files = self._named(photo, number)
+            if self._are_free(photo, files):
+                return files
+            for file in files:
+                if self._may_be_original(file):
+                    raise InputError(
+                        f"--output {self._folder}: {file} would be overwritten; choose another folder."
+                    )
+        return None
+
+    def _may_be_original(self, file: Path) -> bool:
+        """Whether it is a photo of this run, or a file of unknown origin beside one."""
+        actual = self._actual(file)
+        if actual is None or _real(file.parent) not in self._albums or _key(file) in self._reserved:
+            return False
+        return _real(actual) in self._originals or (not self._overwrite and read_mark(actual) is None)
+
+    def _are_free(self, photo: Photo, files: Sequence[Path]) -> bool:
+        return all(self._is_free(photo, file, role) for role, file in zip(self._roles, files, strict=True))
+
+    def _is_free(self, photo: Photo, file: Path, role: Role) -> bool:
+        if _key(file) in self._reserved:
+            return False
+        actual = self._actual(file)
+        if actual is None or self._is_own(photo, actual, role):
+            return True
+        mark = read_mark(actual)
+        # Another photo's result stays in any case.
+        is_replaceable = actual.is_file() and (mark is None or mark.source == photo.source)
+        return self._overwrite and is_replaceable and _real(actual) not in self._originals
+
+    def _is_own(self, photo: Photo, file: Path, role: Role) -> bool:
+        """Whether a file is the photo's own earlier one: as it was written, or cut short since."""
+        if _real(file) in self._originals:
+            return False
+        mark = read_mark(file)
+        if mark is None:
+            # An empty file is nobody's picture.
+            return file.is_file() and not file.is_symlink() and file.stat().st_size == 0
+        return (mark.role, mark.source) == (role, photo.source) and (mark.is_intact or mark.is_cut)
+
+    def _actual(self, file: Path) -> Path | None:
+        """The file that is there under this name, or under one that differs in capital letters only."""
+        name = self._listing(file.parent).get(_folded(file.name))
+        return None if name is None else file.parent / name
+
+    def _listing(self, folder: Path) -> dict[str, str]:
+        """The names in a folder by their folded forms."""
+        if folder not in self._listings:
+            names = [file.name for file in folder.iterdir()] if folder.is_dir() else []
+            self._listings[folder] = {_folded(name): name for name in names}
+        return self._listings[folder]
+
+    def _numbers_in(self, folder: Path) -> dict[str, list[int]]:
+        """The numbers that stand behind each stem in a folder."""
+        if folder not in self._numbers:
+            self._numbers[folder] = {}
+            for name in self._listing(folder):
+                if found := _NUMBERED.fullmatch(name):
+                    self._numbers[folder].setdefault(found[1], []).append(int(found[2]))
+        return self._numbers[folder]
+
+    def _named(self, photo: Photo, number: int) -> list[Path]:
+        """The names of a photo's files; a stem that would make one too long is cut at its end."""
+        folder = self._folder / photo.folder
+        longest = _longest_name(folder)
+        files = []
+        for ending in ("", "_compare")[: len(self._roles)]:
+            stem, tail = photo.path.stem, ("" if number == 1 else f"_{number}") + ending + ".jpg"
+            while len(os.fsencode(stem + tail)) > longest:
+                stem = stem[:-1]
+            files.append(folder / (stem + tail))
+        return files
+
+
+def _folded(name: str) -> str:
+    """The same for names that one file system or another holds for the same."""
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def _real(path: Path) -> Path:
+    """As Path.resolve, which fails on links that lead to themselves."""
+    return Path(os.path.realpath(path))
+
+
+def _key(file: Path) -> str:
+    return _folded(str(_real(file.parent) / file.name))
+
+
+def _longest_name(folder: Path) -> int:
+    """In bytes."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    try:
+        return os.pathconf(folder, "PC_NAME_MAX")
+    except (OSError, ValueError):
+        return _NAME_BYTES
+
+
+@contextlib.contextmanager
+def _temporary(folder: Path, data: bytes) -> Iterator[Path]:
+    """A file of a name of its own, gone afterwards if it was not renamed."""
+    path = folder / f".codeformer-{secrets.token_hex(8)}.part"
+    try:
+        with path.open("xb") as stream:
+            stream.write(data)
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Holds off other runs that write there; only where the file system can do that."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _raise_if_full(path: Path, cause: OSError) -> None:
+    if cause.errno in _FULL:
+        raise DiskFullError(path, os.strerror(cause.errno)) from cause

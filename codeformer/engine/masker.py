@@ -1,0 +1,136 @@
+"""Face masks: which part of a restored crop is face.
+
+`FaceParser` is the adapter around ParseNet and owns its input convention and label map.
+`TemplateMask` stands in where a weight set has no parser.
+"""
+
+from functools import lru_cache
+from typing import Any, Final, Protocol
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+
+from codeformer.engine.graphs import GraphedCalls
+from codeformer.engine.restorer import faces_to_batch, maybe_compiled
+from codeformer.errors import NonFiniteOutputError
+from codeformer.imaging.geometry import FACE_SIZE
+from codeformer.networks.parsenet import CLASSES, FaceParsingNetwork
+
+# 0 background, 14 neck, 16 cloth, 17 hair and 18 hat are not face.
+FACE_LABELS: Final = (*range(1, 14), 15)
+BLUR_KERNEL_SIZE: Final = 101
+BLUR_SIGMA: Final = 11.0
+RIM: Final = 10
+
+_IS_FACE: Final = torch.isin(torch.arange(CLASSES), torch.tensor(FACE_LABELS)).float()
+
+
+class FaceMasker(Protocol):
+    """Anything that tells face from background in restored crops."""
+
+    def masks(self, faces_bgr: Tensor, *, half_dtype: torch.dtype | None = None) -> Tensor:
+        """(N, 512, 512, 3) uint8 BGR restored faces to (N, 512, 512) float32 masks, 0 to 1, beside them."""
+        ...
+
+
+class FaceParser:
+    """Masks from ParseNet's labels.
+
+    Args:
+        network: on its device, in evaluation mode, in the memory layout `channels_last` tells.
+        channels_last: feed the network channels-last batches.
+        compile_backend: compile the network with this `torch.compile` backend.
+        graphed: record the network's work as CUDA graphs.
+    """
+
+    def __init__(
+        self,
+        network: FaceParsingNetwork,
+        *,
+        channels_last: bool = False,
+        compile_backend: str | None = None,
+        graphed: bool = False,
+    ) -> None:
+        self.network = network
+        self._channels_last = channels_last
+        self._network = maybe_compiled(network.forward, compile_backend)
+        self._graphs = GraphedCalls() if graphed else None
+
+    @torch.inference_mode()
+    def labels(self, faces_bgr: Tensor, *, half_dtype: torch.dtype | None = None) -> Tensor:
+        """(N, 512, 512, 3) uint8 BGR faces to (N, 512, 512) int64 labels, 0 to 18.
+
+        Raises:
+            NonFiniteOutputError: the network's answer holds NaN or infinity.
+        """
+        # No number is asked of the network beside the faces.
+        arguments = (faces_bgr, torch.zeros((), device=faces_bgr.device), half_dtype)
+        run = self._graphs
+        labels, is_finite = self._forward(*arguments) if run is None else run(self._forward, *arguments)
+        # The largest of NaNs is the first label, background: the face would silently stay as it was.
+        if not bool(is_finite.all()):
+            precision = half_dtype or torch.float32
+            raise NonFiniteOutputError(f"the parser's output is not finite ({precision}).")
+        return labels
+
+    def _forward(self, faces_bgr: Tensor, _: Tensor, half_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+        """Labels, and for each face whether the network's answer was finite: (N,) bool."""
+        batch = faces_to_batch(faces_bgr, channels_last=self._channels_last)
+        with torch.autocast(faces_bgr.device.type, dtype=half_dtype, enabled=half_dtype is not None):
+            logits = self._network(batch)
+        return logits.argmax(dim=1), torch.isfinite(logits).flatten(1).all(dim=1)
+
+    @torch.inference_mode()
+    def masks(self, faces_bgr: Tensor, *, half_dtype: torch.dtype | None = None) -> Tensor:
+        """(N, 512, 512, 3) uint8 BGR restored faces to (N, 512, 512) float32 masks, 0 to 1.
+
+        Raises:
+            NonFiniteOutputError: the network's answer holds NaN or infinity.
+        """
+        return soften_labels(self.labels(faces_bgr, half_dtype=half_dtype))
+
+
+class TemplateMask:
+    """One fixed mask for every aligned face: an ellipse around the FFHQ template's features."""
+
+    CENTRE_XY: Final = (256, 286)
+    HALF_AXES_XY: Final = (146, 186)
+
+    def __init__(self) -> None:
+        face = np.zeros((FACE_SIZE, FACE_SIZE), np.float32)
+        cv2.ellipse(face, self.CENTRE_XY, self.HALF_AXES_XY, 0, 0, 360, color=1.0, thickness=-1)
+        self._mask = _soften(torch.from_numpy(face))
+
+    def masks(self, faces_bgr: Tensor, *, half_dtype: torch.dtype | None = None) -> Tensor:  # noqa: ARG002
+        """(N, 512, 512, 3) uint8 BGR faces to (N, 512, 512) float32 masks, all alike."""
+        return self._mask.to(faces_bgr.device).expand(len(faces_bgr), FACE_SIZE, FACE_SIZE)
+
+
+def soften_labels(labels: Tensor) -> Tensor:
+    """Label maps (N, 512, 512) int64 to soft face masks (N, 512, 512) float32, 0 to 1."""
+    return _soften(_IS_FACE.to(labels.device)[labels])
+
+
+def _soften(face: Tensor) -> Tensor:
+    """Blurs 0/1 masks (..., 512, 512) twice and clears a rim, so that no paste ends in a visible step."""
+    blur = _double_blur(face.device)
+    soft = blur @ face @ blur.T
+    inner = torch.zeros_like(soft)
+    inner[..., RIM:-RIM, RIM:-RIM] = soft[..., RIM:-RIM, RIM:-RIM]
+    return inner
+
+
+@lru_cache(maxsize=4)
+def _double_blur(device: torch.device) -> Tensor:
+    """(512, 512): two Gaussian blurs in a row along one axis, mirrored at the border, as a matrix.
+
+    Four filters of 101 taps are two small matrix products, on every device.
+    """
+    columns: Any = np.eye(FACE_SIZE)
+    for _ in range(2):
+        columns = cv2.sepFilter2D(
+            columns, -1, np.ones(1), cv2.getGaussianKernel(BLUR_KERNEL_SIZE, BLUR_SIGMA)
+        )
+    return torch.from_numpy(columns).to(device, torch.float32)

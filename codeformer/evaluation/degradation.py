@@ -1,0 +1,129 @@
+"""Seeded degradation of clean pictures: blur, down-sampling, noise, JPEG.
+
+y = resize(jpeg(resize(x * blur) + noise)), the order of the CodeFormer paper (Zhou et al., 2022) and of
+the GFPGAN paper before it. For training, measuring and making data;
+the serving path never comes here.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Final, Literal
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from codeformer.imaging.files import ImageU8
+
+Interpolation = Literal["linear", "cubic"]
+
+_KERNEL_SIZE: Final = 41
+_INTERPOLATIONS: Final = {"linear": cv2.INTER_LINEAR, "cubic": cv2.INTER_CUBIC}
+
+
+@dataclass(frozen=True)
+class Degradation:
+    """One way to spoil a picture.
+
+    Attributes:
+        blur_kernel: side of the Gaussian kernel in px, odd.
+        blur_sigma: standard deviation of the Gaussian in px.
+        downsampling: factor, at least 1.
+        noise_sigma: standard deviation of the additive Gaussian noise in 8-bit levels.
+        jpeg_quality: 1 to 100.
+        enlarged_by: the interpolation that brings the picture back to its size. Linear averages noise away
+            that cubic keeps.
+    """
+
+    blur_kernel: int
+    blur_sigma: float
+    downsampling: float
+    noise_sigma: float
+    jpeg_quality: int
+    enlarged_by: Interpolation = "linear"
+
+    def apply(self, image_bgr: ImageU8, rng: np.random.Generator) -> ImageU8:
+        """Spoils a picture (H, W, 3) uint8 BGR; the result has its size.
+
+        Args:
+            image_bgr: the clean picture.
+            rng: where the noise comes from.
+        """
+        height, width = image_bgr.shape[:2]
+        kernel = gaussian_kernel(self.blur_kernel, self.blur_sigma)
+        picture = cv2.filter2D(image_bgr.astype(np.float32) / 255, -1, kernel, borderType=cv2.BORDER_REFLECT)
+        small_wh = (max(1, round(width / self.downsampling)), max(1, round(height / self.downsampling)))
+        picture = cv2.resize(picture, small_wh, interpolation=cv2.INTER_LINEAR)
+        noise = rng.standard_normal(picture.shape, dtype=np.float32) * (self.noise_sigma / 255)
+        noisy = np.clip(np.rint((picture + noise) * 255), 0, 255).astype(np.uint8)
+        _, data = cv2.imencode(".jpg", noisy, [cv2.IMWRITE_JPEG_QUALITY, self.jpeg_quality])
+        compressed = np.asarray(cv2.imdecode(data, cv2.IMREAD_COLOR))
+        restored_size = cv2.resize(
+            compressed, (width, height), interpolation=_INTERPOLATIONS[self.enlarged_by]
+        )
+        return np.asarray(restored_size, dtype=np.uint8)
+
+
+def gaussian_kernel(side: int, sigma: float) -> npt.NDArray[np.float64]:
+    """A Gaussian sampled at whole px, (side, side), of sum 1; `side` in px is odd, `sigma` in px."""
+    offsets = np.arange(side) - side // 2
+    weights = np.exp(-0.5 * (offsets[:, None] ** 2 + offsets**2) / sigma**2)
+    return np.asarray(weights / weights.sum())
+
+
+@dataclass(frozen=True)
+class DegradationRange:
+    """Where degradations are drawn from, uniformly and independently.
+
+    Attributes:
+        blur: bounds of the kernel's side, or of its standard deviation, in px.
+        blur_unit: which of the two.
+        downsampling: bounds of the factor.
+        noise_sigma: bounds in 8-bit levels.
+        jpeg_quality: bounds, inclusive.
+        enlarged_by: the interpolations to choose from.
+    """
+
+    blur: tuple[float, float]
+    blur_unit: Literal["kernel", "sigma"]
+    downsampling: tuple[float, float]
+    noise_sigma: tuple[float, float]
+    jpeg_quality: tuple[int, int]
+    enlarged_by: tuple[Interpolation, ...] = ("linear",)
+
+    def sample(self, rng: np.random.Generator) -> Degradation:
+        """Draws one degradation."""
+        if self.blur_unit == "kernel":
+            kernel = 2 * int(rng.integers(int(self.blur[0]) // 2, int(self.blur[1]) // 2, endpoint=True)) + 1
+            # The standard deviation OpenCV gives a kernel of that side.
+            sigma = 0.3 * ((kernel - 1) * 0.5 - 1) + 0.8
+        else:
+            sigma = float(rng.uniform(*self.blur))
+            kernel = min(_KERNEL_SIZE, 2 * math.ceil(3 * sigma) + 1)
+        return Degradation(
+            blur_kernel=kernel,
+            blur_sigma=sigma,
+            downsampling=float(rng.uniform(*self.downsampling)),
+            noise_sigma=float(rng.uniform(*self.noise_sigma)),
+            jpeg_quality=int(rng.integers(*self.jpeg_quality, endpoint=True)),
+            enlarged_by=self._choose_interpolation(rng),
+        )
+
+    def _choose_interpolation(self, rng: np.random.Generator) -> Interpolation:
+        # Nothing is drawn where there is no choice: seeds keep their meaning.
+        if len(self.enlarged_by) == 1:
+            return self.enlarged_by[0]
+        return self.enlarged_by[int(rng.integers(len(self.enlarged_by)))]
+
+
+MODERATE: Final = DegradationRange((3, 11), "kernel", (2, 4), (5, 30), (15, 60))
+"""A small, noisy, badly compressed web picture."""
+
+MODERATE_CUBIC: Final = replace(MODERATE, enlarged_by=("cubic",))
+"""The same, enlarged as picture editors and browsers do it."""
+
+HEAVY: Final = DegradationRange((1, 15), "sigma", (1, 30), (0, 20), (30, 90))
+"""The range the CodeFormer paper trains on."""
+
+MILD: Final = DegradationRange((0.1, 1), "sigma", (1, 1.5), (0, 5), (70, 98))
+"""A picture that hardly needs restoring."""

@@ -1,0 +1,195 @@
+"""The restorer's and the parser's adapters."""
+
+import itertools
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from codeformer.engine.masker import FaceParser, TemplateMask, soften_labels
+from codeformer.engine.precision import half_dtype_of
+from codeformer.engine.restorer import FaceRestorer, batch_to_faces, faces_to_batch, match_gray
+from codeformer.errors import NonFiniteOutputError
+from codeformer.networks.parsenet import FaceParsingNetwork
+from tests.compare import assert_pictures_close
+from tests.conftest import (
+    make_broken_restorer,
+    make_channels_last_restorer,
+    make_tiny_restorer,
+)
+
+# Faces of 16 px: a compiler's time hangs on the number of layers.
+SMALL_FACES: dict[str, Any] = {
+    "n_layers": 1,
+    "latent_size": 64,
+    "channel_multipliers": (1, 2),
+    "connect_list": ("16",),
+    "correction_blocks": 1,
+    "correction_channels": 8,
+    "colour_patch": 8,
+}
+
+
+def faces(count: int, side: int = 512) -> torch.Tensor:
+    small = np.random.default_rng(3).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+    return torch.from_numpy(
+        np.stack([cv2.resize(face, (side, side), interpolation=cv2.INTER_CUBIC) for face in small])
+    )
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_every_level_survives_the_way_to_the_network_and_back(channels_last: bool) -> None:
+    levels = np.arange(256, dtype=np.uint8)
+    picture = np.stack([levels, levels[::-1], np.roll(levels, 9)], axis=1).reshape(1, 16, 16, 3)
+    batch = faces_to_batch(torch.from_numpy(picture), channels_last=channels_last)
+    assert batch.shape == (1, 3, 16, 16)
+    assert batch.min() == -1
+    assert batch.max() == 1
+    assert batch[0, 0, 0, 0] == picture[0, 0, 0, 2] / 127.5 - 1
+    np.testing.assert_array_equal(batch_to_faces(batch).numpy(), picture)
+
+
+def test_output_is_rounded_and_clipped_not_wrapped() -> None:
+    values = torch.tensor([-9.0, -1.0, 0.999, 1.0, 1.2, 300.0]).view(1, 1, 1, 6).expand(1, 3, 1, 6)
+    assert batch_to_faces(values)[0, 0, :, 0].tolist() == [0, 0, 255, 255, 255, 255]
+    assert batch_to_faces(values.bfloat16())[0, 0, :, 0].tolist()[-3:] == [255, 255, 255]
+
+
+def test_faces_do_not_depend_on_the_memory_layout() -> None:
+    crops = faces(2)
+    plain = FaceRestorer(make_tiny_restorer()).restore(crops, 0.5)
+    other = FaceRestorer(make_channels_last_restorer(), channels_last=True).restore(crops, 0.5)
+    assert_pictures_close(other, plain, mean=0.1, within=1)
+
+
+def test_half_precision_changes_little_and_only_the_generator(device: torch.device) -> None:
+    network = make_tiny_restorer().to(device)
+    half_dtype = half_dtype_of(device) or torch.bfloat16
+    dtypes: list[torch.dtype] = []
+    network.generator.blocks[0].register_forward_hook(lambda _m, _i, out: dtypes.append(out.dtype))
+    network.encoder.blocks[0].register_forward_hook(lambda _m, _i, out: dtypes.append(out.dtype))
+    restorer, crops = FaceRestorer(network), faces(1).to(device)
+    exact = restorer.restore(crops, 0.5)
+    half = restorer.restore(crops, 0.5, half_dtype=half_dtype)
+    assert dtypes == [torch.float32, torch.float32, torch.float32, half_dtype]
+    assert not torch.equal(half, exact)
+    assert_pictures_close(half, exact, mean=4.0, within=40, share=0.99)
+
+
+def test_a_non_finite_answer_is_an_error() -> None:
+    with pytest.raises(NonFiniteOutputError, match="not finite"):
+        FaceRestorer(make_broken_restorer(float("nan"))).restore(faces(1), 0.5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("backend", "channels_last"),
+    [("eager", True), ("aot_eager", True), ("aot_eager", False), ("inductor", True)],
+)
+def test_compiled_equals_eager_for_every_fidelity_and_batch(backend: str, channels_last: bool) -> None:
+    torch._dynamo.reset()
+    network: Any = make_tiny_restorer(**SMALL_FACES)
+    if channels_last:
+        network = network.to(memory_format=torch.channels_last)
+    plain = FaceRestorer(network, channels_last=channels_last)
+    compiled = FaceRestorer(network, channels_last=channels_last, compile_backend=backend)
+    torch._dynamo.utils.counters.clear()
+    for count, fidelity in [(1, 0.5), (1, 0.25), (1, 0.0), (2, 0.9), (3, 0.1)]:
+        crops = faces(count, network.resolution)
+        assert_pictures_close(
+            compiled.restore(crops, fidelity), plain.restore(crops, fidelity), mean=0.1, within=2, share=0.999
+        )
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs <= 8, f"{graphs} graphs for 5 requests: something compiles anew for each"
+
+
+def test_grey_faces_take_their_statistics_from_the_crop() -> None:
+    restored, crop = faces(2)
+    crop = crop // 4 + 90
+    matched = match_gray(restored, crop).double().numpy()
+    restored, crop = restored.numpy(), crop.numpy()
+    np.testing.assert_allclose(matched.mean(axis=(0, 1)), crop.mean(axis=(0, 1)), atol=0.5)
+    np.testing.assert_allclose(matched.std(axis=(0, 1)), crop.std(axis=(0, 1)), atol=0.5)
+    luma = restored[..., 2] * 0.2989 + restored[..., 1] * 0.5870 + restored[..., 0] * 0.1140
+    for channel in range(3):
+        assert np.corrcoef(matched[..., channel].ravel(), luma.ravel())[0, 1] > 0.999
+
+
+def test_a_flat_crop_gives_a_flat_face() -> None:
+    flat = torch.full((512, 512, 3), 77, dtype=torch.uint8)
+    assert_pictures_close(match_gray(faces(1)[0], flat), flat, mean=0.5, within=1)
+
+
+def test_face_labels_become_a_soft_mask() -> None:
+    labels = torch.zeros((512, 512), dtype=torch.int64)
+    labels[150:350, 150:350] = 1
+    mask = soften_labels(labels)
+    assert mask.dtype == torch.float32
+    assert mask[250, 250] == pytest.approx(1.0, abs=1e-3)
+    assert mask[150, 250] == pytest.approx(0.5, abs=0.05)
+    assert mask[50, 50] < 1e-6
+
+
+@pytest.mark.parametrize("label", range(19))
+def test_which_labels_are_face(label: int) -> None:
+    mask = soften_labels(torch.full((512, 512), label))
+    is_face = label not in (0, 14, 16, 17, 18)
+    assert mask[256, 256] == pytest.approx(float(is_face), abs=1e-5)
+    assert mask[:10].max() == mask[-10:].max() == mask[:, :10].max() == mask[:, -10:].max() == 0
+    assert (mask[10:-10, 10:-10] > 0.4).all() == is_face
+
+
+@pytest.mark.slow
+def test_many_kinds_of_requests_do_not_exhaust_the_compiler(device: torch.device) -> None:
+    torch._dynamo.reset()
+    network = make_tiny_restorer(**SMALL_FACES).to(device)
+    compiled = FaceRestorer(network, compile_backend="eager")
+    # More graphs than torch's own limit of 8 admits.
+    for half_dtype in (None, torch.bfloat16, torch.float16):
+        for count, fidelity in itertools.product((1, 3, 2), (0.5, 0.0)):
+            crops = faces(count, network.resolution).to(device)
+            restored = compiled.restore(crops, fidelity, half_dtype=half_dtype)
+            assert restored.shape == crops.shape
+
+
+def test_a_parser_that_overflows_is_an_error() -> None:
+    network = FaceParsingNetwork(resolution=64)
+    last: Any = network.parsenet.out_mask_conv
+    last.conv2d.bias.data[:] = float("nan")
+    with pytest.raises(NonFiniteOutputError, match="parser"):
+        FaceParser(network.requires_grad_(False)).labels(faces(1, side=64))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+def test_a_compiled_parser_gives_the_same_labels(backend: str) -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    network: Any = FaceParsingNetwork(resolution=64).requires_grad_(False)
+    network = network.to(memory_format=torch.channels_last)
+    plain = FaceParser(network, channels_last=True)
+    compiled = FaceParser(network, channels_last=True, compile_backend=backend)
+    for count in (1, 2, 3):
+        batch = faces(count, side=64)
+        assert (compiled.labels(batch) == plain.labels(batch)).double().mean() > 0.999
+
+
+def test_the_parser_labels_each_face_of_a_batch_alike() -> None:
+    torch.manual_seed(0)
+    parser = FaceParser(FaceParsingNetwork(resolution=64).requires_grad_(False))
+    batch = faces(2, side=64)
+    together = parser.labels(batch)
+    assert together.shape == (2, 64, 64)
+    assert (together[1] == parser.labels(batch[1:])[0]).double().mean() > 0.999
+    assert len(torch.unique(together)) > 1
+
+
+def test_the_template_mask_covers_the_features_and_not_the_corners() -> None:
+    masks = TemplateMask().masks(faces(2)).numpy()
+    assert masks.shape == (2, 512, 512)
+    for x, y in ((193, 240), (319, 240), (257, 314), (201, 371), (313, 371)):
+        assert masks[0, y, x] > 0.9
+    assert masks[0, [0, 0, -1, -1], [0, -1, 0, -1]].max() == 0
+    assert np.abs(np.diff(masks[0], axis=0)).max() < 0.06
