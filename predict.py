@@ -5,9 +5,11 @@ import threading
 from cog import BaseRunner, Input, Path
 
 from codeformer.engine.pipeline import Pipeline
+from codeformer.engine.plan import available_device
 from codeformer.engine.precision import cpu_precision
 from codeformer.limits import Limits
 from codeformer.log import configure_server_log
+from codeformer.process import tune_process
 from codeformer.serving.outputs import OutputFolder
 from codeformer.serving.request import serve, warm_up
 from codeformer.serving.worker import Worker
@@ -21,7 +23,9 @@ class Predictor(BaseRunner):
         configure_server_log()
         self.limits = Limits.from_environment()
         cpu_precision()  # refuses a wrong value before any weights are fetched
-        self.pipeline = Pipeline.load()
+        device = available_device()
+        tune_process(device)
+        self.pipeline = Pipeline.load(device=device)
         self.outputs = OutputFolder()
         self.worker = Worker()
         self.worker.run(warm_up, self.pipeline, stop=threading.Event())

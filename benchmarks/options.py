@@ -20,17 +20,17 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tqdm import tqdm
 
 from benchmarks.results import Configuration, Picture, header_of
-from benchmarks.server import Server, running_server, server_kind
-from codeformer.engine.memory import keep_freed_memory
+from benchmarks.server import ROOT, Server, running_server, server_kind
 from codeformer.engine.models import Models, load_models
-from codeformer.engine.plan import COMPILE_BACKENDS, DEFAULT_FIDELITY, RuntimeProfile, available_device
+from codeformer.engine.plan import available_device
 from codeformer.errors import InputError
 from codeformer.imaging.files import ImageU8, decode_image
+from codeformer.options import COMPILE_BACKENDS, DEFAULT_FIDELITY, RuntimeProfile
+from codeformer.process import tune_process
 from codeformer.weights.download import fetch_set
 from codeformer.weights.manifest import WeightSet, load_weight_set
 from data.make_pictures import COUNT, draw, encode, plan
 
-ROOT: Final = Path(__file__).resolve().parents[1]
 DATA: Final = ROOT / "data"
 # The pictures that are part of the repository.
 COMMITTED: Final = frozenset({"1.jpg", "2.jpg", "3.jpg", "4.jpg"})
@@ -174,8 +174,7 @@ def load(options: InProcess, *repeated: str) -> Loaded:
     weights = load_weight_set(options.weights)
     header = header_of(options, device, weights, *repeated)
     fetch_set(weights, progress=True)
-    if device.type == "cpu":
-        keep_freed_memory()
+    tune_process(device)
     return Loaded(device, weights, load_models(weights, device), header)
 
 

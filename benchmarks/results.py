@@ -10,9 +10,10 @@ from pydantic import BaseModel, Field, ValidationError
 
 from benchmarks.measure import STAGES, Model, Positive, Summary, medians
 from benchmarks.views import Bars, Boxes, Chart, Section, Table, cell, sentence
-from codeformer.engine.plan import CompileBackend, ExecutionPlan, RuntimeProfile, StabilityMode, resolve_plan
+from codeformer.engine.plan import ExecutionPlan, resolve_plan
 from codeformer.errors import BenchmarkError
 from codeformer.evaluation.machine import describe_machine
+from codeformer.options import CompileBackend, RuntimeProfile, StabilityMode
 from codeformer.weights.manifest import WeightSet
 
 PRICES: Final = Path(__file__).with_name("prices.json")

@@ -26,7 +26,7 @@ from scripts.write_schema import SERVER_SCHEMA, write_schema
 
 ServerKind = Literal["cog", "direct"]
 
-ROOT: Final = Path(__file__).resolve().parents[1]
+ROOT: Final = Path(__file__).resolve().parent.parent
 HOST: Final = "127.0.0.1"
 START_DEADLINE_S: Final = 600.0
 _POLL_S: Final = 0.1

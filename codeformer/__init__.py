@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from codeformer.engine.pipeline import Pipeline, RestoredImage
     from codeformer.engine.plan import ExecutionPlan, resolve_plan
     from codeformer.imaging.geometry import Face
+    from codeformer.process import tune_process
 
-__all__ = ["ExecutionPlan", "Face", "Pipeline", "RestoredImage", "resolve_plan"]
+__all__ = ["ExecutionPlan", "Face", "Pipeline", "RestoredImage", "resolve_plan", "tune_process"]
 
 # Imported when they are asked for: torch takes seconds, and the command line's help needs none of it.
 _HOMES: Final = {
@@ -23,6 +24,7 @@ _HOMES: Final = {
     "Pipeline": "engine.pipeline",
     "RestoredImage": "engine.pipeline",
     "resolve_plan": "engine.plan",
+    "tune_process": "process",
 }
 
 

@@ -20,7 +20,7 @@ from codeformer.imaging.geometry import FACE_SIZE, align_faces, crop_face, make_
 from codeformer.training.scores import restore_face
 from codeformer.weights.manifest import load_weight_set
 
-TARGET: Final = Path(__file__).resolve().parents[1] / "docs" / "lite.jpg"
+TARGET: Final = Path(__file__).resolve().parent.parent / "docs" / "lite.jpg"
 ROWS: Final = {
     "small, noisy, JPEG 40": Degradation(7, 1.4, 3, 12, 40),
     "blurred": Degradation(41, 4, 2, 4, 80),

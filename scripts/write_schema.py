@@ -12,7 +12,7 @@ import threading
 from pathlib import Path
 from typing import Any, Final
 
-ROOT: Final = Path(__file__).resolve().parents[1]
+ROOT: Final = Path(__file__).resolve().parent.parent
 PINNED_SCHEMA: Final = ROOT / "tests" / "input_schema.json"
 SERVER_SCHEMA: Final = ROOT / ".cog" / "openapi_schema.json"
 _BOUNDS: Final = {"minimum": "ge", "maximum": "le"}

@@ -15,6 +15,7 @@ from codeformer.engine.masker import FaceParser, TemplateMask
 from codeformer.engine.models import Models
 from codeformer.engine.pipeline import Pipeline
 from codeformer.engine.restorer import FaceRestorer
+from codeformer.imaging.files import lift_pillow_limits
 from codeformer.networks.codeformer import CodeFormer
 from codeformer.networks.parsenet import FaceParsingNetwork
 from codeformer.networks.retinaface import build_retinaface
@@ -22,6 +23,9 @@ from codeformer.training.detector import load_teacher
 from codeformer.weights.checkpoints import load_into
 from codeformer.weights.manifest import load_weight_set
 from tests import shared
+
+# As in a server and in the command line.
+lift_pillow_limits()
 
 CPU = torch.device("cpu")
 TINY_CONFIG: dict[str, Any] = {

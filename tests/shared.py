@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-FOLDER = Path(__file__).resolve().parents[2] / "shared"
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT.parent / "shared"
 
 
 def path_of(relative: str) -> Path:

@@ -42,8 +42,8 @@ from codeformer.weights.manifest import load_weight_set
 from data.make_pictures import LANDMARKS_XY, draw, encode, plan
 from tests import pictures
 from tests.conftest import CPU
+from tests.shared import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 COMMITTED = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
 
 

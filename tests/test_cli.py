@@ -20,15 +20,14 @@ from codeformer.cli import main as cli
 from codeformer.cli.main import main
 from codeformer.cli.photos import Photo
 from codeformer.cli.results import ResultFolder
-from codeformer.engine import plan
 from codeformer.engine.pipeline import Pipeline
 from codeformer.errors import DeviceMemoryError
 from codeformer.imaging.files import encode_jpeg
+from codeformer.options import COMPILE_CACHE_VARIABLE
 from codeformer.serving import compile_cache
 from tests import shared
 from tests.compare import assert_pictures_close
-
-ROOT = Path(__file__).resolve().parents[1]
+from tests.shared import ROOT
 
 
 @pytest.fixture
@@ -521,14 +520,6 @@ def test_help_waits_for_no_large_library(arguments: list[str]) -> None:
     assert run.stdout
 
 
-def test_the_choices_are_those_of_the_plan() -> None:
-    assert cli.RUNTIME_PROFILES == plan.RUNTIME_PROFILES
-    assert cli.STABILITY_MODES == plan.STABILITY_MODES
-    assert cli.COMPILE_BACKENDS == plan.COMPILE_BACKENDS
-    assert cli.DEFAULT_FIDELITY == plan.DEFAULT_FIDELITY
-    assert cli.FOLDER_VARIABLE == compile_cache.FOLDER_VARIABLE
-
-
 @pytest.mark.slow
 def test_as_a_module_on_the_sample_photo(tiny_weights: Path, tmp_path: Path) -> None:
     photo = ROOT / "data" / "1.jpg"
@@ -562,11 +553,11 @@ def test_compiling_ahead_asks_for_every_graph_and_fills_the_folder(
     def record(_: object, paths: list[Path], **options: object) -> None:
         asked.append((len(paths), options["fidelity"], options["stability_mode"], options["compile_backend"]))
 
-    monkeypatch.setenv(compile_cache.FOLDER_VARIABLE, "before")
+    monkeypatch.setenv(COMPILE_CACHE_VARIABLE, "before")
     monkeypatch.setattr(compile_cache, "serve", record)
     assert main(["compile", str(tmp_path / "cache")]) == 0
     assert {(count, fidelity) for count, fidelity, *_ in asked} == {(1, 0.5), (2, 0.5), (1, 0.0), (2, 0.0)}
     assert {call[2:] for call in asked} == {("optimized", "inductor")}
-    assert os.environ[compile_cache.FOLDER_VARIABLE] == str(tmp_path / "cache")
+    assert os.environ[COMPILE_CACHE_VARIABLE] == str(tmp_path / "cache")
     assert (tmp_path / "cache").is_dir()
-    assert f"{compile_cache.FOLDER_VARIABLE}={tmp_path / 'cache'}" in capsys.readouterr().out
+    assert f"{COMPILE_CACHE_VARIABLE}={tmp_path / 'cache'}" in capsys.readouterr().out

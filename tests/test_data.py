@@ -3,7 +3,6 @@
 import dataclasses
 import json
 from collections import Counter
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -13,8 +12,9 @@ from codeformer.engine.detector import FaceDetector
 from codeformer.imaging.files import decode_image
 from codeformer.imaging.geometry import align_faces, make_working_copy
 from data.make_pictures import COUNT, INDEX, KINDS, Recipe, draw, encode, index_text, plan
+from tests.shared import ROOT
 
-DATA = Path(__file__).resolve().parents[1] / "data"
+DATA = ROOT / "data"
 COMMITTED = (1, 2, 3, 4)
 
 

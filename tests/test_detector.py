@@ -9,15 +9,14 @@ import torch
 from facexlib.detection.retinaface_utils import PriorBox
 
 from codeformer.engine.detector import (
-    ANCHOR_SIZES,
     SCORE_THRESHOLD,
-    STRIDES,
     FaceDetector,
     anchors_for,
     resize_for_detection,
     select_faces,
 )
 from codeformer.imaging.geometry import MIN_EYE_DISTANCE, make_working_copy
+from codeformer.networks.retinaface import ANCHOR_SIZES, STRIDES
 from tests import pictures, shared
 from tests.conftest import CPU, make_blind_detector
 

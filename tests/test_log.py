@@ -4,21 +4,21 @@ import io
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
-from codeformer.engine.plan import check_fidelity, resolve_plan
+from codeformer.engine.plan import resolve_plan
 from codeformer.errors import ImageError, OptionError
 from codeformer.imaging.files import decode_image
 from codeformer.log import operator_logger
+from codeformer.options import check_fidelity
 from codeformer.serving.request import serve
 from tests.conftest import CPU
+from tests.shared import ROOT
 from tests.test_files import gradient, save
 
-ROOT = Path(__file__).resolve().parents[1]
 SECRET = b"key="
 
 

@@ -67,7 +67,7 @@ FAULTS = """
 import resource, sys
 import torch
 import codeformer.engine.pipeline  # the heap as it is where networks run
-from codeformer.engine.memory import keep_freed_memory
+from codeformer.process import keep_freed_memory
 if sys.argv[1] == "keep" and not keep_freed_memory():
     print("another allocator")
     raise SystemExit
@@ -98,7 +98,7 @@ def test_freed_memory_is_kept() -> None:
 KERNELS = """
 import sys
 import torch
-from codeformer.engine.memory import limit_kernel_cache
+from codeformer.process import limit_kernel_cache
 if sys.argv[1] == "limited":
     limit_kernel_cache()
 convolve = torch.nn.Conv2d(32, 32, 3).requires_grad_(False)

@@ -9,18 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from codeformer.engine import plan as plans
-from codeformer.engine.plan import (
-    COMPILE_BACKENDS,
-    RUNTIME_PROFILES,
-    STABILITY_MODES,
-    as_device,
-    available_device,
-    check_fidelity,
-    resolve_plan,
-    torch_switches,
-)
+from codeformer import options as option_choices
+from codeformer.engine.plan import as_device, available_device, resolve_plan, torch_switches
 from codeformer.errors import OptionError
+from codeformer.options import COMPILE_BACKENDS, RUNTIME_PROFILES, STABILITY_MODES, check_fidelity
 from tests.conftest import CPU
 
 CUDA = torch.device("cuda")
@@ -74,7 +66,7 @@ def test_optimized_compiles_with_the_backend() -> None:
 
 def test_defaults_are_the_documented_ones() -> None:
     assert resolve_plan(device=CPU) == resolve_plan("baseline", "safe", "eager", device=CPU)
-    assert plans.DEFAULT_FIDELITY == 0.5
+    assert option_choices.DEFAULT_FIDELITY == 0.5
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,10 @@ import torch
 
 from codeformer.engine import precision
 from codeformer.engine.pipeline import Pipeline
-from codeformer.engine.plan import STABILITY_MODES, resolve_plan
+from codeformer.engine.plan import resolve_plan
 from codeformer.engine.precision import CPU_PRECISION_VARIABLE, half_dtype_of, time_convolutions
 from codeformer.errors import OptionError
+from codeformer.options import STABILITY_MODES
 from codeformer.serving.request import serve, warm_up
 from predict import Predictor
 from tests.conftest import CPU

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import yaml
 
-from codeformer.engine import plan as plans
+from codeformer import options as option_choices
 from codeformer.engine.pipeline import Pipeline
 from codeformer.engine.restorer import FaceRestorer
 from codeformer.errors import DeviceError, ImageError, OptionError, OutputError
@@ -30,8 +30,7 @@ from predict import Predictor
 from scripts.write_schema import PINNED_SCHEMA, build_schema
 from tests.compare import assert_pictures_close
 from tests.faults import Interrupted, interrupt, largest_file
-
-ROOT = Path(__file__).resolve().parents[1]
+from tests.shared import ROOT
 
 
 def test_the_checked_in_schema_is_the_predictors() -> None:
@@ -53,9 +52,9 @@ def test_the_interface_is_the_promised_one() -> None:
     fidelity = properties["codeformer_fidelity"]
     assert (fidelity["minimum"], fidelity["maximum"], fidelity["default"]) == (0, 1, 0.5)
     for name, choices, default in (
-        ("runtime_profile", plans.RUNTIME_PROFILES, "baseline"),
-        ("stability_mode", plans.STABILITY_MODES, "safe"),
-        ("compile_backend", plans.COMPILE_BACKENDS, "eager"),
+        ("runtime_profile", option_choices.RUNTIME_PROFILES, "baseline"),
+        ("stability_mode", option_choices.STABILITY_MODES, "safe"),
+        ("compile_backend", option_choices.COMPILE_BACKENDS, "eager"),
     ):
         assert sorted(schemas[name]["enum"]) == sorted(choices)
         assert properties[name]["default"] == default

@@ -23,8 +23,7 @@ from codeformer.imaging.files import decode_image, encode_jpeg
 from tests import pictures, shared
 from tests.compare import assert_pictures_close
 from tests.server import CogServer, data_uri, running
-
-ROOT = Path(__file__).resolve().parents[1]
+from tests.shared import ROOT
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """What each rewriting of the networks is worth: the official sizes, one picture, random values.
 
 The forms of a network take turns. On a CPU the first half of the run leaves the C library's allocator as it
-is, the second lets it keep freed memory (codeformer/engine/memory.py), which cannot be undone in a process.
+is, the second lets it keep freed memory (codeformer/process.py), which cannot be undone in a process.
 """
 
 import copy
@@ -18,13 +18,14 @@ from benchmarks.measure import Model, Summary, interleave, ratios_to_first, time
 from benchmarks.programs.full_size import SEED
 from benchmarks.results import Prices, RepeatedReport, header_of
 from benchmarks.views import Section, Table
-from codeformer.engine.memory import keep_freed_memory
-from codeformer.engine.plan import DEFAULT_FIDELITY, available_device, torch_switches
+from codeformer.engine.plan import available_device, torch_switches
 from codeformer.engine.precision import half_dtype_of
 from codeformer.networks.codeformer import CodeFormer
 from codeformer.networks.inference import for_inference
 from codeformer.networks.parsenet import FaceParsingNetwork
 from codeformer.networks.retinaface import build_retinaface
+from codeformer.options import DEFAULT_FIDELITY
+from codeformer.process import keep_freed_memory
 
 NETWORKS: Final[dict[str, tuple[Callable[[], Any], tuple[int, ...]]]] = {
     "restorer": (CodeFormer, (1, 3, 512, 512)),

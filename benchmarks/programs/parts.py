@@ -18,6 +18,7 @@ from benchmarks import options as opt
 from benchmarks.full_frame import paste_full_frame
 from benchmarks.measure import Call, Summary, interleave, ratio_of_pairs, time_call, times_of
 from benchmarks.results import Prices, RepeatedReport
+from benchmarks.server import ROOT
 from benchmarks.views import Section, Table, sentence
 from codeformer.engine import device_pixels
 from codeformer.engine.detector import FaceDetector, anchors_for
@@ -154,6 +155,6 @@ def _import_ms(modules: str) -> float:
     """In a new process."""
     program = f"import time; t = time.perf_counter(); import {modules}; print(time.perf_counter() - t)"
     done = subprocess.run(  # noqa: S603
-        [sys.executable, "-c", program], cwd=opt.ROOT, check=True, capture_output=True, text=True
+        [sys.executable, "-c", program], cwd=ROOT, check=True, capture_output=True, text=True
     )
     return float(done.stdout) * 1e3

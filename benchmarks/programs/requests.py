@@ -19,8 +19,8 @@ from benchmarks.measure import Model, Summary, ratio_of_pairs, rotated, stage_ti
 from benchmarks.results import Amount, Configuration, Count, Picture, Prices, ServedReport, latency_cells
 from benchmarks.server import Answer, as_input, check_port
 from benchmarks.views import Section, Table, cell, sentence
-from codeformer.engine.plan import DEFAULT_FIDELITY, CompileBackend, RuntimeProfile, StabilityMode
 from codeformer.errors import InputError
+from codeformer.options import DEFAULT_FIDELITY, CompileBackend, RuntimeProfile, StabilityMode
 
 Request = Sequence[Path]
 Sent = tuple[Request, Answer]

@@ -18,8 +18,8 @@ from benchmarks.measure import Model, Positive, Summary, rotated, stage_times
 from benchmarks.results import Amount, Configuration, Picture, Prices, ServedReport, latency_cells
 from benchmarks.server import Answer, as_input
 from benchmarks.views import Section, Table, cell, sentence
-from codeformer.engine.plan import DEFAULT_FIDELITY
 from codeformer.errors import BenchmarkError
+from codeformer.options import DEFAULT_FIDELITY
 
 
 class Case(Model):

@@ -41,10 +41,11 @@ from codeformer.engine.detector import resize_for_detection
 from codeformer.engine.masker import FaceParser
 from codeformer.engine.models import Models
 from codeformer.engine.pipeline import Pipeline
-from codeformer.engine.plan import DEFAULT_FIDELITY, torch_switches
+from codeformer.engine.plan import torch_switches
 from codeformer.errors import BenchmarkError, CodeFormerError
 from codeformer.imaging.files import ImageU8
 from codeformer.imaging.geometry import FACE_SIZE
+from codeformer.options import DEFAULT_FIDELITY
 from codeformer.serving.request import Outcome, serve
 from data.make_pictures import Placement, Recipe, draw, encode
 

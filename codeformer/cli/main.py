@@ -17,6 +17,14 @@ from typing import TYPE_CHECKING, Final
 
 from codeformer.errors import CodeFormerError, DiskFullError, InputError, WeightsError
 from codeformer.limits import Limits
+from codeformer.options import (
+    COMPILE_BACKENDS,
+    COMPILE_CACHE_VARIABLE,
+    DEFAULT_FIDELITY,
+    RUNTIME_PROFILES,
+    STABILITY_MODES,
+    check_fidelity,
+)
 from codeformer.weights.manifest import DEFAULT_SET, SET_VARIABLE, available_sets, load_weight_set
 
 if TYPE_CHECKING:
@@ -25,13 +33,6 @@ if TYPE_CHECKING:
     from codeformer.engine.pipeline import Pipeline
     from codeformer.imaging.files import ImageU8
     from codeformer.serving.request import Outcome
-
-# Those of engine.plan and serving.compile_cache, which import torch; a test compares them.
-RUNTIME_PROFILES: Final = ("baseline", "fast", "max_speed")
-STABILITY_MODES: Final = ("safe", "optimized")
-COMPILE_BACKENDS: Final = ("none", "eager", "aot_eager", "inductor")
-DEFAULT_FIDELITY: Final = 0.5
-FOLDER_VARIABLE: Final = "TORCHINDUCTOR_CACHE_DIR"
 
 _COMPARE_GAP: Final = 8
 _NO_FACE: Final = "no face found; pixels unaltered, encoded as JPG"
@@ -146,7 +147,7 @@ def _parser() -> argparse.ArgumentParser:
     restore.set_defaults(command=_restore)
 
     compiling = commands.add_parser("compile", help="fill a folder with what inductor compiles")
-    compiling.add_argument("folder", type=Path, metavar="DIR", help=f"for {FOLDER_VARIABLE}")
+    compiling.add_argument("folder", type=Path, metavar="DIR", help=f"for {COMPILE_CACHE_VARIABLE}")
     compiling.add_argument("--weights", metavar="SET", help=_set_help())
     compiling.add_argument("--device", help="cuda or cpu; default: cuda where there is one")
     compiling.set_defaults(command=_compile, verbose=True)
@@ -214,13 +215,10 @@ def _restore_all(
     from tqdm import tqdm
     from tqdm.contrib.logging import logging_redirect_tqdm
 
-    from codeformer.engine.pipeline import Pipeline
-    from codeformer.engine.plan import check_fidelity
-
     check_fidelity(options.codeformer_fidelity)
     limits = Limits.from_environment()
     results.check()
-    pipeline = Pipeline.load(options.weights, options.device, second_look=options.second_look)
+    pipeline = _load(options, second_look=options.second_look)
     with logging_redirect_tqdm(), _photo_in_log() as name_in_log:
         for photo in tqdm(photos, desc="restoring", unit="photo", disable=len(photos) == 1):
             name_in_log(_shown(photo.path))
@@ -236,6 +234,17 @@ def _restore_all(
                 note = f"{faces} face{'s' * (faces != 1)}" if faces else _NO_FACE
                 with tqdm.external_write_mode(file=sys.stdout):
                     print(f"{_shown(photo.path)} -> {_shown(target)} ({note})", flush=True)
+
+
+def _load(options: argparse.Namespace, *, second_look: bool | None = None) -> "Pipeline":
+    """The networks, in a process that is ready for them."""
+    from codeformer.engine.pipeline import Pipeline
+    from codeformer.engine.plan import available_device
+    from codeformer.process import tune_process
+
+    device = available_device(options.device)
+    tune_process(device)
+    return Pipeline.load(options.weights, device, second_look=second_look)
 
 
 def _restore_one(
@@ -291,11 +300,10 @@ def _shown(path: Path) -> str:
 
 
 def _compile(options: argparse.Namespace) -> int:
-    from codeformer.engine.pipeline import Pipeline
     from codeformer.serving.compile_cache import fill_compile_cache
 
-    fill_compile_cache(Pipeline.load(options.weights, options.device), options.folder)
-    print(f"{options.folder}: start servers with {FOLDER_VARIABLE}={options.folder.resolve()}")
+    fill_compile_cache(_load(options), options.folder)
+    print(f"{options.folder}: start servers with {COMPILE_CACHE_VARIABLE}={options.folder.resolve()}")
     return 0
 
 

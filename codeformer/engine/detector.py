@@ -18,15 +18,11 @@ from torchvision.ops import nms
 from codeformer.errors import NonFiniteOutputError
 from codeformer.imaging.files import ImageU8
 from codeformer.imaging.geometry import Detection
+from codeformer.networks.retinaface import ANCHOR_SIZES, LANDMARKS, MEAN_BGR, STRIDES, VARIANCES
 
 DETECTION_SIDE: Final = 640
-MEAN_BGR: Final = (104.0, 117.0, 123.0)
 SCORE_THRESHOLD: Final = 0.8
 NMS_IOU: Final = 0.4
-STRIDES: Final = (8, 16, 32)
-ANCHOR_SIZES: Final = ((16, 32), (64, 128), (256, 512))
-VARIANCES: Final = (0.1, 0.2)
-LANDMARKS: Final = 5
 
 
 class FaceDetector:

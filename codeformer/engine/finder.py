@@ -18,10 +18,11 @@ from typing import Final
 import cv2
 import numpy as np
 
-from codeformer.engine.detector import DETECTION_SIDE, MEAN_BGR, FaceDetector, resize_for_detection
+from codeformer.engine.detector import DETECTION_SIDE, FaceDetector, resize_for_detection
 from codeformer.errors import OptionError
 from codeformer.imaging.files import ImageU8
 from codeformer.imaging.geometry import FFHQ_TEMPLATE_XY, Detection, WorkingCopy
+from codeformer.networks.retinaface import MEAN_BGR
 
 SECOND_LOOK_VARIABLE: Final = "CODEFORMER_SECOND_LOOK"
 NO_POSE: Final = "landmarks that fit no pose of a face"

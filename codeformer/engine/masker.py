@@ -16,10 +16,8 @@ from codeformer.engine.graphs import GraphedCalls
 from codeformer.engine.restorer import faces_to_batch, maybe_compiled
 from codeformer.errors import NonFiniteOutputError
 from codeformer.imaging.geometry import FACE_SIZE
-from codeformer.networks.parsenet import CLASSES, FaceParsingNetwork
+from codeformer.networks.parsenet import CLASSES, FACE_LABELS, FaceParsingNetwork
 
-# 0 background, 14 neck, 16 cloth, 17 hair and 18 hat are not face.
-FACE_LABELS: Final = (*range(1, 14), 15)
 BLUR_KERNEL_SIZE: Final = 101
 BLUR_SIGMA: Final = 11.0
 RIM: Final = 10

@@ -25,20 +25,10 @@ from codeformer.engine.graphs import recording_lock
 from codeformer.engine.memory import (
     batch_size_for,
     is_out_of_memory,
-    keep_freed_memory,
-    limit_kernel_cache,
     release_cached_memory,
 )
 from codeformer.engine.models import Models, ModelStore, load_models
-from codeformer.engine.plan import (
-    DEFAULT_FIDELITY,
-    ExecutionPlan,
-    as_device,
-    available_device,
-    check_fidelity,
-    resolve_plan,
-    torch_switches,
-)
+from codeformer.engine.plan import ExecutionPlan, as_device, available_device, resolve_plan, torch_switches
 from codeformer.engine.restorer import match_gray
 from codeformer.errors import (
     DeviceMemoryError,
@@ -62,6 +52,7 @@ from codeformer.imaging.geometry import (
 from codeformer.imaging.traits import Area, gray_area, is_gray, loses_detail
 from codeformer.limits import DEFAULT_LIMITS, Deadline, Limits
 from codeformer.log import operator_logger
+from codeformer.options import DEFAULT_FIDELITY, check_fidelity
 from codeformer.weights.download import fetch_set
 from codeformer.weights.manifest import WeightSet, load_weight_set
 
@@ -159,9 +150,6 @@ class Pipeline:
         chosen = available_device(device)
         if second_look is None:
             second_look = is_second_look_on()
-        if chosen.type == "cpu":
-            keep_freed_memory()
-            limit_kernel_cache()
         weight_set = weights if isinstance(weights, WeightSet) else load_weight_set(weights)
         if download:
             fetch_set(weight_set, progress=progress)

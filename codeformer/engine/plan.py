@@ -6,23 +6,13 @@ Below this module nobody compares option strings: the stages read the plan's pla
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from numbers import Real
-from typing import Any, Final, Literal, get_args
+from typing import Any, Final
 
 import torch
 
 from codeformer.engine.precision import half_dtype_of
 from codeformer.errors import OptionError
-
-RuntimeProfile = Literal["baseline", "fast", "max_speed"]
-StabilityMode = Literal["safe", "optimized"]
-CompileBackend = Literal["none", "eager", "aot_eager", "inductor"]
-
-RUNTIME_PROFILES: Final[tuple[str, ...]] = get_args(RuntimeProfile)
-STABILITY_MODES: Final[tuple[str, ...]] = get_args(StabilityMode)
-COMPILE_BACKENDS: Final[tuple[str, ...]] = get_args(CompileBackend)
-
-DEFAULT_FIDELITY: Final = 0.5
+from codeformer.options import COMPILE_BACKENDS, RUNTIME_PROFILES, STABILITY_MODES, check_choice
 
 # Faces per forward pass of a batching profile. On a CPU a larger batch is no faster, costs memory, and
 # torch's group normalisation loses three digits on it.
@@ -88,9 +78,9 @@ def resolve_plan(
         OptionError: an option, or CODEFORMER_CPU_PRECISION, is not one of its choices.
     """
     device = as_device(device)
-    _check_choice("runtime_profile", runtime_profile, RUNTIME_PROFILES)
-    _check_choice("stability_mode", stability_mode, STABILITY_MODES)
-    _check_choice("compile_backend", compile_backend, COMPILE_BACKENDS)
+    check_choice("runtime_profile", runtime_profile, RUNTIME_PROFILES)
+    check_choice("stability_mode", stability_mode, STABILITY_MODES)
+    check_choice("compile_backend", compile_backend, COMPILE_BACKENDS)
     batched = runtime_profile != "baseline"
     optimized = stability_mode == "optimized"
     return ExecutionPlan(
@@ -104,24 +94,6 @@ def resolve_plan(
         device_pixels=batched and device.type == "cuda",
         cudnn_benchmark=optimized,
     )
-
-
-def check_fidelity(value: object) -> float:
-    """Returns the fidelity as a float.
-
-    Raises:
-        OptionError: not a number from 0 to 1.
-    """
-    number: Any = value
-    # Comparing first: NaN fails it, and a huge integer could not become a float.
-    if not isinstance(value, bool) and isinstance(number, Real) and 0 <= number <= 1:  # type: ignore[operator]
-        return float(number)
-    raise OptionError("codeformer_fidelity", value, "a number from 0 (quality) to 1 (fidelity)")
-
-
-def _check_choice(option: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise OptionError(option, value, f"one of {', '.join(choices)}")
 
 
 def as_device(device: torch.device | str) -> torch.device:

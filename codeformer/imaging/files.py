@@ -15,7 +15,6 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageCms, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
-from codeformer.engine.memory import is_out_of_memory
 from codeformer.errors import ImageError
 from codeformer.imaging import jpeg, tiff
 from codeformer.imaging.kinds import UNKNOWN, kind_of
@@ -63,19 +62,26 @@ _MIRROR_AND_TURNS: Final = {
 
 _SRGB: Final = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
 
-# The limits below are looked at before anything is decoded; Pillow's own would override larger ones.
-Image.MAX_IMAGE_PIXELS = None
-# Programs that make pictures write how they did it into them, often more than the 1 MiB Pillow admits.
-PngImagePlugin.MAX_TEXT_CHUNK = 16 * 2**20
-# Grey with premultiplied alpha, 8 bits each: Pillow 12 has a decoder for it, but only Pillow 13 lists it.
-for _order in (TiffImagePlugin.II, TiffImagePlugin.MM):
-    TiffImagePlugin.OPEN_INFO.setdefault((_order, 1, (1,), 1, (8, 8), (_PREMULTIPLIED_ALPHA,)), ("La", "La"))
-
 # What Pillow's and OpenCV's decoders raise on damaged data.
 _DECODER_ERRORS: Final = (
     OSError, SyntaxError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, EOFError,
     struct.error, zlib.error, cv2.error,
 )  # fmt: skip
+
+
+def lift_pillow_limits() -> None:
+    """Lets `decode_image` read all that it can.
+
+    For the start of a process: Pillow's settings hold for all of its threads.
+    """
+    # `Limits` are looked at before anything is decoded; Pillow's own would override larger ones.
+    Image.MAX_IMAGE_PIXELS = None
+    # Programs that make pictures write how they did it into them, often more than the 1 MiB Pillow admits.
+    PngImagePlugin.MAX_TEXT_CHUNK = 16 * 2**20
+    # Grey with premultiplied alpha, 8 bits each: Pillow 12 has a decoder for it, but only Pillow 13 lists it.
+    for order in (TiffImagePlugin.II, TiffImagePlugin.MM):
+        key = (order, 1, (1,), 1, (8, 8), (_PREMULTIPLIED_ALPHA,))
+        TiffImagePlugin.OPEN_INFO.setdefault(key, ("La", "La"))
 
 
 def decode_image(data: bytes, index: int | None = None, limits: Limits = DEFAULT_LIMITS) -> ImageU8:
@@ -107,8 +113,12 @@ def decode_image(data: bytes, index: int | None = None, limits: Limits = DEFAULT
         return _decode(data, index, limits)
     except ImageError:
         raise
+    except Image.DecompressionBombError as cause:
+        raise ImageError(
+            "more pixels than Pillow decodes; call codeformer.tune_process() first.", index
+        ) from cause
     except (MemoryError, cv2.error) as cause:
-        if not is_out_of_memory(cause):
+        if isinstance(cause, cv2.error) and not lacks_memory(cause):
             raise _damaged(cause, index) from cause
         raise ImageError("too little memory to decode it; use a smaller copy.", index) from cause
     except UnidentifiedImageError as cause:
@@ -167,6 +177,11 @@ def encode_jpeg(image_bgr: ImageU8, index: int | None = None) -> bytes:
     if not ok:
         raise _unwritable(image_bgr, index)
     return data.tobytes()
+
+
+def lacks_memory(failure: cv2.error) -> bool:
+    """Whether OpenCV failed for want of memory."""
+    return getattr(failure, "code", None) == cv2.Error.StsNoMem
 
 
 def _damaged(cause: BaseException, index: int | None) -> ImageError:

@@ -10,6 +10,8 @@ from facexlib.parsing.parsenet import ParseNet
 from torch import Tensor, nn
 
 CLASSES: Final = 19
+# 0 background, 14 neck, 16 cloth, 17 hair and 18 hat are not face.
+FACE_LABELS: Final = (*range(1, 14), 15)
 
 
 class FaceParsingNetwork(nn.Module):

@@ -11,10 +11,15 @@ from facexlib.detection.retinaface import RetinaFace
 from torch import nn
 
 Backbone = Literal["resnet50", "mobile0.25"]
-# torchvision deprecates the way facexlib asks for an untrained ResNet.
-warnings.filterwarnings("ignore", category=UserWarning, module="torchvision.models._utils")
-
 BACKBONES: Final[tuple[str, ...]] = get_args(Backbone)
+
+# What the published weights were trained with: the channel means of the input, and for each stride in px the
+# sides of its anchors; VARIANCES scale the network's offsets of centres and of sizes.
+MEAN_BGR: Final = (104.0, 117.0, 123.0)
+STRIDES: Final = (8, 16, 32)
+ANCHOR_SIZES: Final = ((16, 32), (64, 128), (256, 512))
+VARIANCES: Final = (0.1, 0.2)
+LANDMARKS: Final = 5
 
 
 def build_retinaface(backbone: Backbone) -> nn.Module:
@@ -28,5 +33,8 @@ def build_retinaface(backbone: Backbone) -> nn.Module:
     """
     if backbone not in BACKBONES:
         raise ValueError(f"RetinaFace backbone: expected one of {BACKBONES}, got {backbone!r}.")
-    network: nn.Module = RetinaFace(network_name=backbone, device=torch.device("cpu"))
+    with warnings.catch_warnings():
+        # torchvision deprecates the way facexlib asks for an untrained ResNet.
+        warnings.filterwarnings("ignore", category=UserWarning, module="torchvision.models._utils")
+        network: nn.Module = RetinaFace(network_name=backbone, device=torch.device("cpu"))
     return network.eval()

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Final
 
 from codeformer.engine.pipeline import Pipeline
+from codeformer.options import COMPILE_CACHE_VARIABLE
 from codeformer.serving.request import SAMPLES, serve
 
-FOLDER_VARIABLE: Final = "TORCHINDUCTOR_CACHE_DIR"
 # With the guides and without them: two graphs.
 _FIDELITIES: Final = (0.5, 0.0)
 # One face, and several: torch compiles for any number when it meets a second one.
@@ -27,13 +27,13 @@ def fill_compile_cache(pipeline: Pipeline, folder: Path) -> None:
 
     Args:
         pipeline: loaded, and not yet used in optimized mode.
-        folder: for servers to be started with in `FOLDER_VARIABLE`; made if need be.
+        folder: for servers to be started with in `COMPILE_CACHE_VARIABLE`; made if need be.
 
     Raises:
         InferenceError: a network cannot be compiled.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    os.environ[FOLDER_VARIABLE] = str(folder.resolve())
+    os.environ[COMPILE_CACHE_VARIABLE] = str(folder.resolve())
     for fidelity in _FIDELITIES:
         for count in _PORTRAITS:
             started = time.perf_counter()

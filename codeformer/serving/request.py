@@ -21,12 +21,13 @@ import urllib3
 
 from codeformer.engine.clock import STAGES
 from codeformer.engine.pipeline import Pipeline, RestoredImage
-from codeformer.engine.plan import DEFAULT_FIDELITY, check_fidelity, resolve_plan
+from codeformer.engine.plan import resolve_plan
 from codeformer.engine.precision import half_dtype_of
 from codeformer.errors import DeviceError, ImageError, InferenceError, OptionError
 from codeformer.imaging.files import ImageU8, decode_image, encode_jpeg
 from codeformer.limits import DEFAULT_LIMITS, Deadline, Limits
 from codeformer.locations import shipped
+from codeformer.options import DEFAULT_FIDELITY, check_fidelity
 
 logger = logging.getLogger(__name__)
 

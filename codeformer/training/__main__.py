@@ -18,6 +18,7 @@ from codeformer.engine.models import load_models
 from codeformer.engine.plan import available_device, torch_switches
 from codeformer.errors import CodeFormerError, InputError, TrainingError
 from codeformer.evaluation.machine import describe_machine
+from codeformer.imaging.files import lift_pillow_limits
 from codeformer.imaging.geometry import FACE_SIZE
 from codeformer.networks.codeformer import CodeFormer
 from codeformer.networks.retinaface import build_retinaface
@@ -77,6 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     options = _parser().parse_args(arguments)
+    lift_pillow_limits()
     # OpenCV's threads do not survive the fork of a worker, and the workers need none.
     cv2.setNumThreads(1)
     try:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from codeformer.engine.detector import MEAN_BGR
 from codeformer.errors import InputError
 from codeformer.evaluation.degradation import MILD, MODERATE
 from codeformer.imaging.files import ImageU8
+from codeformer.networks.retinaface import MEAN_BGR
 
 SCENE_SIDE: Final = 512
 _KINDS: Final = ("photograph", "strewn", "close_up")

@@ -1,0 +1,129 @@
+"""What an import costs and changes; each in a process of its own."""
+
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import codeformer
+from tests.shared import ROOT
+
+# Everything that is needed to find, read and paste pictures, and to tell what there is.
+WITHOUT_TORCH = [
+    "codeformer",
+    "codeformer.errors",
+    "codeformer.limits",
+    "codeformer.locations",
+    "codeformer.log",
+    "codeformer.options",
+    "codeformer.process",
+    "codeformer.weights.manifest",
+    "codeformer.weights.download",
+    *(
+        module.name
+        for room in ("cli", "imaging")
+        for module in pkgutil.walk_packages([str(ROOT / "codeformer" / room)], f"codeformer.{room}.")
+    ),
+]
+
+
+def run(code: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("module", WITHOUT_TORCH)
+def test_reading_and_pasting_import_no_torch(module: str) -> None:
+    assert run(f"import sys, {module}; print(*sys.modules.keys() & {{'torch', 'torchvision'}})") == "\n"
+
+
+def test_a_face_is_cut_out_and_pasted_without_torch(tmp_path: Path) -> None:
+    run(f"""
+import sys
+import numpy as np
+from codeformer.imaging.files import decode_image, encode_jpeg
+from codeformer.imaging.geometry import FFHQ_TEMPLATE_XY, crop_face, estimate_similarity, invert
+from codeformer.imaging.pasting import paste_face
+image = decode_image(open({str(ROOT / "data" / "1.jpg")!r}, "rb").read())
+to_face = estimate_similarity((FFHQ_TEMPLATE_XY / 4 + 60).astype(np.float32))
+pasted = image.copy()
+paste_face(pasted, 255 - crop_face(image, to_face), invert(to_face), None)
+assert (pasted != image).any() and len(encode_jpeg(pasted)) > 1000
+assert not sys.modules.keys() & {{"torch", "torchvision"}}
+""")
+
+
+# What an import could change for the program that imports it.
+STATE = """
+import os, signal, warnings
+import cv2, facexlib.detection.retinaface, facexlib.parsing.parsenet, numpy, requests, safetensors.torch
+import torch, torch._dynamo, torchvision, tqdm.auto, urllib3
+from PIL import Image, ImageFile, PngImagePlugin, TiffImagePlugin
+from skimage.metrics import structural_similarity
+def state():
+    backends = torch.backends
+    return dict(
+        pillow=(Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY,
+                ImageFile.LOAD_TRUNCATED_IMAGES, repr(sorted(map(repr, TiffImagePlugin.OPEN_INFO.items())))),
+        warnings=repr(warnings.filters),
+        opencv=(cv2.getNumThreads(), cv2.useOptimized(), cv2.ocl.useOpenCL()),
+        environment=dict(os.environ),
+        torch=(torch.get_num_threads(), torch.get_num_interop_threads(), torch.get_default_dtype(),
+               torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled(),
+               torch.random.initial_seed(), torch._dynamo.config.recompile_limit),
+        precision=(torch.get_float32_matmul_precision(), backends.cudnn.benchmark,
+                   backends.cudnn.deterministic, backends.cuda.matmul.fp32_precision,
+                   backends.cudnn.conv.fp32_precision,
+                   backends.mkldnn.enabled),
+        numpy=(numpy.geterr(), numpy.get_printoptions()),
+        signals=[signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE)],
+    )
+"""
+
+
+def test_importing_the_package_changes_nothing_in_the_process() -> None:
+    modules = [
+        module.name
+        for module in pkgutil.walk_packages(codeformer.__path__, "codeformer.")
+        # Those run when they are imported.
+        if not module.name.endswith("__main__")
+    ]
+    assert "codeformer.engine.pipeline" in modules
+    run(f"""
+{STATE}
+import importlib
+before = state()
+for module in {modules!r}:
+    importlib.import_module(module)
+    after = state()
+    changed = [name for name in before if before[name] != after[name]]
+    assert not changed, (module, changed)
+""")
+
+
+def test_pillows_limits_are_named_where_they_were_left(tmp_path: Path) -> None:
+    run("""
+import io
+from PIL import Image
+from codeformer import tune_process
+from codeformer.errors import ImageError
+from codeformer.imaging.files import decode_image
+from codeformer.limits import Limits
+Image.MAX_IMAGE_PIXELS = 1000
+file = io.BytesIO()
+Image.new("L", (100, 100), 99).save(file, "PNG")
+try:
+    decode_image(file.getvalue())
+except ImageError as error:
+    assert "tune_process" in str(error), error
+else:
+    raise AssertionError("expected an error")
+import torch
+tune_process(torch.device("cpu"))
+assert decode_image(file.getvalue()).shape == (100, 100, 3)
+""")
