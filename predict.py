@@ -9,6 +9,7 @@ from codeformer.engine.plan import available_device
 from codeformer.engine.precision import cpu_precision
 from codeformer.limits import Limits
 from codeformer.log import configure_server_log
+from codeformer.options import Options
 from codeformer.process import tune_process
 from codeformer.serving.outputs import OutputFolder
 from codeformer.serving.request import serve, warm_up
@@ -60,6 +61,26 @@ class Predictor(BaseRunner):
             default="eager",
             choices=["none", "eager", "aot_eager", "inductor"],
         ),
+        restorer: str = Input(
+            description="The network that restores the faces: codeformer.",
+            default="codeformer",
+        ),
+        strength: float = Input(
+            description="How much of each restored face goes into the photo: 1 for all of it, 0 for none.",
+            default=1.0,
+            ge=0.0,
+            le=1.0,
+        ),
+        faces: str = Input(
+            description="Which faces are restored: all of them, the largest one, or the one nearest to the centre.",
+            default="all",
+            choices=["all", "largest", "centre"],
+        ),
+        min_face_px: float = Input(
+            description="Faces smaller than this, measured in pixels of the photo on the longer side of their box, are left as they are. 0 for faces of any size.",
+            default=0.0,
+            ge=0.0,
+        ),
     ) -> list[Path]:
         """Returns one JPG per photo, in order and of the same size, with every face restored."""
         # Cog has sent the last request's by the time the next one begins.
@@ -68,11 +89,17 @@ class Predictor(BaseRunner):
             serve,
             self.pipeline,
             images,
+            Options(
+                codeformer_fidelity=codeformer_fidelity,
+                runtime_profile=runtime_profile,
+                stability_mode=stability_mode,
+                compile_backend=compile_backend,
+                restorer=restorer,
+                strength=strength,
+                faces=faces,
+                min_face_px=min_face_px,
+            ),
             stop=threading.Event(),
-            fidelity=codeformer_fidelity,
-            runtime_profile=runtime_profile,
-            stability_mode=stability_mode,
-            compile_backend=compile_backend,
             limits=self.limits,
         )
         for name, value in outcome.metrics.items():

@@ -22,7 +22,7 @@ _HOMES: Final = {
     "ExecutionPlan": "engine.plan",
     "Face": "imaging.geometry",
     "Pipeline": "engine.pipeline",
-    "RestoredImage": "engine.pipeline",
+    "RestoredImage": "engine.picture",
     "resolve_plan": "engine.plan",
     "tune_process": "process",
 }

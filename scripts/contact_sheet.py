@@ -47,7 +47,7 @@ def main() -> None:
     rows = [_captions(["input", *(f"w = {w:g}" for w in FIDELITIES), "truth"])]
     for name, degradation in ROWS.items():
         spoilt = degradation.apply(truth, np.random.default_rng(SEED))
-        restored = [restore_face(models.restorer, w, spoilt) for w in FIDELITIES]
+        restored = [restore_face(models.restorers["codeformer"], w, spoilt) for w in FIDELITIES]
         cells = [_cell(face) for face in (spoilt, *restored, truth)]
         _label(cells[0], name)
         rows.append(np.hstack(cells))

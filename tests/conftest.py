@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from codeformer.engine.codeformer import CodeFormerRestorer
 from codeformer.engine.detector import FaceDetector
-from codeformer.engine.masker import FaceParser, TemplateMask
+from codeformer.engine.masker import FaceMasker, FaceParser, TemplateMask
 from codeformer.engine.models import Models
 from codeformer.engine.pipeline import Pipeline
 from codeformer.engine.restorer import FaceRestorer
@@ -55,6 +56,16 @@ def make_tiny_restorer(seed: int = 0, **other_sizes: Any) -> CodeFormer:
     torch.nn.init.normal_(network.position_emb)
     network.feat_emb.weight.data *= 0.01
     return network.eval().requires_grad_(False)
+
+
+def all_finite(faces: torch.Tensor) -> torch.Tensor:
+    """What a network says of a batch that it has come through with."""
+    return torch.ones(len(faces), dtype=torch.bool)
+
+
+def models_of(detector: FaceDetector, restorer: FaceRestorer, masker: FaceMasker | None = None) -> Models:
+    """Models with one restorer, in CodeFormer's place, and by default the fixed mask."""
+    return Models(detector, {"codeformer": restorer}, masker or TemplateMask())
 
 
 def make_channels_last_restorer() -> CodeFormer:
@@ -121,13 +132,13 @@ def _same_arithmetic_on_every_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def tiny_pipeline(detector: FaceDetector) -> Pipeline:
     """Real detection, a small random restorer, no parser: seconds instead of minutes."""
-    return Pipeline(Models(detector, FaceRestorer(make_tiny_restorer()), TemplateMask()), CPU)
+    return Pipeline(models_of(detector, CodeFormerRestorer(make_tiny_restorer())), CPU)
 
 
 @pytest.fixture
 def blind_pipeline() -> Pipeline:
     """A pipeline that finds no face and needs no reference data."""
-    models = Models(FaceDetector(make_blind_detector()), FaceRestorer(make_tiny_restorer()), TemplateMask())
+    models = models_of(FaceDetector(make_blind_detector()), CodeFormerRestorer(make_tiny_restorer()))
     return Pipeline(models, CPU)
 
 
@@ -136,7 +147,7 @@ def filled_models(
     upstream_detector: FaceDetector, filled_codeformer: CodeFormer, filled_parsenet: FaceParsingNetwork
 ) -> Models:
     """Upstream's detection and the goldens' networks at official size."""
-    return Models(upstream_detector, FaceRestorer(filled_codeformer), FaceParser(filled_parsenet))
+    return models_of(upstream_detector, CodeFormerRestorer(filled_codeformer), FaceParser(filled_parsenet))
 
 
 def describe_file(path: Path, architecture: str, config: dict[str, Any]) -> dict[str, Any]:

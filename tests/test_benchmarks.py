@@ -534,7 +534,7 @@ def test_official_sizes_keep_the_sets_answers(tiny_weights: Path) -> None:
         assert torch.equal(ours, expected)
     sizes = [
         sum(p.numel() for p in network.parameters())
-        for network in (large.restorer.network, large.detector.network)
+        for network in (large.restorers["codeformer"].network, large.detector.network)
     ]
     assert sizes[0] == pytest.approx(94.1e6, rel=1e-3)
     assert sizes[1] > 27e6
@@ -948,8 +948,8 @@ def test_a_full_size_set_has_the_official_shapes(tmp_path: Path, blind_weights: 
     assert main(["full_size", str(tmp_path / "full"), "--detector-from", str(blind_weights)]) == 0
     weight_set = load_weight_set(tmp_path / "full")
     models = load_models(weight_set, CPU)
-    assert sum(value.numel() for value in models.restorer.network.parameters()) == pytest.approx(
-        94.1e6, rel=1e-3
-    )
+    assert sum(
+        value.numel() for value in models.restorers["codeformer"].network.parameters()
+    ) == pytest.approx(94.1e6, rel=1e-3)
     assert isinstance(models.masker, FaceParser)
     assert dict(weight_set.files())["detector"].sha256 == load_weight_set(blind_weights).detector.sha256

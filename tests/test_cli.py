@@ -23,7 +23,7 @@ from codeformer.cli.results import ResultFolder
 from codeformer.engine.pipeline import Pipeline
 from codeformer.errors import DeviceMemoryError
 from codeformer.imaging.files import encode_jpeg
-from codeformer.options import COMPILE_CACHE_VARIABLE
+from codeformer.options import COMPILE_CACHE_VARIABLE, Options
 from codeformer.serving import compile_cache
 from tests import shared
 from tests.compare import assert_pictures_close
@@ -550,8 +550,10 @@ def test_compiling_ahead_asks_for_every_graph_and_fills_the_folder(
 ) -> None:
     asked = []
 
-    def record(_: object, paths: list[Path], **options: object) -> None:
-        asked.append((len(paths), options["fidelity"], options["stability_mode"], options["compile_backend"]))
+    def record(_: object, paths: list[Path], options: Options) -> None:
+        asked.append(
+            (len(paths), options.codeformer_fidelity, options.stability_mode, options.compile_backend)
+        )
 
     monkeypatch.setenv(COMPILE_CACHE_VARIABLE, "before")
     monkeypatch.setattr(compile_cache, "serve", record)

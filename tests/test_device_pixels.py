@@ -53,7 +53,7 @@ def test_pastes_as_opencv_does(
     picture: np.ndarray, face: np.ndarray, place: str, with_mask: bool, device: torch.device
 ) -> None:
     matrix = similarity(*PLACES[place])
-    mask = TemplateMask().masks(torch.from_numpy(face[None]))[0] if with_mask else None
+    mask = TemplateMask().masks(torch.from_numpy(face[None]))[0][0] if with_mask else None
     expected = picture.copy()
     pasting.paste_face(expected, face, matrix, None if mask is None else mask.numpy())
     canvas = torch.from_numpy(picture.copy()).to(device)

@@ -1,20 +1,21 @@
 """Pictures with unusual faces: many, huge, upside down, cut by the border."""
 
 import dataclasses
+import itertools
 import logging
+import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import cv2
 import numpy as np
 import pytest
 import torch
 
+from codeformer.engine.codeformer import CodeFormerRestorer
 from codeformer.engine.detector import FaceDetector
-from codeformer.engine.masker import TemplateMask
-from codeformer.engine.models import Models
 from codeformer.engine.pipeline import Pipeline
 from codeformer.engine.plan import resolve_plan
-from codeformer.engine.restorer import FaceRestorer
 from codeformer.errors import FaceLimitError
 from codeformer.imaging.files import ImageU8
 from codeformer.imaging.geometry import (
@@ -30,11 +31,11 @@ from codeformer.imaging.geometry import (
 from codeformer.limits import Limits
 from tests import pictures
 from tests.compare import assert_pictures_close
-from tests.conftest import CPU, make_tiny_restorer
+from tests.conftest import CPU, all_finite, make_tiny_restorer, models_of
 from tests.test_pasting import similarity
 
 
-class Negative(FaceRestorer):
+class Negative(CodeFormerRestorer):
     """Gives the negative of each face, and keeps count."""
 
     def __init__(self) -> None:
@@ -42,10 +43,10 @@ class Negative(FaceRestorer):
         self.batches: list[int] = []
 
     def restore(
-        self, crops_bgr: torch.Tensor, fidelity: float, *, half_dtype: torch.dtype | None = None
-    ) -> torch.Tensor:
+        self, crops_bgr: torch.Tensor, fidelities: Any, *, half_dtype: torch.dtype | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         self.batches.append(len(crops_bgr))
-        return 255 - crops_bgr
+        return 255 - crops_bgr, all_finite(crops_bgr)
 
 
 class Knowing(FaceDetector):
@@ -62,26 +63,29 @@ class Knowing(FaceDetector):
         return [found for _ in images_bgr]
 
 
-def pipeline_of(detector: FaceDetector, restorer: FaceRestorer | None = None) -> Pipeline:
+def pipeline_of(detector: FaceDetector, restorer: CodeFormerRestorer | None = None) -> Pipeline:
     """A pipeline that takes what the detector says; `Knowing` says it whatever it is shown."""
-    return Pipeline(Models(detector, restorer or Negative(), TemplateMask()), CPU, second_look=False)
+    return Pipeline(models_of(detector, restorer or Negative()), CPU, second_look=False)
 
 
 def test_a_hundred_faces_are_restored_in_small_batches_and_the_log_says_how_far(
-    detector: FaceDetector, caplog: pytest.LogCaptureFixture
+    detector: FaceDetector, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     crowd = np.tile(resized(pictures.portrait()[0:250, 120:330], 84, 100), (10, 10, 1))
     restorer = Negative()
     pipeline = pipeline_of(detector, restorer)
     plan = dataclasses.replace(resolve_plan("fast", device=CPU), micro_batch=8)
+    now = itertools.count(0, 0.25)
+    monkeypatch.setattr(time, "monotonic", lambda: next(now))
     with caplog.at_level(logging.INFO):
         [result] = pipeline.restore([crowd], plan=plan)
     assert len(result.faces) == 100
     assert sum(restorer.batches) == 100
     assert max(restorer.batches) == 8
     progress = [record.message for record in caplog.records if "faces are restored" in record.message]
-    assert progress[-1] == "100 of 100 faces are restored"
-    assert 9 <= len(progress) <= 11
+    # 13 batches; the clock is asked for the deadline and for the log, so a second passes every other batch.
+    assert progress[0] == "8 of 100 faces are restored" or progress[0] == "16 of 100 faces are restored"
+    assert len(progress) in {6, 7}
     # Every head has become its negative where its face is.
     centres = [face.landmarks_xy[2].round().astype(int) for face in result.faces]
     assert {(x // 84, y // 100) for x, y in centres} == {(x, y) for x in range(10) for y in range(10)}

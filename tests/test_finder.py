@@ -10,18 +10,16 @@ import pytest
 import skimage.data
 import torch
 
+from codeformer.engine.codeformer import CodeFormerRestorer
 from codeformer.engine.detector import FaceDetector
 from codeformer.engine.finder import NO_POSE, FaceFinder, FoundFaces, is_second_look_on
-from codeformer.engine.masker import TemplateMask
-from codeformer.engine.models import Models
 from codeformer.engine.pipeline import Pipeline
-from codeformer.engine.restorer import FaceRestorer
 from codeformer.errors import OptionError, TimeLimitError
 from codeformer.imaging.files import decode_image
 from codeformer.imaging.geometry import FFHQ_TEMPLATE_XY, Detection, WorkingCopy, make_working_copy
 from codeformer.limits import Limits
 from tests import pictures, shared
-from tests.conftest import CPU, make_tiny_restorer
+from tests.conftest import CPU, make_tiny_restorer, models_of
 from tests.test_faces import Negative
 
 TURNS = (0, 1, 2, 3)
@@ -92,7 +90,7 @@ def test_a_single_look_at_faces_upside_down_finds_none_as_it_is(detector: FaceDe
 
 @pytest.mark.parametrize("turns", TURNS)
 def test_restoring_commutes_with_turning(detector: FaceDetector, turns: int) -> None:
-    pipeline = Pipeline(Models(detector, Negative(), TemplateMask()), CPU)
+    pipeline = Pipeline(models_of(detector, Negative()), CPU)
     picture = pictures.group()
     [upright] = pipeline.restore([picture])
     [result] = pipeline.restore([turned(picture, turns)])
@@ -291,7 +289,7 @@ def test_the_switch_is_in_the_environment(detector: FaceDetector) -> None:
 
 
 def test_without_the_second_look_detections_are_upstreams(detector: FaceDetector) -> None:
-    models = Models(detector, FaceRestorer(make_tiny_restorer()), TemplateMask())
+    models = models_of(detector, CodeFormerRestorer(make_tiny_restorer()))
     picture = np.ascontiguousarray(FACELESS["a cat"]()[:, :, ::-1])
     [plain] = Pipeline(models, CPU, second_look=False).restore([picture])
     [detections] = detector.detect([make_working_copy(picture).image_bgr])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from codeformer.engine import graphs
-from codeformer.engine.graphs import BatchFunction, GraphedCalls, Recording, bucket_of
+from codeformer.engine.graphs import BatchFunction, GraphedCalls, Recording, batch_size_of
 
 
 class FakeRecorder:
@@ -35,9 +35,11 @@ def scaled_and_summed(batch: Tensor, scalar: Tensor, negative: bool) -> tuple[Te
     return scaled, scaled.sum(dim=1)
 
 
-@pytest.mark.parametrize(("count", "bucket"), [(1, 1), (2, 2), (3, 4), (4, 4), (5, 8), (8, 8), (9, 16)])
-def test_buckets_are_powers_of_two(count: int, bucket: int) -> None:
-    assert bucket_of(count) == bucket
+@pytest.mark.parametrize(
+    ("waiting", "size"), [(1, 1), (2, 2), (3, 2), (4, 4), (5, 4), (7, 4), (8, 8), (9, 8)]
+)
+def test_batches_are_powers_of_two_and_never_larger_than_what_waits(waiting: int, size: int) -> None:
+    assert batch_size_of(waiting) == size
 
 
 def test_replays_answer_as_the_function_does_and_keep_earlier_answers() -> None:
@@ -48,10 +50,19 @@ def test_replays_answer_as_the_function_does_and_keep_earlier_answers() -> None:
     for call, answer in zip(calls, answers, strict=True):
         for actual, expected in zip(answer, scaled_and_summed(*call), strict=True):
             torch.testing.assert_close(actual, expected)
-    assert recorder.recorded == [(1, False), (4, False), (1, True)]
+    assert recorder.recorded == [(1, False), (3, False), (4, False), (1, True), (3, False)]
 
 
-CALLS = [(1, 0.5, False), (3, 2.0, False), (1, -1.0, False), (4, 0.25, False), (1, 0.5, True)]
+CALLS = [
+    (1, 0.5, False),
+    (3, 2.0, False),
+    (1, -1.0, False),
+    (4, 0.25, False),
+    (3, -2.0, False),
+    (1, 0.5, True),
+    (3, [[1.0], [2.0], [3.0]], False),
+    (3, [[4.0], [0.0], [-1.0]], False),
+]
 
 
 def test_recordings_are_limited_and_the_oldest_goes(monkeypatch: pytest.MonkeyPatch) -> None:

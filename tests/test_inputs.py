@@ -23,6 +23,7 @@ from codeformer.engine.pipeline import Pipeline
 from codeformer.errors import CancelledError, ImageError, OptionError, TimeLimitError
 from codeformer.imaging.files import decode_image
 from codeformer.limits import Limits
+from codeformer.options import Options
 from codeformer.serving.request import serve
 from tests.test_files import gradient, png_header, save
 
@@ -250,12 +251,12 @@ def test_what_is_no_address_is_refused(blind_pipeline: Pipeline, text: str) -> N
 @pytest.mark.parametrize("fidelity", ["0.5", float("nan"), float("inf"), -1, 2, None, [0.5], 10**400])
 def test_fidelities_that_are_none(blind_pipeline: Pipeline, good_file: Path, fidelity: Any) -> None:
     with pytest.raises(OptionError, match="codeformer_fidelity"):
-        serve(blind_pipeline, [good_file], fidelity=fidelity)
+        serve(blind_pipeline, [good_file], Options(codeformer_fidelity=fidelity))
 
 
 @pytest.mark.parametrize("fidelity", [0, 1, True - 0.5])
 def test_whole_numbers_are_fidelities(blind_pipeline: Pipeline, good_file: Path, fidelity: Any) -> None:
-    assert len(serve(blind_pipeline, [good_file], fidelity=fidelity).jpegs) == 1
+    assert len(serve(blind_pipeline, [good_file], Options(codeformer_fidelity=fidelity)).jpegs) == 1
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

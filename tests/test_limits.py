@@ -4,24 +4,23 @@ import os
 import re
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from codeformer.engine import pipeline as pipeline_module
+from codeformer.engine.codeformer import CodeFormerRestorer
 from codeformer.engine.detector import FaceDetector
 from codeformer.engine.graphs import recording_lock
-from codeformer.engine.masker import TemplateMask
-from codeformer.engine.models import Models
 from codeformer.engine.pipeline import Pipeline
-from codeformer.engine.restorer import FaceRestorer
 from codeformer.errors import FaceLimitError, ImageError, OptionError, TimeLimitError
 from codeformer.imaging.files import encode_jpeg
 from codeformer.limits import Deadline, Limits
 from codeformer.serving.request import serve
 from tests import pictures
-from tests.conftest import CPU, make_tiny_restorer
+from tests.conftest import CPU, make_tiny_restorer, models_of
 
 
 def test_the_environment_sets_the_limits() -> None:
@@ -86,16 +85,14 @@ def test_a_deadline_is_over_once_its_time_is(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_request_that_takes_too_long_ends_between_faces(detector: FaceDetector) -> None:
-    class Slow(FaceRestorer):
+    class Slow(CodeFormerRestorer):
         restored = 0
 
-        def restore(
-            self, crops_bgr: torch.Tensor, fidelity: float, *, half_dtype: torch.dtype | None = None
-        ) -> torch.Tensor:
+        def restore(self, crops_bgr: torch.Tensor, fidelities: Any, **options: Any) -> Any:
             self.restored += 1
             if self.restored == 2:
                 monotonic.step = 1000.0
-            return super().restore(crops_bgr, fidelity, half_dtype=half_dtype)
+            return super().restore(crops_bgr, fidelities, **options)
 
     class Clock:
         step = 0.0
@@ -105,12 +102,12 @@ def test_a_request_that_takes_too_long_ends_between_faces(detector: FaceDetector
 
     monotonic = Clock()
     restorer = Slow(make_tiny_restorer())
-    pipeline = Pipeline(Models(detector, restorer, TemplateMask()), CPU)
+    pipeline = Pipeline(models_of(detector, restorer), CPU)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(time, "monotonic", monotonic)
         with pytest.raises(TimeLimitError) as raised:
             pipeline.restore([pictures.group()], limits=Limits(max_seconds=60))
-    assert re.fullmatch(r"parse of image 1 face \d", raised.value.where)
+    assert re.fullmatch(r"restore of image 1 face \d", raised.value.where)
     assert restorer.restored == 2
     assert len(pipeline.restore([pictures.portrait()])[0].faces) == 1
 

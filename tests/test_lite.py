@@ -64,14 +64,16 @@ def test_spoilt_faces_come_back_nearer_to_the_truth(lite: Models, face: np.ndarr
         gains = []
         for seed in range(4):
             before = spoilt(face, kind, seed)
-            gains.append(psnr(restore_face(lite.restorer, 1.0, before), face) - psnr(before, face))
+            gains.append(
+                psnr(restore_face(lite.restorers["codeformer"], 1.0, before), face) - psnr(before, face)
+            )
         assert np.mean(gains) > gain, gains
 
 
 @pytest.mark.slow
 def test_fidelity_means_something(lite: Models, face: np.ndarray) -> None:
     before = spoilt(face, MODERATE, 1)
-    results = {w: restore_face(lite.restorer, w, before) for w in (0.0, 0.25, 0.5, 0.75, 1.0)}
+    results = {w: restore_face(lite.restorers["codeformer"], w, before) for w in (0.0, 0.25, 0.5, 0.75, 1.0)}
     distances = [psnr(result, before) for result in results.values()]
     # From the middle on the noise that goes counts for as much as the features that come back.
     assert distances[:3] == sorted(distances[:3]), f"not nearer to the input with w: {distances}"
@@ -80,7 +82,7 @@ def test_fidelity_means_something(lite: Models, face: np.ndarray) -> None:
 
 @pytest.mark.slow
 def test_a_clean_face_stays_what_it_is(lite: Models, face: np.ndarray) -> None:
-    result = restore_face(lite.restorer, 1.0, face)
+    result = restore_face(lite.restorers["codeformer"], 1.0, face)
     assert psnr(result, face) >= 30
     assert np.abs(result.mean(axis=(0, 1)) - face.mean(axis=(0, 1))).max() <= 2
 
@@ -135,7 +137,7 @@ def assert_as_promised(scores: dict[str, dict[str, dict[str, float]]], share: fl
 @pytest.mark.slow
 def test_some_held_out_faces_score_as_promised(lite: Models) -> None:
     files = pictures_in(shared.path_of("faces/test"))[::18]
-    assert_as_promised(measure_restorer(lite.restorer, files), share=0.3)
+    assert_as_promised(measure_restorer(lite.restorers["codeformer"], files), share=0.3)
 
 
 def test_the_training_commands_make_a_set_of_this_size() -> None:

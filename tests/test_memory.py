@@ -11,7 +11,7 @@ import cv2
 import pytest
 import torch
 
-from codeformer.engine.memory import BYTES_PER_FACE, batch_size_for, is_out_of_memory
+from codeformer.engine.memory import batch_size_for, is_out_of_memory
 from codeformer.engine.plan import resolve_plan
 from tests.conftest import CPU
 
@@ -25,24 +25,24 @@ def opencv_error(code: int) -> cv2.error:
 
 def test_a_cpu_takes_the_plans_batches() -> None:
     plan = resolve_plan("fast", device=CPU)
-    assert batch_size_for(plan) == plan.micro_batch
-    assert batch_size_for(dataclasses.replace(plan, micro_batch=5)) == 5
+    assert batch_size_for(plan, 1) == plan.micro_batch
+    assert batch_size_for(dataclasses.replace(plan, micro_batch=5), 1) == 5
 
 
 @pytest.mark.parametrize(
     ("faces_free", "faces_reserved", "expected"),
-    [(100, 0, 8), (11, 0, 8), (9, 0, 4), (5, 0, 4), (4, 1, 4), (2, 0, 1), (0.1, 0, 1), (0, 0, 1), (0, 5, 4)],
+    [(100, 0, 8), (11, 0, 8), (9, 0, 7), (5, 0, 4), (4, 1, 4), (2, 0, 1), (0.1, 0, 1), (0, 0, 1), (0, 5, 4)],
 )
 def test_a_gpu_takes_what_fits(
     monkeypatch: pytest.MonkeyPatch, faces_free: float, faces_reserved: float, expected: int
 ) -> None:
-    face = BYTES_PER_FACE
+    face = 900 * 2**20
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (int(faces_free * face), 99 * face))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: int((3 + faces_reserved) * face))
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 3 * face)
-    assert batch_size_for(resolve_plan("fast", device="cuda")) == expected
-    assert batch_size_for(resolve_plan("baseline", device="cuda")) == 1
+    assert batch_size_for(resolve_plan("fast", device="cuda"), face) == expected
+    assert batch_size_for(resolve_plan("baseline", device="cuda"), face) == 1
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def test_the_region_of_interest_gives_the_full_frames_pixels(
     picture: np.ndarray, face: np.ndarray, place: str, with_mask: bool
 ) -> None:
     matrix = PLACES[place]
-    mask = TemplateMask().masks(torch.from_numpy(face[None]))[0].numpy() if with_mask else None
+    mask = TemplateMask().masks(torch.from_numpy(face[None]))[0][0].numpy() if with_mask else None
     canvas = picture.copy()
     paste_face(canvas, face, matrix, mask)
     expected, soft = paste_full_frame(picture, face, matrix, mask)

@@ -11,17 +11,16 @@ import pytest
 import torch
 
 from codeformer import Pipeline, resolve_plan
+from codeformer.engine.codeformer import CodeFormerRestorer
 from codeformer.engine.detector import FaceDetector
 from codeformer.engine.masker import TemplateMask
 from codeformer.engine.models import Models
 from codeformer.engine.pipeline import RestoredImage
-from codeformer.engine.restorer import FaceRestorer
 from codeformer.errors import (
     BackendConflictError,
     DeviceMemoryError,
     ImageError,
     InferenceError,
-    NonFiniteOutputError,
     OptionError,
 )
 from codeformer.imaging.geometry import Detection
@@ -30,7 +29,7 @@ from codeformer.weights.checkpoints import load_into
 from codeformer.weights.manifest import load_weight_set
 from tests import pictures, shared
 from tests.compare import assert_pictures_close
-from tests.conftest import CPU, make_broken_restorer, make_tiny_restorer
+from tests.conftest import CPU, all_finite, make_broken_restorer, make_tiny_restorer, models_of
 
 
 class ReplayingDetector:
@@ -135,11 +134,11 @@ def test_outside_the_faces_every_pixel_is_the_inputs(
 def test_faces_of_small_pictures_land_where_they_were(
     detector: FaceDetector, photos: list[np.ndarray]
 ) -> None:
-    class Identity(FaceRestorer):
-        def restore(self, crops_bgr: torch.Tensor, fidelity: float, **_: object) -> torch.Tensor:
-            return crops_bgr.clone()
+    class Identity(CodeFormerRestorer):
+        def restore(self, crops_bgr: torch.Tensor, fidelities: Any, **_: object) -> Any:
+            return crops_bgr.clone(), all_finite(crops_bgr)
 
-    pipeline = Pipeline(Models(detector, Identity(make_tiny_restorer()), TemplateMask()), CPU)
+    pipeline = Pipeline(models_of(detector, Identity(make_tiny_restorer())), CPU)
     for photo, result in zip(photos, pipeline.restore(photos), strict=True):
         # Half a pixel of displacement multiplies this error.
         assert_pictures_close(result.image_bgr, photo, mean=0.2, within=12, share=0.998)
@@ -160,12 +159,12 @@ def test_profiles_take_their_own_path(
     half_dtypes: list[torch.dtype | None] = []
     detections: list[bool] = []
     parsed: list[int] = []
-    restore, masks, detect = FaceRestorer.restore, TemplateMask.masks, FaceDetector.detect
+    restore, masks, detect = CodeFormerRestorer.restore, TemplateMask.masks, FaceDetector.detect
 
-    def spy_restore(self: Any, crops: Any, fidelity: float, **options: Any) -> Any:
+    def spy_restore(self: Any, crops: Any, fidelities: Any, **options: Any) -> Any:
         batches.append(len(crops))
         half_dtypes.append(options.get("half_dtype"))
-        return restore(self, crops, fidelity, **options)
+        return restore(self, crops, fidelities, **options)
 
     def spy_masks(self: Any, faces: Any, **options: Any) -> Any:
         parsed.append(len(faces))
@@ -175,7 +174,7 @@ def test_profiles_take_their_own_path(
         detections.append(batched)
         return detect(self, pictures, batched=batched)
 
-    monkeypatch.setattr(FaceRestorer, "restore", spy_restore)
+    monkeypatch.setattr(CodeFormerRestorer, "restore", spy_restore)
     monkeypatch.setattr(TemplateMask, "masks", spy_masks)
     monkeypatch.setattr(FaceDetector, "detect", spy_detect)
     gpu_like = {"micro_batch": 4, "half_dtype": torch.bfloat16}
@@ -256,7 +255,7 @@ def test_a_plan_for_another_device_is_refused(blind_pipeline: Pipeline) -> None:
         blind_pipeline.restore([], plan=plan)
 
 
-class FailingRestorer(FaceRestorer):
+class FailingRestorer(CodeFormerRestorer):
     """Fails on the n-th batch."""
 
     failure: Exception = RuntimeError("the device fell off the bus")
@@ -266,11 +265,11 @@ class FailingRestorer(FaceRestorer):
         super().__init__(make_tiny_restorer())
         self.calls = 0
 
-    def restore(self, crops_bgr: torch.Tensor, fidelity: float, **options: Any) -> torch.Tensor:
+    def restore(self, crops_bgr: torch.Tensor, fidelities: Any, **options: Any) -> Any:
         self.calls += 1
         if self.calls == self.fails_at:
             raise self.failure
-        return super().restore(crops_bgr, fidelity, **options)
+        return super().restore(crops_bgr, fidelities, **options)
 
 
 @pytest.mark.parametrize(
@@ -281,7 +280,7 @@ def test_a_failure_names_picture_face_and_cause_and_the_next_request_works(
 ) -> None:
     restorer = FailingRestorer()
     restorer.failure = failure
-    pipeline = Pipeline(Models(detector, restorer, TemplateMask()), CPU)
+    pipeline = Pipeline(models_of(detector, restorer), CPU)
     restorer.fails_at = 5
     with pytest.raises(InferenceError) as raised:
         pipeline.restore(photos)
@@ -305,14 +304,14 @@ def test_what_the_machine_says_is_told_without_its_paths(
 ) -> None:
     restorer = FailingRestorer()
     restorer.failure, restorer.fails_at = RuntimeError(said), 1
-    pipeline = Pipeline(Models(detector, restorer, TemplateMask()), CPU)
+    pipeline = Pipeline(models_of(detector, restorer), CPU)
     with pytest.raises(InferenceError) as raised:
         pipeline.restore([pictures.portrait()])
     assert raised.value.cause == heard
     assert said in caplog.text, "the operator's log has all of it"
 
 
-class RestorerWithLittleMemory(FaceRestorer):
+class RestorerWithLittleMemory(CodeFormerRestorer):
     """Holds so many faces at a time."""
 
     holds = 1
@@ -321,25 +320,23 @@ class RestorerWithLittleMemory(FaceRestorer):
         super().__init__(make_tiny_restorer())
         self.batches: list[int] = []
 
-    def restore(self, crops_bgr: torch.Tensor, fidelity: float, **options: Any) -> torch.Tensor:
+    def restore(self, crops_bgr: torch.Tensor, fidelities: Any, **options: Any) -> Any:
         self.batches.append(len(crops_bgr))
         if len(crops_bgr) > self.holds:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return super().restore(crops_bgr, fidelity, **options)
+        return super().restore(crops_bgr, fidelities, **options)
 
 
 def test_a_batch_that_does_not_fit_is_halved_and_nothing_is_lost(
     detector: FaceDetector, photos: list[np.ndarray]
 ) -> None:
     restorer = RestorerWithLittleMemory()
-    pipeline = Pipeline(Models(detector, restorer, TemplateMask()), CPU)
+    pipeline = Pipeline(models_of(detector, restorer), CPU)
     plan = dataclasses.replace(resolve_plan("fast", device=CPU), micro_batch=6)
     results = pipeline.restore(photos, plan=plan)
     assert restorer.batches == [6, 3, 1, 1, 1, 1, 1, 1]
     assert [result.memory_retries for result in results] == [2, 1, 0, 1]
-    whole = Pipeline(Models(detector, FaceRestorer(make_tiny_restorer()), TemplateMask()), CPU).restore(
-        photos
-    )
+    whole = Pipeline(models_of(detector, CodeFormerRestorer(make_tiny_restorer())), CPU).restore(photos)
     for halved, expected in zip(images(results), images(whole), strict=True):
         np.testing.assert_array_equal(halved, expected)
     restorer.holds = 0
@@ -370,13 +367,9 @@ def test_results_come_as_soon_as_their_last_face_is_in(
     detector: FaceDetector, photos: list[np.ndarray]
 ) -> None:
     restorer = RestorerWithLittleMemory()
-    pipeline = Pipeline(Models(detector, restorer, TemplateMask()), CPU)
-    results = pipeline.restore_each(photos)
-    faces_restored = []
-    for _ in photos:
-        next(results)
-        faces_restored.append(len(restorer.batches))
-    assert faces_restored == [4, 5, 5, 6]
+    pipeline = Pipeline(models_of(detector, restorer), CPU)
+    faces_restored = {key: len(restorer.batches) for key, _ in pipeline.stream(enumerate(photos))}
+    assert faces_restored == {0: 4, 1: 5, 2: 5, 3: 6}
 
 
 @pytest.mark.parametrize("head", ["ClassHead", "BboxHead", "LandmarkHead"])
@@ -386,7 +379,7 @@ def test_a_detector_that_answers_nan_has_not_found_that_there_is_no_face(head: s
     for level in getattr(network, head):
         level.conv1x1.bias.data[:] = float("nan")
     detector = FaceDetector(network.requires_grad_(False))
-    pipeline = Pipeline(Models(detector, FaceRestorer(make_tiny_restorer()), TemplateMask()), CPU)
+    pipeline = Pipeline(models_of(detector, CodeFormerRestorer(make_tiny_restorer())), CPU)
     with pytest.raises(InferenceError, match=r"detect failed on image 1: .*not finite"):
         pipeline.restore([pictures.portrait()])
 
@@ -405,8 +398,8 @@ def test_optimized_networks_that_cannot_be_made_say_so_without_paths(
 
 
 def test_a_non_finite_face_is_a_failure(detector: FaceDetector) -> None:
-    restorer = FaceRestorer(make_broken_restorer(float("inf")))
-    pipeline = Pipeline(Models(detector, restorer, TemplateMask()), CPU)
+    restorer = CodeFormerRestorer(make_broken_restorer(float("inf")))
+    pipeline = Pipeline(models_of(detector, restorer), CPU)
     with pytest.raises(InferenceError, match=r"image 1 face 1: .*not finite"):
         pipeline.restore([pictures.portrait()])
 
@@ -447,11 +440,10 @@ def test_every_plan_runs_on_every_device(
 def test_a_parser_that_overflows_runs_again_in_float32(detector: FaceDetector) -> None:
     class Overflowing(TemplateMask):
         def masks(self, faces_bgr: Any, *, half_dtype: torch.dtype | None = None) -> Any:
-            if half_dtype is not None:
-                raise NonFiniteOutputError("the parser's output is not finite")
-            return super().masks(faces_bgr)
+            masks, is_finite = super().masks(faces_bgr)
+            return masks, is_finite & (half_dtype is None)
 
-    pipeline = Pipeline(Models(detector, FaceRestorer(make_tiny_restorer()), Overflowing()), CPU)
+    pipeline = Pipeline(models_of(detector, CodeFormerRestorer(make_tiny_restorer()), Overflowing()), CPU)
     plan = dataclasses.replace(resolve_plan("baseline", device=CPU), half_dtype=torch.bfloat16)
     [result] = pipeline.restore([pictures.portrait()], plan=plan)
     assert result.float32_retries == 1
@@ -461,14 +453,14 @@ def test_a_parser_that_overflows_runs_again_in_float32(detector: FaceDetector) -
 def test_a_half_precision_overflow_runs_again_in_float32(
     tiny_pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    network = tiny_pipeline.models.restorer.network
+    network = tiny_pipeline.models.restorers["codeformer"].network
     generate = network.generate
 
-    def overflow(*arguments: Any, **options: Any) -> torch.Tensor:
+    def overflow(*arguments: Any, **options: Any) -> Any:
         out = generate(*arguments, **options)
         return out * float("inf") if out.dtype == torch.bfloat16 else out
 
-    monkeypatch.setattr(tiny_pipeline.models.restorer, "_generate", overflow)
+    monkeypatch.setattr(tiny_pipeline.models.restorers["codeformer"], "_generate", overflow)
     photo = pictures.portrait()
     baseline = resolve_plan("baseline", device=CPU)
     [result] = tiny_pipeline.restore([photo], 0.5, dataclasses.replace(baseline, half_dtype=torch.bfloat16))

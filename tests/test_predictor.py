@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import dataclasses
 import errno
 import json
 import random
@@ -20,10 +21,11 @@ import pytest
 import yaml
 
 from codeformer import options as option_choices
+from codeformer.engine.codeformer import CodeFormerRestorer
 from codeformer.engine.pipeline import Pipeline
-from codeformer.engine.restorer import FaceRestorer
 from codeformer.errors import DeviceError, ImageError, OptionError, OutputError
 from codeformer.imaging.files import decode_image
+from codeformer.options import Options
 from codeformer.serving import request
 from codeformer.serving.request import MAX_IMAGES, describe, serve
 from predict import Predictor
@@ -46,15 +48,24 @@ def test_the_interface_is_the_promised_one() -> None:
         "runtime_profile",
         "stability_mode",
         "compile_backend",
+        "restorer",
+        "strength",
+        "faces",
+        "min_face_px",
     ]
     assert schemas["Input"]["required"] == ["images"]
     assert properties["images"]["items"]["format"] == "uri"
     fidelity = properties["codeformer_fidelity"]
     assert (fidelity["minimum"], fidelity["maximum"], fidelity["default"]) == (0, 1, 0.5)
+    assert (properties["strength"]["minimum"], properties["strength"]["maximum"]) == (0, 1)
+    assert properties["min_face_px"]["minimum"] == 0
+    defaults = {field.name: field.default for field in dataclasses.fields(Options)}
+    assert {name: entry["default"] for name, entry in properties.items() if name != "images"} == defaults
     for name, choices, default in (
         ("runtime_profile", option_choices.RUNTIME_PROFILES, "baseline"),
         ("stability_mode", option_choices.STABILITY_MODES, "safe"),
         ("compile_backend", option_choices.COMPILE_BACKENDS, "eager"),
+        ("faces", option_choices.FACE_CHOICES, "all"),
     ):
         assert sorted(schemas[name]["enum"]) == sorted(choices)
         assert properties[name]["default"] == default
@@ -74,7 +85,7 @@ def test_cogs_static_parser_can_read_the_inputs() -> None:
         for node in ast.walk(ast.parse(source))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Input"
     ]
-    assert len(calls) == 5
+    assert len(calls) == 9
     for call in calls:
         for keyword in call.keywords:
             ast.literal_eval(keyword.value)
@@ -134,11 +145,19 @@ def test_too_few_and_too_many_photos(blind_pipeline: Pipeline, photo_path: Path,
 
 
 BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
-    ({"fidelity": 1.5}, "codeformer_fidelity"),
-    ({"fidelity": float("nan")}, "codeformer_fidelity"),
+    ({"codeformer_fidelity": 1.5}, "codeformer_fidelity"),
+    ({"codeformer_fidelity": float("nan")}, "codeformer_fidelity"),
     ({"runtime_profile": "turbo"}, "runtime_profile"),
     ({"stability_mode": "risky"}, "stability_mode"),
     ({"compile_backend": "tensorrt"}, "compile_backend"),
+    ({"restorer": "esrgan"}, "restorer: expected one of codeformer"),
+    ({"restorer": "codeformer+codeformer"}, "restorer"),
+    ({"strength": 1.01}, "strength: expected a number from 0"),
+    ({"strength": "1"}, "strength"),
+    ({"faces": "biggest"}, "faces: expected one of all, largest, centre"),
+    ({"min_face_px": -1}, "min_face_px: expected a number of pixels"),
+    ({"min_face_px": float("inf")}, "min_face_px"),
+    ({"min_face_px": True}, "min_face_px"),
 ]
 
 
@@ -147,7 +166,7 @@ def test_bad_options_are_refused_before_a_photo_is_read(
     blind_pipeline: Pipeline, tmp_path: Path, options: dict[str, Any], name: str
 ) -> None:
     with pytest.raises(OptionError, match=name):
-        serve(blind_pipeline, [tmp_path / "missing.jpg"], **options)
+        serve(blind_pipeline, [tmp_path / "missing.jpg"], Options(**options))
 
 
 def test_one_bad_photo_fails_the_request_and_is_named(
@@ -310,7 +329,7 @@ def test_setup_fails_where_the_device_cannot_restore_a_face(
         raise RuntimeError("CUDA error: no kernel image is available for execution on the device")
 
     monkeypatch.setenv("CODEFORMER_WEIGHTS", str(tiny_weights))
-    monkeypatch.setattr(FaceRestorer, "restore", fail)
+    monkeypatch.setattr(CodeFormerRestorer, "restore", fail)
     with pytest.raises(DeviceError, match=r"no kernel image .*nvidia-smi"):
         Predictor().setup()
 
@@ -321,12 +340,21 @@ def test_setup_restores_the_sample_portrait_and_warns_where_no_face_is_found(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    restored: list[int] = []
+    restore = CodeFormerRestorer.restore
+
+    def spy(self: Any, crops: Any, *arguments: Any, **options: Any) -> Any:
+        restored.append(len(crops))
+        return restore(self, crops, *arguments, **options)
+
+    monkeypatch.setattr(CodeFormerRestorer, "restore", spy)
     for weights, warned in ((tiny_weights, False), (blind_weights, True)):
         caplog.clear()
         monkeypatch.setenv("CODEFORMER_WEIGHTS", str(weights))
         predictor = Predictor()
         predictor.setup()
-        assert predictor.pipeline.models.restorer.has_restored != warned
+        assert bool(restored) != warned
+        restored.clear()
         assert ("no face was found in the sample portrait" in caplog.text) == warned
 
 

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from codeformer.engine.codeformer import CodeFormerRestorer
 from codeformer.engine.masker import FaceParser, TemplateMask, soften_labels
 from codeformer.engine.precision import half_dtype_of
-from codeformer.engine.restorer import FaceRestorer, batch_to_faces, faces_to_batch, match_gray
-from codeformer.errors import NonFiniteOutputError
+from codeformer.engine.restorer import batch_to_faces, faces_to_batch, match_gray
+from codeformer.engine.runner import Execution
 from codeformer.networks.parsenet import FaceParsingNetwork
 from tests.compare import assert_pictures_close
 from tests.conftest import (
@@ -39,6 +40,18 @@ def faces(count: int, side: int = 512) -> torch.Tensor:
     )
 
 
+def restored(
+    restorer: CodeFormerRestorer,
+    crops: torch.Tensor,
+    fidelity: float,
+    half_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """All crops with one fidelity."""
+    output, is_finite = restorer.restore(crops, [fidelity] * len(crops), half_dtype=half_dtype)
+    assert is_finite.all()
+    return output
+
+
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_every_level_survives_the_way_to_the_network_and_back(channels_last: bool) -> None:
     levels = np.arange(256, dtype=np.uint8)
@@ -59,8 +72,10 @@ def test_output_is_rounded_and_clipped_not_wrapped() -> None:
 
 def test_faces_do_not_depend_on_the_memory_layout() -> None:
     crops = faces(2)
-    plain = FaceRestorer(make_tiny_restorer()).restore(crops, 0.5)
-    other = FaceRestorer(make_channels_last_restorer(), channels_last=True).restore(crops, 0.5)
+    plain = restored(CodeFormerRestorer(make_tiny_restorer()), crops, 0.5)
+    other = restored(
+        CodeFormerRestorer(make_channels_last_restorer(), Execution(channels_last=True)), crops, 0.5
+    )
     assert_pictures_close(other, plain, mean=0.1, within=1)
 
 
@@ -70,17 +85,17 @@ def test_half_precision_changes_little_and_only_the_generator(device: torch.devi
     dtypes: list[torch.dtype] = []
     network.generator.blocks[0].register_forward_hook(lambda _m, _i, out: dtypes.append(out.dtype))
     network.encoder.blocks[0].register_forward_hook(lambda _m, _i, out: dtypes.append(out.dtype))
-    restorer, crops = FaceRestorer(network), faces(1).to(device)
-    exact = restorer.restore(crops, 0.5)
-    half = restorer.restore(crops, 0.5, half_dtype=half_dtype)
+    restorer, crops = CodeFormerRestorer(network), faces(1).to(device)
+    exact = restored(restorer, crops, 0.5)
+    half = restored(restorer, crops, 0.5, half_dtype)
     assert dtypes == [torch.float32, torch.float32, torch.float32, half_dtype]
     assert not torch.equal(half, exact)
     assert_pictures_close(half, exact, mean=4.0, within=40, share=0.99)
 
 
-def test_a_non_finite_answer_is_an_error() -> None:
-    with pytest.raises(NonFiniteOutputError, match="not finite"):
-        FaceRestorer(make_broken_restorer(float("nan"))).restore(faces(1), 0.5)
+def test_a_non_finite_answer_is_noticed() -> None:
+    _, is_finite = CodeFormerRestorer(make_broken_restorer(float("nan"))).restore(faces(2), [0.5, 0.5])
+    assert is_finite.tolist() == [False, False]
 
 
 @pytest.mark.slow
@@ -93,13 +108,17 @@ def test_compiled_equals_eager_for_every_fidelity_and_batch(backend: str, channe
     network: Any = make_tiny_restorer(**SMALL_FACES)
     if channels_last:
         network = network.to(memory_format=torch.channels_last)
-    plain = FaceRestorer(network, channels_last=channels_last)
-    compiled = FaceRestorer(network, channels_last=channels_last, compile_backend=backend)
+    plain = CodeFormerRestorer(network, Execution(channels_last))
+    compiled = CodeFormerRestorer(network, Execution(channels_last, backend))
     torch._dynamo.utils.counters.clear()
     for count, fidelity in [(1, 0.5), (1, 0.25), (1, 0.0), (2, 0.9), (3, 0.1)]:
         crops = faces(count, network.resolution)
         assert_pictures_close(
-            compiled.restore(crops, fidelity), plain.restore(crops, fidelity), mean=0.1, within=2, share=0.999
+            restored(compiled, crops, fidelity),
+            restored(plain, crops, fidelity),
+            mean=0.1,
+            within=2,
+            share=0.999,
         )
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert graphs <= 8, f"{graphs} graphs for 5 requests: something compiles anew for each"
@@ -145,21 +164,20 @@ def test_which_labels_are_face(label: int) -> None:
 def test_many_kinds_of_requests_do_not_exhaust_the_compiler(device: torch.device) -> None:
     torch._dynamo.reset()
     network = make_tiny_restorer(**SMALL_FACES).to(device)
-    compiled = FaceRestorer(network, compile_backend="eager")
+    compiled = CodeFormerRestorer(network, Execution(compile_backend="eager"))
     # More graphs than torch's own limit of 8 admits.
     for half_dtype in (None, torch.bfloat16, torch.float16):
         for count, fidelity in itertools.product((1, 3, 2), (0.5, 0.0)):
             crops = faces(count, network.resolution).to(device)
-            restored = compiled.restore(crops, fidelity, half_dtype=half_dtype)
-            assert restored.shape == crops.shape
+            assert restored(compiled, crops, fidelity, half_dtype).shape == crops.shape
 
 
-def test_a_parser_that_overflows_is_an_error() -> None:
+def test_a_parser_that_overflows_is_noticed() -> None:
     network = FaceParsingNetwork(resolution=64)
     last: Any = network.parsenet.out_mask_conv
     last.conv2d.bias.data[:] = float("nan")
-    with pytest.raises(NonFiniteOutputError, match="parser"):
-        FaceParser(network.requires_grad_(False)).labels(faces(1, side=64))
+    _, is_finite = FaceParser(network.requires_grad_(False)).labels(faces(1, side=64))
+    assert is_finite.tolist() == [False]
 
 
 @pytest.mark.slow
@@ -169,25 +187,25 @@ def test_a_compiled_parser_gives_the_same_labels(backend: str) -> None:
     torch.manual_seed(0)
     network: Any = FaceParsingNetwork(resolution=64).requires_grad_(False)
     network = network.to(memory_format=torch.channels_last)
-    plain = FaceParser(network, channels_last=True)
-    compiled = FaceParser(network, channels_last=True, compile_backend=backend)
+    plain = FaceParser(network, Execution(channels_last=True))
+    compiled = FaceParser(network, Execution(channels_last=True, compile_backend=backend))
     for count in (1, 2, 3):
         batch = faces(count, side=64)
-        assert (compiled.labels(batch) == plain.labels(batch)).double().mean() > 0.999
+        assert (compiled.labels(batch)[0] == plain.labels(batch)[0]).double().mean() > 0.999
 
 
 def test_the_parser_labels_each_face_of_a_batch_alike() -> None:
     torch.manual_seed(0)
     parser = FaceParser(FaceParsingNetwork(resolution=64).requires_grad_(False))
     batch = faces(2, side=64)
-    together = parser.labels(batch)
+    together, _ = parser.labels(batch)
     assert together.shape == (2, 64, 64)
-    assert (together[1] == parser.labels(batch[1:])[0]).double().mean() > 0.999
+    assert (together[1] == parser.labels(batch[1:])[0][0]).double().mean() > 0.999
     assert len(torch.unique(together)) > 1
 
 
 def test_the_template_mask_covers_the_features_and_not_the_corners() -> None:
-    masks = TemplateMask().masks(faces(2)).numpy()
+    masks = TemplateMask().masks(faces(2))[0].numpy()
     assert masks.shape == (2, 512, 512)
     for x, y in ((193, 240), (319, 240), (257, 314), (201, 371), (313, 371)):
         assert masks[0, y, x] > 0.9

@@ -622,7 +622,9 @@ def test_an_exported_set_can_be_served(tmp_path: Path, detector: FaceDetector) -
     size = (tmp_path / "restorer.safetensors").stat().st_size
     assert size < 2.2 * sum(parameter.numel() for parameter in restorer.parameters())
     for name, value in restorer.state_dict().items():
-        torch.testing.assert_close(models.restorer.network.state_dict()[name], value, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(
+            models.restorers["codeformer"].network.state_dict()[name], value, rtol=1e-3, atol=1e-4
+        )
     [ours], [theirs] = models.detector.detect([pictures.portrait()]), detector.detect([pictures.portrait()])
     np.testing.assert_allclose(ours[0].landmarks_xy, theirs[0].landmarks_xy, atol=0.5)
     # A second export of one network keeps the other's entry.

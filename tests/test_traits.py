@@ -4,14 +4,12 @@ import cv2
 import numpy as np
 import pytest
 
-from codeformer.engine.masker import TemplateMask
-from codeformer.engine.models import Models
 from codeformer.engine.pipeline import Pipeline
 from codeformer.imaging.files import decode_image, encode_jpeg
 from codeformer.imaging.geometry import FFHQ_TEMPLATE_XY, invert, transform_points
 from codeformer.imaging.traits import INNER_FACE, WHOLE_CROP, gray_area, is_gray, loses_detail
 from tests import pictures, shared
-from tests.conftest import CPU
+from tests.conftest import CPU, all_finite, models_of
 from tests.test_detector import PHOTOS
 from tests.test_faces import Knowing, Negative, resized
 from tests.test_files import gradient
@@ -84,8 +82,8 @@ def test_sepia_keeps_its_tint_and_black_and_white_has_none() -> None:
 class Colourful(Negative):
     """Restores every face as a play of colours."""
 
-    def restore(self, crops_bgr, fidelity, *, half_dtype=None):
-        return crops_bgr + crops_bgr.new_tensor([90, 0, 40])
+    def restore(self, crops_bgr, fidelities, *, half_dtype=None):
+        return crops_bgr + crops_bgr.new_tensor([90, 0, 40]), all_finite(crops_bgr)
 
 
 def test_restored_colours_stay_in_colour_portraits_and_out_of_black_and_white_ones() -> None:
@@ -97,7 +95,7 @@ def test_restored_colours_stay_in_colour_portraits_and_out_of_black_and_white_on
             photo, (255, 255, 255) if expected else (60, 160, 220), factor=12 if expected else 3
         )
         detector = Knowing(transform_points(face_to_page, FFHQ_TEMPLATE_XY))
-        pipeline = Pipeline(Models(detector, Colourful(), TemplateMask()), CPU, second_look=False)
+        pipeline = Pipeline(models_of(detector, Colourful()), CPU, second_look=False)
         [result] = pipeline.restore([page])
         [(x, y)] = transform_points(face_to_page, np.array([[256.0, 300.0]])).astype(int)
         before, after = (image[y - 20 : y + 20, x - 20 : x + 20] for image in (page, result.image_bgr))
@@ -160,7 +158,7 @@ def test_faces_that_lose_detail_are_counted_and_logged(caplog: pytest.LogCapture
         transform_points(similarity(size, 0, x, 400), FFHQ_TEMPLATE_XY)
         for size, x in ((1.5, 400), (0.4, 1200))
     ]
-    pipeline = Pipeline(Models(Knowing(*landmarks), Negative(), TemplateMask()), CPU, second_look=False)
+    pipeline = Pipeline(models_of(Knowing(*landmarks), Negative()), CPU, second_look=False)
     [result] = pipeline.restore([sharp(1600)])
     assert (len(result.faces), result.faces_losing_detail) == (2, 1)
     assert (

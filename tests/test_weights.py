@@ -122,12 +122,12 @@ def test_a_set_without_a_parser_uses_the_template_and_says_so_once(
 def test_a_loaded_pipeline_has_the_files_values(blind_weights: Path) -> None:
     models = load_models(load_weight_set(blind_weights), CPU)
     expected = make_tiny_restorer().state_dict()
-    state = models.restorer.network.state_dict()
+    state = models.restorers["codeformer"].network.state_dict()
     assert set(state) == set(expected)
     for name, tensor in expected.items():
         torch.testing.assert_close(state[name], tensor, rtol=0, atol=0)
-    assert not models.restorer.network.training
-    assert not any(p.requires_grad for p in models.restorer.network.parameters())
+    assert not models.restorers["codeformer"].network.training
+    assert not any(p.requires_grad for p in models.restorers["codeformer"].network.parameters())
 
 
 @pytest.mark.parametrize("wrapped", [False, True])

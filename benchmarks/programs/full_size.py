@@ -13,10 +13,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from benchmarks import options as opt
+from codeformer.engine.codeformer import CodeFormerRestorer
 from codeformer.engine.detector import FaceDetector
 from codeformer.engine.masker import FaceParser
 from codeformer.engine.models import Models, load_models
-from codeformer.engine.restorer import FaceRestorer
 from codeformer.networks.codeformer import CodeFormer
 from codeformer.networks.parsenet import FaceParsingNetwork
 from codeformer.networks.retinaface import build_retinaface
@@ -61,7 +61,7 @@ def with_official_sizes(models: Models, device: torch.device) -> Models:
     restorer, parser, large = (_ready(network, device) for network in networks)
     return Models(
         detector=FaceDetector(_SlowedDetector(models.detector.network, large)),
-        restorer=FaceRestorer(restorer),
+        restorers={"codeformer": CodeFormerRestorer(restorer)},
         masker=FaceParser(parser),
     )
 

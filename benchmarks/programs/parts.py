@@ -80,7 +80,7 @@ def _parts(detector: FaceDetector, device: torch.device) -> dict[str, Call]:
     recorded = _recorded(detector, small)
     face = np.asarray(cv2.resize(small[: SMALL_WH[0]], (FACE_SIZE, FACE_SIZE)), dtype=np.uint8)
     face_there = torch.from_numpy(face).to(device)
-    mask_there = TemplateMask().masks(face_there[None])[0].contiguous()
+    mask_there = TemplateMask().masks(face_there[None])[0][0].contiguous()
     mask = mask_there.cpu().numpy()
     scale = FACE_WIDTH / _FACE_IN_CROP
     matrix = np.array([[scale, 0.0, 1800.0], [0.0, scale, 1300.0]])

@@ -8,7 +8,7 @@ import dataclasses
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, cast
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from benchmarks.measure import Model, Summary
 from benchmarks.programs.full_size import with_official_sizes
 from benchmarks.results import Configuration, Count, Prices, Report
 from benchmarks.views import Section, Table, cell
+from codeformer.engine.codeformer import CodeFormerRestorer
 from codeformer.engine.detector import FaceDetector
 from codeformer.engine.models import Models
 from codeformer.engine.pipeline import Pipeline
@@ -257,6 +258,7 @@ def _crops(detector: FaceDetector, pictures: Sequence[ImageU8], device: torch.de
 def _codes(models: Models, configuration: Configuration, crops: torch.Tensor) -> torch.Tensor:
     """The codes that a configuration predicts; in float32 in every profile, whatever the fidelity."""
     plan = configuration.plan(crops.device)
-    restorer = (models.optimized(plan.compile_backend) if plan.optimized else models).restorer
+    chosen = models.optimized(plan.compile_backend) if plan.optimized else models
+    restorer = cast("CodeFormerRestorer", chosen.restorers["codeformer"])
     with torch_switches(cudnn_benchmark=plan.cudnn_benchmark):
         return torch.cat([restorer.codes(batch) for batch in torch.split(crops, plan.micro_batch)])

@@ -46,6 +46,7 @@ from codeformer.errors import BenchmarkError, CodeFormerError
 from codeformer.imaging.files import ImageU8
 from codeformer.imaging.geometry import FACE_SIZE
 from codeformer.options import DEFAULT_FIDELITY
+from codeformer.options import Options as RequestOptions
 from codeformer.serving.request import Outcome, serve
 from data.make_pictures import Placement, Recipe, draw, encode
 
@@ -308,7 +309,7 @@ def _measure_case(setup: Setup, subject: Subject, batch_size: int) -> Case:
 
 def _weights_mib(models: Models) -> float:
     """What one copy of the networks takes."""
-    adapters = (models.detector, models.restorer, models.masker)
+    adapters = (models.detector, *models.restorers.values(), models.masker)
     networks = [adapter.network for adapter in adapters if hasattr(adapter, "network")]
     parameters = (value for network in networks for value in network.state_dict().values())
     return float(sum(value.numel() * value.element_size() for value in parameters)) / 2**20
@@ -336,10 +337,12 @@ def _serve(pipeline: Pipeline, configuration: Configuration, subject: Subject, b
     outcome = serve(
         pipeline,
         [subject.file] * batch_size,
-        fidelity=configuration.codeformer_fidelity,
-        runtime_profile=configuration.runtime_profile,
-        stability_mode=configuration.stability_mode,
-        compile_backend=configuration.compile_backend,
+        RequestOptions(
+            configuration.codeformer_fidelity,
+            configuration.runtime_profile,
+            configuration.stability_mode,
+            configuration.compile_backend,
+        ),
     )
     found = [len(result.faces) for result in outcome.results]
     if subject.faces is not None and found != [subject.faces] * batch_size:
@@ -416,7 +419,7 @@ def stage_work(
     copy, _ = resize_for_detection(blank)
     scene = torch.zeros(1, 3, *copy.shape[:2], device=device)
     face = torch.zeros(1, 3, FACE_SIZE, FACE_SIZE, device=device)
-    network = models.restorer.network
+    network = models.restorers["codeformer"].network
     predicted = gflop_of(lambda: network.predict(face))
     with torch.inference_mode():
         answer = network.predict(face)

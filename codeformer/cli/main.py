@@ -6,6 +6,7 @@ once.
 
 import argparse
 import contextlib
+import dataclasses
 import errno
 import logging
 import os
@@ -21,9 +22,11 @@ from codeformer.options import (
     COMPILE_BACKENDS,
     COMPILE_CACHE_VARIABLE,
     DEFAULT_FIDELITY,
+    FACE_CHOICES,
+    RESTORER_CHOICES,
     RUNTIME_PROFILES,
     STABILITY_MODES,
-    check_fidelity,
+    Options,
 )
 from codeformer.weights.manifest import DEFAULT_SET, SET_VARIABLE, available_sets, load_weight_set
 
@@ -124,6 +127,22 @@ def _parser() -> argparse.ArgumentParser:
     restore.add_argument("--runtime-profile", choices=RUNTIME_PROFILES, default="baseline")
     restore.add_argument("--stability-mode", choices=STABILITY_MODES, default="safe")
     restore.add_argument("--compile-backend", choices=COMPILE_BACKENDS, default="eager")
+    restore.add_argument("--restorer", choices=RESTORER_CHOICES, default="codeformer")
+    restore.add_argument(
+        "--strength",
+        type=float,
+        default=1.0,
+        metavar="S",
+        help="how much of each restored face goes into the photo, 0 to 1, default 1",
+    )
+    restore.add_argument("--faces", choices=FACE_CHOICES, default="all", help="which faces; default: all")
+    restore.add_argument(
+        "--min-face-px",
+        type=float,
+        default=0.0,
+        metavar="PX",
+        help="leave out faces that are smaller, default 0",
+    )
     restore.add_argument("--weights", metavar="SET", help=_set_help())
     restore.add_argument("--device", help="cuda or cpu; default: cuda where there is one")
     restore.add_argument(
@@ -215,7 +234,7 @@ def _restore_all(
     from tqdm import tqdm
     from tqdm.contrib.logging import logging_redirect_tqdm
 
-    check_fidelity(options.codeformer_fidelity)
+    asked = Options(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Options)})
     limits = Limits.from_environment()
     results.check()
     pipeline = _load(options, second_look=options.second_look)
@@ -223,7 +242,9 @@ def _restore_all(
         for photo in tqdm(photos, desc="restoring", unit="photo", disable=len(photos) == 1):
             name_in_log(_shown(photo.path))
             try:
-                outcome, target = _restore_one(pipeline, photo, results, options, limits)
+                outcome, target = _restore_one(
+                    pipeline, photo, results, asked, limits, compare=options.compare
+                )
             except DiskFullError:
                 raise
             except (CodeFormerError, OSError) as failure:
@@ -248,7 +269,13 @@ def _load(options: argparse.Namespace, *, second_look: bool | None = None) -> "P
 
 
 def _restore_one(
-    pipeline: "Pipeline", photo: "Photo", results: "ResultFolder", options: argparse.Namespace, limits: Limits
+    pipeline: "Pipeline",
+    photo: "Photo",
+    results: "ResultFolder",
+    asked: Options,
+    limits: Limits,
+    *,
+    compare: bool,
 ) -> "tuple[Outcome, Path]":
     from codeformer.imaging.files import encode_jpeg
     from codeformer.serving.request import serve
@@ -256,14 +283,11 @@ def _restore_one(
     outcome = serve(
         pipeline,
         [photo.path],
-        fidelity=options.codeformer_fidelity,
-        runtime_profile=options.runtime_profile,
-        stability_mode=options.stability_mode,
-        compile_backend=options.compile_backend,
+        asked,
         limits=limits,
     )
     jpegs = list(outcome.jpegs)
-    if options.compare:
+    if compare:
         jpegs.append(encode_jpeg(_pair(outcome.images_bgr[0], outcome.results[0].image_bgr)))
     return outcome, results.write(photo, *jpegs)
 

@@ -24,7 +24,9 @@ class Canvas(Protocol):
         """The aligned crops of at least one face: (N, 512, 512, 3) uint8 BGR on the device."""
         ...
 
-    def paste(self, face_bgr: Tensor, face_to_picture: FloatArray, face_mask: Tensor | None) -> None:
+    def paste(
+        self, face_bgr: Tensor, face_to_picture: FloatArray, face_mask: Tensor | None, strength: float
+    ) -> None:
         """Blends in a restored face, all on the device; arguments as for `pasting.paste_face`."""
         ...
 
@@ -51,9 +53,11 @@ class HostCanvas:
         crops = [crop_face(self._working.image_bgr, face.working_to_face) for face in faces]
         return torch.from_numpy(np.stack(crops)).to(self._device)
 
-    def paste(self, face_bgr: Tensor, face_to_picture: FloatArray, face_mask: Tensor | None) -> None:
+    def paste(
+        self, face_bgr: Tensor, face_to_picture: FloatArray, face_mask: Tensor | None, strength: float
+    ) -> None:
         mask = None if face_mask is None else face_mask.cpu().numpy()
-        pasting.paste_face(self._pasted, face_bgr.cpu().numpy(), face_to_picture, mask)
+        pasting.paste_face(self._pasted, face_bgr.cpu().numpy(), face_to_picture, mask, strength)
 
     def to_image(self) -> ImageU8:
         return self._pasted
@@ -70,8 +74,10 @@ class DeviceCanvas:
     def crops(self, faces: Sequence[AlignedFace]) -> Tensor:
         return torch.stack([device_pixels.crop_face(self._source, face.working_to_face) for face in faces])
 
-    def paste(self, face_bgr: Tensor, face_to_picture: FloatArray, face_mask: Tensor | None) -> None:
-        device_pixels.paste_face(self._pasted, face_bgr, face_to_picture, face_mask)
+    def paste(
+        self, face_bgr: Tensor, face_to_picture: FloatArray, face_mask: Tensor | None, strength: float
+    ) -> None:
+        device_pixels.paste_face(self._pasted, face_bgr, face_to_picture, face_mask, strength)
 
     def to_image(self) -> ImageU8:
         image: ImageU8 = self._pasted.cpu().numpy()

@@ -1,6 +1,6 @@
 """Crops and paste-back in torch, on whatever device the picture lies on.
 
-The counterparts of `alignment.crop_face` and `compositing.paste_face`, whose OpenCV arithmetic they follow to
+The counterparts of `geometry.crop_face` and `pasting.paste_face`, whose OpenCV arithmetic they follow to
 within a level. Frames and matrices are as there; pictures are uint8 BGR tensors (H, W, 3).
 """
 
@@ -24,7 +24,7 @@ from codeformer.imaging.pasting import erosion_sizes
 def crop_face(image_bgr: Tensor, image_to_face: FloatArray) -> Tensor:
     """Warps a picture (H, W, 3) uint8 BGR into the face frame (512, 512, 3): bilinear, grey outside.
 
-    Large faces are reduced first, as by `alignment.crop_face`.
+    Large faces are reduced first, as by `geometry.crop_face`.
     """
     border = torch.tensor(BORDER_BGR, dtype=torch.float32, device=image_bgr.device)
     width, height = image_bgr.shape[1], image_bgr.shape[0]
@@ -43,7 +43,11 @@ def crop_face(image_bgr: Tensor, image_to_face: FloatArray) -> Tensor:
 
 
 def paste_face(
-    canvas_bgr: Tensor, face_bgr: Tensor, face_to_picture: FloatArray, face_mask: Tensor | None
+    canvas_bgr: Tensor,
+    face_bgr: Tensor,
+    face_to_picture: FloatArray,
+    face_mask: Tensor | None,
+    strength: float = 1.0,
 ) -> None:
     """Blends one restored face into the picture, in place.
 
@@ -52,6 +56,7 @@ def paste_face(
         face_bgr: (512, 512, 3) uint8 BGR restored face, on the same device.
         face_to_picture: (2, 3) float64.
         face_mask: (512, 512) float32, 0 to 1, in the face frame, from parsing; None for the square alone.
+        strength: scales the soft mask: 1 for the restored face, 0 for the picture as it is.
     """
     left, top, right, bottom = region_of_interest(face_to_picture, canvas_bgr.shape[1], canvas_bgr.shape[0])
     if left >= right or top >= bottom:
@@ -65,6 +70,7 @@ def paste_face(
     soft = soften_square(hard)
     if face_mask is not None:
         soft = torch.minimum(soft, warped[4])
+    soft = soft * strength
 
     region = canvas_bgr[top:bottom, left:right]
     face = (hard * warped[1:4].round()).permute(1, 2, 0)
@@ -103,7 +109,7 @@ def erode(mask: Tensor, size: int) -> Tensor:
 
 
 def soften_square(hard: Tensor) -> Tensor:
-    """As `compositing.soften_square`, for (H, W) float32."""
+    """As `pasting.soften_square`, for (H, W) float32."""
     element, kernel = erosion_sizes(float(hard.sum(dtype=torch.float64)))
     return blur(erode(hard, element), kernel)
 

@@ -19,7 +19,7 @@ _WARM_UP_RUNS: Final = 2
 # What else uses the GPU while a graph is recorded, a health check for example, spoils the recording.
 recording_lock: Final = threading.Lock()
 
-# A function of a batch (N, ...), a scalar and settings, whose results are batches of N.
+# A function of a batch (N, ...), conditions and settings, whose results are batches of N.
 BatchFunction = Callable[..., tuple[Tensor, ...]]
 
 
@@ -28,7 +28,7 @@ class Recording:
     """A recorded call: fill the inputs, replay, read the results."""
 
     batch: Tensor
-    scalar: Tensor
+    conditions: Tensor
     results: tuple[Tensor, ...]
     replay: Callable[[], None]
 
@@ -41,7 +41,7 @@ class Recorder:
         self._stream: Any = None
 
     def __call__(
-        self, function: BatchFunction, batch: Tensor, scalar: Tensor, settings: Sequence[Hashable]
+        self, function: BatchFunction, batch: Tensor, conditions: Tensor, settings: Sequence[Hashable]
     ) -> Recording:
         """Records one call; the tensors given become its inputs."""
         device = batch.device
@@ -57,11 +57,11 @@ class Recorder:
                 with torch.cuda.stream(self._stream):
                     # Libraries choose algorithms and reserve memory at first use, which cannot be recorded.
                     for _ in range(_WARM_UP_RUNS):
-                        function(batch, scalar, *settings)
+                        function(batch, conditions, *settings)
                 with torch.cuda.graph(
                     graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
                 ):
-                    results = function(batch, scalar, *settings)
+                    results = function(batch, conditions, *settings)
                 is_recorded = True
             finally:
                 if not is_recorded:
@@ -69,14 +69,14 @@ class Recorder:
                     torch.cuda.set_stream(before)
                     self._stream = self._pool = None
             before.wait_stream(self._stream)
-        return Recording(batch, scalar, results, graph.replay)
+        return Recording(batch, conditions, results, graph.replay)
 
 
 class GraphedCalls:
     """Calls of a function, recorded once per batch size and setting, and replayed from then on.
 
-    Batches are padded to a power of two, so that few recordings serve every number of faces. When there are
-    too many, the one that has not been used for longest goes.
+    When there are too many recordings, the one that has not been used for longest goes. `batch_size_of` keeps
+    the number of batch sizes small.
 
     Args:
         record: makes a recording; CUDA's by default.
@@ -87,34 +87,31 @@ class GraphedCalls:
         self._recordings: OrderedDict[Hashable, Recording] = OrderedDict()
 
     def __call__(
-        self, function: BatchFunction, batch: Tensor, scalar: Tensor, *settings: Hashable
+        self, function: BatchFunction, batch: Tensor, conditions: Tensor, *settings: Hashable
     ) -> tuple[Tensor, ...]:
-        """What `function(batch, scalar, *settings)` returns.
+        """What `function(batch, conditions, *settings)` returns.
 
         Args:
             function: the same at every call; its kernels must depend on its arguments only.
             batch: (N, ...).
-            scalar: a tensor of one number.
+            conditions: a tensor of one number, or of one for each item of the batch.
             settings: anything else it depends on.
         """
-        count = len(batch)
-        padded_count = bucket_of(count)
-        key = (padded_count, *batch.shape[1:], *settings)
+        key = (*batch.shape, "conditions", *conditions.shape, *settings)
         recording = self._recordings.get(key)
         if recording is None:
-            padded = batch.new_zeros(padded_count, *batch.shape[1:])
-            recording = self._record(function, padded, scalar.clone(), settings)
+            recording = self._record(function, batch.clone(), conditions.clone(), settings)
             self._recordings[key] = recording
             if len(self._recordings) > MAX_GRAPHS:
                 self._recordings.popitem(last=False)
         self._recordings.move_to_end(key)
-        recording.batch[:count].copy_(batch)
-        recording.scalar.copy_(scalar)
+        recording.batch.copy_(batch)
+        recording.conditions.copy_(conditions)
         recording.replay()
         # The next replay writes over the results.
-        return tuple(result[:count].clone() for result in recording.results)
+        return tuple(result.clone() for result in recording.results)
 
 
-def bucket_of(count: int) -> int:
-    """The smallest power of two that is at least `count`."""
-    return 1 << (count - 1).bit_length()
+def batch_size_of(waiting: int) -> int:
+    """The largest power of two up to `waiting`: few recordings serve any number, without padding."""
+    return 1 << (waiting.bit_length() - 1)

@@ -5,17 +5,17 @@
 """
 
 from functools import lru_cache
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, Self
 
 import cv2
 import numpy as np
 import torch
 from torch import Tensor
 
-from codeformer.engine.graphs import GraphedCalls
-from codeformer.engine.restorer import faces_to_batch, maybe_compiled
-from codeformer.errors import NonFiniteOutputError
+from codeformer.engine.restorer import faces_to_batch
+from codeformer.engine.runner import AS_IT_IS, Execution
 from codeformer.imaging.geometry import FACE_SIZE
+from codeformer.networks.inference import for_inference
 from codeformer.networks.parsenet import CLASSES, FACE_LABELS, FaceParsingNetwork
 
 BLUR_KERNEL_SIZE: Final = 101
@@ -26,10 +26,23 @@ _IS_FACE: Final = torch.isin(torch.arange(CLASSES), torch.tensor(FACE_LABELS)).f
 
 
 class FaceMasker(Protocol):
-    """Anything that tells face from background in restored crops."""
+    """Tells face from background in restored crops."""
 
-    def masks(self, faces_bgr: Tensor, *, half_dtype: torch.dtype | None = None) -> Tensor:
-        """(N, 512, 512, 3) uint8 BGR restored faces to (N, 512, 512) float32 masks, 0 to 1, beside them."""
+    def masks(self, faces_bgr: Tensor, *, half_dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        """Masks of restored faces.
+
+        Args:
+            faces_bgr: (N, 512, 512, 3) uint8 BGR.
+            half_dtype: autocast dtype of a network; None for float32.
+
+        Returns:
+            (N, 512, 512) float32, 0 to 1, on the faces' device, and for each face whether the network's
+            answer was finite: (N,) bool.
+        """
+        ...
+
+    def optimized(self, execution: Execution) -> Self:
+        """A copy rewritten for inference; the original stays as it is."""
         ...
 
 
@@ -37,57 +50,41 @@ class FaceParser:
     """Masks from ParseNet's labels.
 
     Args:
-        network: on its device, in evaluation mode, in the memory layout `channels_last` tells.
-        channels_last: feed the network channels-last batches.
-        compile_backend: compile the network with this `torch.compile` backend.
-        graphed: record the network's work as CUDA graphs.
+        network: on its device, in evaluation mode, in the memory layout that `execution` tells.
+        execution: how to run it.
     """
 
-    def __init__(
-        self,
-        network: FaceParsingNetwork,
-        *,
-        channels_last: bool = False,
-        compile_backend: str | None = None,
-        graphed: bool = False,
-    ) -> None:
+    def __init__(self, network: FaceParsingNetwork, execution: Execution = AS_IT_IS) -> None:
         self.network = network
-        self._channels_last = channels_last
-        self._network = maybe_compiled(network.forward, compile_backend)
-        self._graphs = GraphedCalls() if graphed else None
+        self._channels_last = execution.channels_last
+        self._network = execution.compiled(network.forward)
+        self._run = execution.runner(self._forward)
 
     @torch.inference_mode()
-    def labels(self, faces_bgr: Tensor, *, half_dtype: torch.dtype | None = None) -> Tensor:
+    def labels(self, faces_bgr: Tensor, *, half_dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         """(N, 512, 512, 3) uint8 BGR faces to (N, 512, 512) int64 labels, 0 to 18.
 
-        Raises:
-            NonFiniteOutputError: the network's answer holds NaN or infinity.
+        The second tensor says for each face whether the network's answer was finite: the largest of NaNs is
+        the first label, background, and the face would silently stay as it was.
         """
-        # No number is asked of the network beside the faces.
-        arguments = (faces_bgr, torch.zeros((), device=faces_bgr.device), half_dtype)
-        run = self._graphs
-        labels, is_finite = self._forward(*arguments) if run is None else run(self._forward, *arguments)
-        # The largest of NaNs is the first label, background: the face would silently stay as it was.
-        if not bool(is_finite.all()):
-            precision = half_dtype or torch.float32
-            raise NonFiniteOutputError(f"the parser's output is not finite ({precision}).")
-        return labels
+        # The network is asked with nothing but the faces.
+        return self._run(faces_bgr, torch.zeros((), device=faces_bgr.device), half_dtype)
 
     def _forward(self, faces_bgr: Tensor, _: Tensor, half_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
-        """Labels, and for each face whether the network's answer was finite: (N,) bool."""
         batch = faces_to_batch(faces_bgr, channels_last=self._channels_last)
         with torch.autocast(faces_bgr.device.type, dtype=half_dtype, enabled=half_dtype is not None):
             logits = self._network(batch)
         return logits.argmax(dim=1), torch.isfinite(logits).flatten(1).all(dim=1)
 
     @torch.inference_mode()
-    def masks(self, faces_bgr: Tensor, *, half_dtype: torch.dtype | None = None) -> Tensor:
-        """(N, 512, 512, 3) uint8 BGR restored faces to (N, 512, 512) float32 masks, 0 to 1.
+    def masks(self, faces_bgr: Tensor, *, half_dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        """As `FaceMasker.masks`."""
+        labels, is_finite = self.labels(faces_bgr, half_dtype=half_dtype)
+        return soften_labels(labels), is_finite
 
-        Raises:
-            NonFiniteOutputError: the network's answer holds NaN or infinity.
-        """
-        return soften_labels(self.labels(faces_bgr, half_dtype=half_dtype))
+    def optimized(self, execution: Execution) -> Self:
+        """A copy rewritten for inference; the original stays as it is."""
+        return type(self)(for_inference(self.network), execution)
 
 
 class TemplateMask:
@@ -101,9 +98,19 @@ class TemplateMask:
         cv2.ellipse(face, self.CENTRE_XY, self.HALF_AXES_XY, 0, 0, 360, color=1.0, thickness=-1)
         self._mask = _soften(torch.from_numpy(face))
 
-    def masks(self, faces_bgr: Tensor, *, half_dtype: torch.dtype | None = None) -> Tensor:  # noqa: ARG002
+    def masks(
+        self,
+        faces_bgr: Tensor,
+        *,
+        half_dtype: torch.dtype | None = None,  # noqa: ARG002
+    ) -> tuple[Tensor, Tensor]:
         """(N, 512, 512, 3) uint8 BGR faces to (N, 512, 512) float32 masks, all alike."""
-        return self._mask.to(faces_bgr.device).expand(len(faces_bgr), FACE_SIZE, FACE_SIZE)
+        masks = self._mask.to(faces_bgr.device).expand(len(faces_bgr), FACE_SIZE, FACE_SIZE)
+        return masks, torch.ones(len(faces_bgr), dtype=torch.bool, device=faces_bgr.device)
+
+    def optimized(self, execution: Execution) -> Self:  # noqa: ARG002
+        """Itself: there is nothing to compute."""
+        return self
 
 
 def soften_labels(labels: Tensor) -> Tensor:

@@ -8,23 +8,22 @@ import torch
 from codeformer.engine.plan import ExecutionPlan
 from codeformer.imaging.files import lacks_memory
 
-# A generous estimate for one face in the official networks in float32. Where it is wrong, batches are halved.
-BYTES_PER_FACE: Final = 900 * 2**20
 _OUT_OF_MEMORY: Final = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
 # The rest is for fragments, and for pictures.
 _USABLE_SHARE: Final = 0.8
 
 
-def batch_size_for(plan: ExecutionPlan) -> int:
-    """Faces per forward pass: the plan's, or fewer where the GPU's free memory holds fewer; at least 1."""
+def batch_size_for(plan: ExecutionPlan, bytes_per_face: int) -> int:
+    """Faces per forward pass: the plan's, or fewer where the GPU's free memory holds fewer; at least 1.
+
+    Where the estimate of `bytes_per_face` is wrong, batches are halved.
+    """
     if plan.device.type != "cuda":
         return plan.micro_batch
     free, _ = torch.cuda.mem_get_info(plan.device)
     # What torch keeps for reuse is free for this purpose.
     free += torch.cuda.memory_reserved(plan.device) - torch.cuda.memory_allocated(plan.device)
-    fitting = max(1, min(plan.micro_batch, int(free * _USABLE_SHARE) // BYTES_PER_FACE))
-    # A power of two: recorded batches are padded to one.
-    return 1 << (fitting.bit_length() - 1)
+    return max(1, min(plan.micro_batch, int(free * _USABLE_SHARE) // bytes_per_face))
 
 
 def is_out_of_memory(failure: BaseException) -> bool:

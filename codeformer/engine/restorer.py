@@ -1,26 +1,23 @@
-"""Face restoration: the adapter around CodeFormer.
+"""Face restoration: what all restorers have in common.
 
-It owns the network's input convention (RGB in [-1, 1], 512 px), its precision, and the way back to
-pictures. Crops and faces are uint8 BGR tensors on the network's device. Method: Zhou et al., "Towards
-Robust Blind Face Restoration with Codebook Lookup Transformer" (2022).
+A restorer is an adapter around one network. Crops and faces are uint8 BGR tensors on the network's device;
+the adapter owns the way to the network's input convention and back.
 """
 
-import functools
-from typing import Any, Final
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Sequence
+from typing import Any, ClassVar, Final, Self
 
 import torch
 from torch import Tensor
-from torch._dynamo import config as compiler_config
 
-from codeformer.engine.graphs import GraphedCalls
-from codeformer.errors import NonFiniteOutputError
+from codeformer.engine.runner import AS_IT_IS, Execution
 from codeformer.imaging.traits import WHOLE_CROP, Area
-from codeformer.networks.codeformer import CodeFormer
+from codeformer.networks.facts import RestorerFacts
+from codeformer.networks.inference import for_inference
+from codeformer.weights.manifest import WeightSet
 
 LUMA_RGB: Final = (0.2989, 0.5870, 0.1140)
-# A process sees one or several faces, w = 0 or not, half precision or not: well under this many graphs.
-# torch's own limit of 8 would fail requests.
-RECOMPILE_LIMIT: Final = 64
 
 
 def faces_to_batch(faces_bgr: Tensor, *, channels_last: bool) -> Tensor:
@@ -39,112 +36,92 @@ def batch_to_faces(batch_rgb: Tensor) -> Tensor:
     return levels.to(torch.uint8).permute(0, 2, 3, 1).flip(3).contiguous()
 
 
-def maybe_compiled(function: Any, backend: str | None) -> Any:
-    """The function compiled with a `torch.compile` backend, as one graph; itself for None."""
-    if backend is None:
-        return function
-    compiled: Any = torch.compile(function, backend=backend, fullgraph=True)
+class FaceRestorer(ABC):
+    """Restores batches of aligned faces.
 
-    @functools.wraps(function)
-    def call(*arguments: Any, **options: Any) -> Any:
-        with compiler_config.patch(recompile_limit=RECOMPILE_LIMIT):
-            return compiled(*arguments, **options)
-
-    return call
-
-
-class FaceRestorer:
-    """Restores aligned faces.
+    A subclass states its network's `facts` and says how to load and to call it.
 
     Args:
-        network: on its device, in evaluation mode, in the memory layout `channels_last` tells.
-        channels_last: feed the network channels-last batches.
-        compile_backend: compile both halves of the network with this `torch.compile` backend.
-        graphed: record the network's work as CUDA graphs.
+        network: on its device, in evaluation mode, in the memory layout that `execution` tells.
+        execution: how to run it.
 
     Attributes:
-        device: where the network is.
-        has_restored: whether a batch has come through, and a compiled network has so proven to work.
+        network: as above.
+        device: where it is.
     """
 
-    def __init__(
-        self,
-        network: CodeFormer,
-        *,
-        channels_last: bool = False,
-        compile_backend: str | None = None,
-        graphed: bool = False,
-    ) -> None:
+    facts: ClassVar[RestorerFacts]
+
+    def __init__(self, network: Any, execution: Execution = AS_IT_IS) -> None:
         self.network = network
-        self.device = next(network.parameters()).device
-        self.has_restored = False
-        self._channels_last = channels_last
-        # Graphs stay the same for every fidelity above 0 if it is a tensor.
-        self._fidelity_in_graph = compile_backend is not None or graphed
-        self._predict = maybe_compiled(network.predict, compile_backend)
-        self._generate = maybe_compiled(network.generate, compile_backend)
-        self._graphs = GraphedCalls() if graphed else None
+        self.device: torch.device = next(network.parameters()).device
+        self._execution = execution
+        self._run = execution.runner(self._forward)
 
-    @torch.inference_mode()
-    def restore(self, crops_bgr: Tensor, fidelity: float, *, half_dtype: torch.dtype | None = None) -> Tensor:
-        """Restores one batch.
-
-        Codes are predicted in float32 always; only the generator runs in half precision.
-
-        Args:
-            crops_bgr: (N, 512, 512, 3) uint8 BGR aligned faces.
-            fidelity: 0 (quality) to 1 (fidelity).
-            half_dtype: autocast dtype of the generator; None for float32.
-
-        Returns:
-            (N, 512, 512, 3) uint8 BGR.
+    @classmethod
+    @abstractmethod
+    def load(cls, weights: WeightSet, device: torch.device) -> Self:
+        """The restorer with a weight set's parameters.
 
         Raises:
-            NonFiniteOutputError: the network's answer holds NaN or infinity.
+            WeightFileError: its file is missing, altered or not the network's.
+            ManifestError: the set has none, or its config is not one of the network's.
         """
-        w = torch.tensor(fidelity, dtype=torch.float32, device=self.device)
-        arguments = (crops_bgr, w, fidelity > 0, half_dtype)
-        run = self._graphs
-        faces, is_finite = self._forward(*arguments) if run is None else run(self._forward, *arguments)
-        if not bool(is_finite.all()):
-            raise NonFiniteOutputError(
-                f"the restorer's output is not finite ({half_dtype or torch.float32})."
-            )
-        self.has_restored = True
-        return faces
 
-    def _forward(
-        self,
-        crops_bgr: Tensor,
-        fidelity: Tensor,
-        guided: bool,  # noqa: FBT001
-        half_dtype: torch.dtype | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Restored faces, and for each whether the network's answer was finite: (N,) bool."""
-        w: Tensor | float = 0.0
-        if guided:
-            w = fidelity if self._fidelity_in_graph else float(fidelity)
-        logits, lq_feat, features = self._predict(
-            faces_to_batch(crops_bgr, channels_last=self._channels_last)
-        )
-        with torch.autocast(self.device.type, dtype=half_dtype, enabled=half_dtype is not None):
-            restored = self._generate(logits, lq_feat, features, w, adain=True)
-        return batch_to_faces(restored), torch.isfinite(restored).flatten(1).all(dim=1)
-
-    @torch.inference_mode()
-    def codes(self, crops_bgr: Tensor) -> Tensor:
-        """The codes that `restore` would choose for a batch.
+    @abstractmethod
+    def conditions(self, fidelities: Sequence[float | None]) -> tuple[Tensor, tuple[Hashable, ...]]:
+        """What a batch is restored with besides its faces.
 
         Args:
-            crops_bgr: (N, 512, 512, 3) uint8 BGR aligned faces.
+            fidelities: one for each face; None for a restorer that takes none.
 
         Returns:
-            (N, T) int64 indices of the codebook, row by row from the top left.
+            A tensor on the network's device, and settings of which each needs a recording of its own.
         """
-        batch = faces_to_batch(crops_bgr, channels_last=self._channels_last)
-        logits, _, _ = self._predict(batch)
-        codes: Tensor = logits.argmax(dim=2)
-        return codes
+
+    @abstractmethod
+    def compute(
+        self, batch: Tensor, conditions: Tensor, half_dtype: torch.dtype | None, *settings: Any
+    ) -> Tensor:
+        """(N, 3, S, S) float32 RGB in [-1, 1] to the restored faces, in any dtype and not clamped.
+
+        Args:
+            batch: the faces.
+            conditions: as `conditions` returns them, like `settings`.
+            half_dtype: the dtype under autocast of what may run in half precision; None for float32.
+            settings: the last arguments.
+        """
+
+    @torch.inference_mode()
+    def restore(
+        self, crops_bgr: Tensor, fidelities: Sequence[float | None], *, half_dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Restores one batch.
+
+        Args:
+            crops_bgr: (N, S, S, 3) uint8 BGR aligned faces.
+            fidelities: for each face 0 (quality) to 1 (fidelity), or None. On the host, since they decide
+                what is computed.
+            half_dtype: of what may run in half precision, if the facts allow it; None for float32.
+
+        Returns:
+            (N, S, S, 3) uint8 BGR, and for each face whether the network's answer was finite: (N,) bool.
+        """
+        conditions, settings = self.conditions(fidelities)
+        if half_dtype not in self.facts.half_dtypes:
+            half_dtype = None
+        return self._run(crops_bgr, conditions, half_dtype, *settings)
+
+    def optimized(self, execution: Execution) -> Self:
+        """A copy rewritten for inference; the original stays as it is."""
+        return type(self)(for_inference(self.network), execution)
+
+    def _forward(
+        self, crops_bgr: Tensor, conditions: Tensor, half_dtype: torch.dtype | None, *settings: Hashable
+    ) -> tuple[Tensor, Tensor]:
+        batch = faces_to_batch(crops_bgr, channels_last=self._execution.channels_last)
+        restored = self.compute(batch, conditions, half_dtype, *settings)
+        return batch_to_faces(restored), torch.isfinite(restored).flatten(1).all(dim=1)
 
 
 def match_gray(restored_bgr: Tensor, crop_bgr: Tensor, area: Area = WHOLE_CROP) -> Tensor:

@@ -20,7 +20,11 @@ _SMALLEST_ELEMENT: Final = 3
 
 
 def paste_face(
-    canvas_bgr: ImageU8, face_bgr: ImageU8, face_to_picture: FloatArray, face_mask: MaskF32 | None
+    canvas_bgr: ImageU8,
+    face_bgr: ImageU8,
+    face_to_picture: FloatArray,
+    face_mask: MaskF32 | None,
+    strength: float = 1.0,
 ) -> None:
     """Blends one restored face into the picture, in place.
 
@@ -29,6 +33,7 @@ def paste_face(
         face_bgr: (512, 512, 3) uint8 BGR restored face.
         face_to_picture: (2, 3) float64.
         face_mask: (512, 512) float32, 0 to 1, in the face frame, from parsing; None for the square alone.
+        strength: scales the soft mask: 1 for the restored face, 0 for the picture as it is, bit by bit.
     """
     left, top, right, bottom = region_of_interest(face_to_picture, canvas_bgr.shape[1], canvas_bgr.shape[0])
     if left >= right or top >= bottom:
@@ -41,6 +46,7 @@ def paste_face(
     soft = soften_square(hard)
     if face_mask is not None:
         soft = np.minimum(soft, _warp(face_mask, face_to_region, size_wh))
+    soft = soft * np.float32(strength)
 
     region = canvas_bgr[top:bottom, left:right]
     face = hard[:, :, None] * _warp(face_bgr, face_to_region, size_wh)

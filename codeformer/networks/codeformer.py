@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from codeformer.networks.facts import RestorerFacts
 from codeformer.networks.vqgan import (
     Codebook,
     Encoder,
@@ -20,6 +21,14 @@ from codeformer.networks.vqgan import (
     conv3x3,
     group_norm,
     match_statistics,
+)
+
+FACTS: Final = RestorerFacts(
+    name="codeformer",
+    size=512,
+    half_dtypes=(torch.bfloat16, torch.float16),
+    bytes_per_face=900 * 2**20,
+    takes_fidelity=True,
 )
 
 COLOURS: Final = 3
@@ -62,7 +71,9 @@ class ControllableFeatureTransform(nn.Module):
 
     def forward(self, encoder_feature: Tensor, generator_feature: Tensor, w: float | Tensor) -> Tensor:
         joint = self.encode_enc(torch.cat([encoder_feature, generator_feature], dim=1))
-        return generator_feature + w * (generator_feature * self.scale(joint) + self.shift(joint))
+        residual = generator_feature * self.scale(joint) + self.shift(joint)
+        # A w for each face is float32 and would raise half-precision features to it; one number does not.
+        return generator_feature + (w * residual).to(generator_feature.dtype)
 
 
 class CorrectionBlock(nn.Module):
@@ -252,7 +263,8 @@ class CodeFormer(nn.Module):
             logits: from `predict`; the best code of each token is taken.
             lq_feat: from `predict`; the source of statistics under `adain`.
             features: from `predict`; the encoder's are unused at w = 0.
-            w: fidelity in [0, 1]; the number 0 leaves the guided branches out altogether.
+            w: fidelity in [0, 1]; one for all, or (B, 1, 1, 1) float32 with one for each face. The number 0
+                leaves the guided branches out altogether.
             adain: give the looked-up codes the channel statistics of `lq_feat`.
 
         Returns:

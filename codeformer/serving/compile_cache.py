@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from codeformer.engine.pipeline import Pipeline
-from codeformer.options import COMPILE_CACHE_VARIABLE
+from codeformer.options import COMPILE_CACHE_VARIABLE, Options
 from codeformer.serving.request import SAMPLES, serve
 
 # With the guides and without them: two graphs.
@@ -40,9 +40,6 @@ def fill_compile_cache(pipeline: Pipeline, folder: Path) -> None:
             serve(
                 pipeline,
                 [SAMPLES / "1.jpg"] * count,
-                fidelity=fidelity,
-                runtime_profile="fast",
-                stability_mode="optimized",
-                compile_backend="inductor",
+                Options(fidelity, "fast", "optimized", "inductor"),
             )
             logger.info("%d faces at w = %g: %.0f s", count, fidelity, time.perf_counter() - started)

@@ -10,7 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -19,19 +19,20 @@ from urllib.parse import unquote_to_bytes
 import requests
 import urllib3
 
-from codeformer.engine.clock import STAGES
-from codeformer.engine.pipeline import Pipeline, RestoredImage
+from codeformer.engine.pipeline import Pipeline, RestoredImage, recipe_of
 from codeformer.engine.plan import resolve_plan
 from codeformer.engine.precision import half_dtype_of
-from codeformer.errors import DeviceError, ImageError, InferenceError, OptionError
+from codeformer.engine.stages import STAGES
+from codeformer.errors import CodeFormerError, DeviceError, ImageError, InferenceError, OptionError
 from codeformer.imaging.files import ImageU8, decode_image, encode_jpeg
 from codeformer.limits import DEFAULT_LIMITS, Deadline, Limits
 from codeformer.locations import shipped
-from codeformer.options import DEFAULT_FIDELITY, check_fidelity
+from codeformer.options import Options
 
 logger = logging.getLogger(__name__)
 
 MAX_IMAGES: Final = 4
+DEFAULT_OPTIONS: Final = Options()
 # Decoders and encoders leave Python's lock to others while they work.
 _FILE_WORKERS: Final = min(MAX_IMAGES, os.cpu_count() or 1)
 SAMPLES: Final = shipped("data")
@@ -65,11 +66,8 @@ class Outcome:
 def serve(
     pipeline: Pipeline,
     paths: Sequence[object],
+    options: Options = DEFAULT_OPTIONS,
     *,
-    fidelity: float = DEFAULT_FIDELITY,
-    runtime_profile: str = "baseline",
-    stability_mode: str = "safe",
-    compile_backend: str = "eager",
     limits: Limits = DEFAULT_LIMITS,
     stop: threading.Event | None = None,
 ) -> Outcome:
@@ -80,27 +78,28 @@ def serve(
         paths: the files. Over HTTP, Cog turns uploads and addresses into paths and leaves other strings as
             they are, also addresses whose scheme is not in lower case: those are fetched here. A string may
             name a sample picture ("data/1.jpg"); it never opens another file.
-        fidelity: 0 (quality) to 1 (fidelity).
-        runtime_profile: see `resolve_plan`, as for the next two.
-        stability_mode: safe or optimized.
-        compile_backend: for optimized mode.
+        options: what is to be done.
         limits: pixels, faces and time of this request.
         stop: to be set to cancel it; looked at between stages.
 
     Raises:
-        InputError: an option is out of range, there are too few or too many pictures, or one is unusable.
+        InputError: an option does not suit this server, there are too few or too many pictures, or one is
+            unusable.
         InferenceError: a stage failed.
         TimeLimitError: it took too long.
         CancelledError: it was cancelled.
     """
     started = time.perf_counter()
     deadline = Deadline(limits.max_seconds, stop)
-    fidelity = check_fidelity(fidelity)
-    plan = resolve_plan(runtime_profile, stability_mode, compile_backend, device=pipeline.device)
-    pipeline.check(plan)
+    plan = resolve_plan(
+        options.runtime_profile, options.stability_mode, options.compile_backend, device=pipeline.device
+    )
+    recipe = recipe_of(options.restorer, options.codeformer_fidelity, options.strength)
+    pipeline.check(plan, recipe)
     if not 1 <= len(paths) <= MAX_IMAGES:
         raise OptionError("images", f"{len(paths)} pictures", f"1 to {MAX_IMAGES} pictures")
-    results, encodings = [], []
+    found: dict[int, RestoredImage] = {}
+    encodings: dict[int, Future[bytes]] = {}
     with ThreadPoolExecutor(_FILE_WORKERS, thread_name_prefix="codeformer-files") as workers:
         images = list(
             workers.map(
@@ -108,14 +107,18 @@ def serve(
             )
         )
         decoded = time.perf_counter()
-        each = pipeline.restore_each(images, fidelity, plan, limits, deadline)
-        for index, result in enumerate(each, start=1):
-            results.append(result)
-            # Beside the device's work on the pictures that follow.
-            encodings.append(workers.submit(encode_jpeg, result.image_bgr, index))
+        for number, result in pipeline.stream(
+            enumerate(images, start=1), recipe, options.selection, plan, limits, deadline
+        ):
+            if isinstance(result, CodeFormerError):
+                raise result
+            found[number] = result
+            # At the same time as the device's work on the other pictures.
+            encodings[number] = workers.submit(encode_jpeg, result.image_bgr, number)
         restored = time.perf_counter()
-        jpegs = [encoding.result() for encoding in encodings]
+        jpegs = [encodings[number].result() for number in sorted(encodings)]
     finished = time.perf_counter()
+    results = [found[number] for number in sorted(found)]
 
     metrics = _summarise(results)
     metrics["timing.decode"] = (decoded - started) * 1e3

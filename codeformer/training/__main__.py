@@ -364,7 +364,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         files = pictures_in(options.faces)
         scores["faces"] = len(files)
         with torch_switches(cudnn_benchmark=False):
-            scores["restorer"] = measure_restorer(models.restorer, files)
+            scores["restorer"] = measure_restorer(models.restorers["codeformer"], files)
         for kind, methods in scores["restorer"].items():
             for method, quality in methods.items():
                 print(

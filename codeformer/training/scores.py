@@ -75,7 +75,7 @@ def measure_restorer(restorer: FaceRestorer, files: Sequence[Path]) -> dict[str,
 def restore_face(restorer: FaceRestorer, fidelity: float, face_bgr: ImageU8) -> ImageU8:
     """One aligned face (512, 512, 3) uint8 BGR, restored."""
     crops = torch.from_numpy(face_bgr[None]).to(restorer.device)
-    restored: ImageU8 = restorer.restore(crops, fidelity)[0].cpu().numpy()
+    restored: ImageU8 = restorer.restore(crops, [fidelity])[0][0].cpu().numpy()
     return restored
 
 

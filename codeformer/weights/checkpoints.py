@@ -7,15 +7,18 @@ between the check and the use.
 import hashlib
 import io
 import pickle
-from typing import Any, Final
+from collections.abc import Callable
+from typing import Any, Final, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
 
-from codeformer.errors import WeightFileError
+from codeformer.errors import ManifestError, WeightFileError
 from codeformer.weights.manifest import WeightFile
+
+NetworkT = TypeVar("NetworkT", bound=nn.Module)
 
 # torch lists every tensor that differs.
 _MAX_CAUSE_LENGTH: Final = 400
@@ -41,6 +44,28 @@ def read_verified(file: WeightFile) -> bytes:
     if digest != file.sha256:
         raise WeightFileError(file.path, file.expectation, f"sha256 {digest}", file.remedy)
     return data
+
+
+def build(role: str, file: WeightFile, factory: Callable[..., NetworkT]) -> NetworkT:
+    """An untrained network of the size that a manifest's config asks for.
+
+    Args:
+        role: the network's name in the manifest.
+        file: whose config is passed on.
+        factory: makes the network from it.
+
+    Raises:
+        ManifestError: the config is not one of this network's.
+    """
+    try:
+        return factory(**file.config)
+    except (TypeError, ValueError) as cause:
+        raise ManifestError(file.path.parent, f"{role}.config {dict(file.config)}: {cause}") from cause
+
+
+def place(network: NetworkT, device: torch.device) -> NetworkT:
+    """The network on its device, in evaluation mode, without gradients."""
+    return network.to(device).eval().requires_grad_(requires_grad=False)
 
 
 def load_into(network: nn.Module, file: WeightFile) -> None:

@@ -1,0 +1,77 @@
+"""CodeFormer as a restorer.
+
+Method: Zhou et al., "Towards Robust Blind Face Restoration with Codebook Lookup Transformer" (2022).
+"""
+
+from collections.abc import Hashable, Sequence
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from codeformer.engine.restorer import FaceRestorer, faces_to_batch
+from codeformer.engine.runner import AS_IT_IS, Execution
+from codeformer.errors import ManifestError
+from codeformer.networks.codeformer import FACTS, CodeFormer
+from codeformer.networks.facts import RestorerFacts
+from codeformer.weights.checkpoints import build, load_into, place
+from codeformer.weights.manifest import WeightSet
+
+
+class CodeFormerRestorer(FaceRestorer):
+    """Predicts codes in float32 always, and generates faces from them, in half precision if asked to."""
+
+    facts: ClassVar[RestorerFacts] = FACTS
+
+    def __init__(self, network: CodeFormer, execution: Execution = AS_IT_IS) -> None:
+        super().__init__(network, execution)
+        # One graph serves every fidelity above 0 if it is a tensor.
+        self._fidelity_in_graph = execution.compile_backend is not None or execution.graphed
+        self._predict = execution.compiled(network.predict)
+        self._generate = execution.compiled(network.generate)
+
+    @classmethod
+    def load(cls, weights: WeightSet, device: torch.device) -> Self:
+        network = build("restorer", weights.restorer, CodeFormer)
+        if network.resolution != FACTS.size:
+            raise ManifestError(
+                weights.name, f"restorer.config: expected {FACTS.size} px faces, got {network.resolution} px."
+            )
+        load_into(network, weights.restorer)
+        return cls(place(network, device))
+
+    def conditions(self, fidelities: Sequence[float | None]) -> tuple[Tensor, tuple[Hashable, ...]]:
+        """The fidelities as one number or as (N, 1, 1, 1); and that number, where it may be a constant."""
+        w = torch.tensor(fidelities, dtype=torch.float32, device=self.device)
+        if len(set(fidelities)) > 1:
+            return w.view(-1, 1, 1, 1), (None,)
+        shared = fidelities[0]
+        return w[0], (None if shared and self._fidelity_in_graph else shared,)
+
+    def compute(
+        self,
+        batch: Tensor,
+        conditions: Tensor,
+        half_dtype: torch.dtype | None,
+        constant_w: float | None = None,
+    ) -> Tensor:
+        w = conditions if constant_w is None else constant_w
+        logits, lq_feat, features = self._predict(batch)
+        with torch.autocast(self.device.type, dtype=half_dtype, enabled=half_dtype is not None):
+            restored: Tensor = self._generate(logits, lq_feat, features, w, adain=True)
+        return restored
+
+    @torch.inference_mode()
+    def codes(self, crops_bgr: Tensor) -> Tensor:
+        """The codes that `restore` would choose for a batch.
+
+        Args:
+            crops_bgr: (N, 512, 512, 3) uint8 BGR aligned faces.
+
+        Returns:
+            (N, T) int64 indices of the codebook, row by row from the top left.
+        """
+        batch = faces_to_batch(crops_bgr, channels_last=self._execution.channels_last)
+        logits, _, _ = self._predict(batch)
+        codes: Tensor = logits.argmax(dim=2)
+        return codes

@@ -1,0 +1,158 @@
+"""Which restorers, how strongly, and which faces."""
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from codeformer.engine import models
+from codeformer.engine.pipeline import Pipeline, recipe_of
+from codeformer.engine.plan import resolve_plan
+from codeformer.errors import OptionError
+from codeformer.imaging.geometry import FFHQ_TEMPLATE_XY, crop_face, make_working_copy, transform_points
+from codeformer.imaging.pasting import paste_face
+from codeformer.options import Options, Recipe, Selection, Step
+from tests import pictures
+from tests.compare import assert_pictures_close
+from tests.conftest import CPU, models_of
+from tests.test_faces import Knowing, Negative
+from tests.test_pasting import similarity
+from tests.toy import NegativeRestorer
+
+CODEFORMER = Step("codeformer", 0.5)
+NEGATIVE = Step("negative", None)
+
+
+@pytest.fixture
+def both(monkeypatch: pytest.MonkeyPatch, tiny_weights: Path) -> Pipeline:
+    """CodeFormer in small, and another restorer by one line in the table of them."""
+    monkeypatch.setitem(models.RESTORERS, "negative", NegativeRestorer)
+    return Pipeline.load(tiny_weights, "cpu", restorers=("codeformer", "negative"))
+
+
+@pytest.mark.parametrize("mode", ["safe", "optimized"])
+def test_another_restorer_runs_alone_and_before_and_after_codeformer(both: Pipeline, mode: str) -> None:
+    photo = pictures.portrait()
+    plan = dataclasses.replace(resolve_plan("fast", mode, "none", device=CPU), half_dtype=torch.bfloat16)
+    exact = resolve_plan("fast", mode, "none", device=CPU)
+    chains: dict[tuple[Step, ...], np.ndarray] = {
+        steps: both.restore([photo], plan=exact, recipe=Recipe(steps))[0].image_bgr
+        for steps in ((NEGATIVE,), (NEGATIVE, CODEFORMER), (CODEFORMER, NEGATIVE), (CODEFORMER,))
+    }
+    [face] = both.restore([photo])[0].faces
+    crop = torch.from_numpy(crop_face(photo, face.picture_to_face)[None])
+    restorer = both.models.restorers["codeformer"]
+    # One restorer, then the other, by hand on the same crop.
+    by_hand: dict[tuple[Step, ...], torch.Tensor] = {
+        (NEGATIVE,): 255 - crop,
+        (NEGATIVE, CODEFORMER): restorer.restore(255 - crop, [0.5])[0],
+        (CODEFORMER, NEGATIVE): 255 - restorer.restore(crop, [0.5])[0],
+        (CODEFORMER,): restorer.restore(crop, [0.5])[0],
+    }
+    for steps, expected in by_hand.items():
+        pasted = photo.copy()
+        masks, _ = both.models.masker.masks(expected)
+        paste_face(pasted, expected[0].numpy(), face.face_to_picture, masks[0].numpy())
+        assert_pictures_close(chains[steps], pasted, mean=0.2, within=2, share=0.999)
+    [half] = both.restore([photo], plan=plan, recipe=Recipe((NEGATIVE,)))
+    assert half.float32_retries == 0
+    np.testing.assert_array_equal(half.image_bgr, chains[(NEGATIVE,)])
+
+
+def test_a_fidelity_is_refused_by_the_library_and_dropped_by_the_service(both: Pipeline) -> None:
+    with pytest.raises(OptionError, match=r"fidelity: expected none for negative, got 0\.5"):
+        both.restore([pictures.plain()], recipe=Recipe((Step("negative", 0.5),)))
+    assert recipe_of("negative+codeformer", 0.3).steps == (NEGATIVE, Step("codeformer", 0.3))
+    with pytest.raises(OptionError, match="restorers: expected names out of codeformer"):
+        Pipeline.load("lite", "cpu", restorers=("other",))
+
+
+@pytest.mark.parametrize("profile", ["baseline", "max_speed"])
+@pytest.mark.parametrize("device_pixels", [False, True])
+def test_strength_goes_from_the_input_to_the_restored_picture(
+    tiny_pipeline: Pipeline, profile: str, device_pixels: bool
+) -> None:
+    photo = pictures.portrait()
+    plan = dataclasses.replace(resolve_plan(profile, device=CPU), device_pixels=device_pixels)
+
+    def restored(strength: float) -> np.ndarray:
+        recipe = Recipe((CODEFORMER,), strength)
+        return tiny_pipeline.restore([photo], plan=plan, recipe=recipe)[0].image_bgr
+
+    np.testing.assert_array_equal(restored(0.0), photo)
+    whole = restored(1.0)
+    np.testing.assert_array_equal(whole, tiny_pipeline.restore([photo], plan=plan)[0].image_bgr)
+    half_way = (photo.astype(float) + whole) / 2
+    assert np.abs(restored(0.5) - half_way).max() <= 1
+    assert (whole != photo).any()
+
+
+def crowd() -> tuple[np.ndarray, list[np.ndarray]]:
+    """A picture and its faces' landmarks: a small one, one in the middle, the largest at the right."""
+    picture = np.random.default_rng(4).integers(0, 120, (600, 1000, 3), np.uint8)
+    places = [(0.25, 120, 300), (0.55, 480, 300), (0.65, 950, 300)]
+    return picture, [transform_points(similarity(size, 0, x, y), FFHQ_TEMPLATE_XY) for size, x, y in places]
+
+
+@pytest.mark.parametrize(
+    ("selection", "kept", "reason"),
+    [
+        (Selection(), [0, 1, 2], None),
+        (Selection("largest"), [2], "left out: not the largest face"),
+        (Selection("centre"), [1], "left out: not the face nearest to the centre"),
+        (Selection("all", 60), [1, 2], "left out: smaller than 60 px"),
+        (Selection("largest", 500), [], "left out: smaller than 500 px"),
+        (Selection("centre", 75), [2], None),
+    ],
+)
+def test_only_the_chosen_faces_are_restored_and_the_others_counted(
+    selection: Selection, kept: list[int], reason: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    picture, faces_xy = crowd()
+    pipeline = Pipeline(models_of(Knowing(*faces_xy), Negative()), CPU, second_look=False)
+    with caplog.at_level(logging.WARNING):
+        [result] = pipeline.restore([picture], selection=selection)
+    assert [round(float(face.landmarks_xy[2, 0])) for face in result.faces] == [
+        round(float(faces_xy[index][2, 0])) for index in kept
+    ]
+    assert len(result.skipped_faces) == 3 - len(kept)
+    assert reason is None or set(result.skipped_faces) == {reason}
+    assert "left out" not in caplog.text, "a choice is no warning"
+    for index, landmarks_xy in enumerate(faces_xy):
+        x, y = landmarks_xy[2].astype(int)
+        assert ((result.image_bgr[y, x] > 120).any()) == (index in kept)
+
+
+def test_the_largest_face_is_the_one_that_shows_most() -> None:
+    picture = np.zeros((600, 1000, 3), np.uint8)
+    inside = transform_points(similarity(0.5, 0, 400, 300), FFHQ_TEMPLATE_XY)
+    # Larger, and nearly all of it outside.
+    cut = transform_points(similarity(1.2, 0, 1065, 300), FFHQ_TEMPLATE_XY)
+    pipeline = Pipeline(models_of(Knowing(cut, inside), Negative()), CPU, second_look=False)
+    [result] = pipeline.restore([picture], selection=Selection("largest"))
+    assert result.faces[0].landmarks_xy[2, 0] == pytest.approx(inside[2, 0], abs=1e-3)
+
+
+def test_sizes_are_measured_in_the_picture_not_in_its_working_copy() -> None:
+    small = np.zeros((128, 128, 3), np.uint8)
+    working = make_working_copy(small)
+    assert working.scale == 4
+    face_xy = transform_points(similarity(0.8, 0, 256, 256), FFHQ_TEMPLATE_XY)
+    side = np.ptp(face_xy, axis=0).max()
+    pipeline = Pipeline(models_of(Knowing(face_xy), Negative()), CPU, second_look=False)
+    for smallest, faces in ((side / 4 - 1, 1), (side / 4 + 1, 0), (side - 1, 0)):
+        [result] = pipeline.restore([small], selection=Selection("all", smallest))
+        assert len(result.faces) == faces
+
+
+def test_defaults_change_nothing(tiny_pipeline: Pipeline) -> None:
+    asked: dict[str, Any] = {"recipe": recipe_of("codeformer", 0.5), "selection": Options().selection}
+    for photo in (pictures.group(), pictures.small_portrait()):
+        [plain] = tiny_pipeline.restore([photo])
+        [explicit] = tiny_pipeline.restore([photo], **asked)
+        np.testing.assert_array_equal(plain.image_bgr, explicit.image_bgr)
+        assert plain.skipped_faces == explicit.skipped_faces
