@@ -1,5 +1,7 @@
 """What an import costs and changes; each in a process of its own."""
 
+import ast
+import graphlib
 import pkgutil
 import subprocess
 import sys
@@ -127,3 +129,60 @@ import torch
 tune_process(torch.device("cpu"))
 assert decode_image(file.getvalue()).shape == (100, 100, 3)
 """)
+
+
+# Each may import from those before it, and from itself.
+ROOMS = [
+    "errors",
+    "ground",
+    "imaging",
+    "networks",
+    "weights",
+    "process",
+    "engine",
+    "serving",
+    "cli",
+    "evaluation",
+    "training",
+]
+GROUND = {"limits", "locations", "log", "options"}
+# What measures and trains is no part of a server.
+NOT_SERVED = {"evaluation", "training"}
+
+
+def room_of(module: str) -> str:
+    name = module.split(".")[1]
+    return "ground" if name in GROUND else name
+
+
+def imports_within_the_package() -> dict[str, set[str]]:
+    """Every module of a room, and the modules that it imports anywhere in its text."""
+    found: dict[str, set[str]] = {}
+    folder = ROOT / "codeformer"
+    for path in sorted(folder.rglob("*.py")):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        if name in {"codeformer.__init__", "codeformer.__main__"}:
+            continue
+        imported = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("codeformer"):
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+                imported |= {one if is_module(one) else str(node.module) for one in names}
+        found[name.removesuffix(".__init__")] = imported - {"codeformer"}
+    return found
+
+
+def is_module(name: str) -> bool:
+    path = ROOT.joinpath(*name.split("."))
+    return path.with_suffix(".py").is_file() or path.is_dir()
+
+
+def test_imports_point_down_and_go_in_no_circle() -> None:
+    imports = imports_within_the_package()
+    assert len(imports) > 50
+    assert {room_of(module) for module in imports} == set(ROOMS)
+    for module, imported in imports.items():
+        for other in imported:
+            assert ROOMS.index(room_of(other)) <= ROOMS.index(room_of(module)), f"{module} imports {other}"
+            assert room_of(module) in NOT_SERVED or room_of(other) not in NOT_SERVED, f"{module}: {other}"
+    assert list(graphlib.TopologicalSorter(imports).static_order())
