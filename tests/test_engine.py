@@ -204,26 +204,16 @@ def test_batches_grow_back_after_a_shortage_of_memory() -> None:
 
 
 @pytest.mark.parametrize(
-    ("backend", "waiting", "sizes"), [(None, 7, [4, 2, 1]), (None, 5, [4, 1]), ("eager", 7, [7])]
+    ("graphed", "waiting", "sizes"), [(True, 7, [4, 2, 1]), (True, 5, [4, 1]), (False, 7, [7])]
 )
-def test_a_gpu_with_recordings_gets_powers_of_two_and_no_padding(
-    backend: str | None, waiting: int, sizes: list[int]
-) -> None:
-    class OnGpu(Engine):
-        def __init__(self, store: ModelStore) -> None:
-            super().__init__(store, torch.device("cuda"))
-
-    store = ModelStore(
-        models_of(FaceDetector(make_blind_detector()), CodeFormerRestorer(make_tiny_restorer()))
-    )
-    plan = dataclasses.replace(
-        resolve_plan("fast", "optimized", "none", device=CPU), micro_batch=8, compile_backend=backend
-    )
-    store.initialise(plan)
-    key = BatchKey(plan, ("codeformer",))
+def test_recordings_get_powers_of_two_and_no_padding(graphed: bool, waiting: int, sizes: list[int]) -> None:
+    restorer = CodeFormerRestorer(make_tiny_restorer())
+    models = models_of(FaceDetector(make_blind_detector()), restorer)
+    engine = Engine(ModelStore(dataclasses.replace(models, is_graphed=graphed)), CPU)
+    plan = dataclasses.replace(resolve_plan("fast", device=CPU), micro_batch=8)
     taken = []
     while waiting:
-        taken.append(OnGpu(store).batch_size(key, waiting))
+        taken.append(engine.batch_size(BatchKey(plan, ("codeformer",)), waiting))
         waiting -= taken[-1]
     assert taken == sizes
 

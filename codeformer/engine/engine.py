@@ -114,16 +114,15 @@ class Engine:
     def batch_size(self, key: BatchKey, waiting: int) -> int:
         """How many of the waiting faces the next pass takes; at least 1.
 
-        On a GPU that replays recordings it is a power of two: five faces are four and one, not eight.
+        Where recordings are replayed it is a power of two: five faces are four and one, not eight.
         """
-        restorers = self._store.models_for(key.plan).restorers
-        needed = max(restorers[name].facts.bytes_per_face for name in key.restorers)
+        models = self._store.models_for(key.plan)
+        needed = max(models.restorers[name].facts.bytes_per_face for name in key.restorers)
         size = batch_size_for(key.plan, needed)
         if key in self._room:
             size = min(size, self._room[key][0])
         size = min(size, waiting)
-        is_graphed = key.plan.optimized and key.plan.compile_backend is None and self._device.type == "cuda"
-        return batch_size_of(size) if is_graphed else size
+        return batch_size_of(size) if models.is_graphed else size
 
     def run(self, jobs: Sequence[FaceJob]) -> list[FaceResult]:
         """Restores faces that may share a pass; a failure of one leaves the others untouched.

@@ -38,11 +38,19 @@ DEFAULT_RESTORERS: Final = ("codeformer",)
 
 @dataclass(frozen=True)
 class Models:
-    """The adapters that pictures are restored with; restorers by name."""
+    """The adapters that pictures are restored with.
+
+    Attributes:
+        detector: finds faces.
+        restorers: by name.
+        masker: tells faces from what is around them.
+        is_graphed: restorers and masker replay recorded CUDA graphs, one for each size of a batch.
+    """
 
     detector: FaceDetector
     restorers: Mapping[str, FaceRestorer]
     masker: FaceMasker
+    is_graphed: bool = False
 
     def optimized(self, compile_backend: str | None) -> "Models":
         """Copies rewritten for inference, compiled with the given `torch.compile` backend.
@@ -61,6 +69,7 @@ class Models:
             detector=FaceDetector(for_inference(self.detector.network), channels_last=True),
             restorers={name: restorer.optimized(execution) for name, restorer in self.restorers.items()},
             masker=self.masker.optimized(execution),
+            is_graphed=execution.graphed,
         )
 
 

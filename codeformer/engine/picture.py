@@ -201,7 +201,7 @@ class Picture:
         self._float32_retries += result.ran_in_float32
         self._smaller_batches = max(self._smaller_batches, result.smaller_batches)
         self._unfinished -= 1
-        if result.error is not None or result.face_bgr is None:
+        if result.error is not None:
             self.fail(result.error)
             return
         try:
@@ -218,7 +218,7 @@ class Picture:
     def _paste(self, job: FaceJob, result: FaceResult) -> None:
         face, mask, place = result.face_bgr, result.mask, job.aligned.face.face_to_picture
         if self._canvas is None or face is None:
-            raise AssertionError(f"{job.where} has no canvas")
+            raise AssertionError(f"{job.where}: no canvas, or neither a face nor an error")
         try:
             self._canvas.paste(face, place, mask, self._recipe.strength)
         except RuntimeError as cause:
@@ -231,7 +231,7 @@ class Picture:
             self._canvas = HostCanvas(self._canvas.to_image(), self.working, self._device)
             self._canvas.paste(face, place, mask, self._recipe.strength)
 
-    def fail(self, failure: CodeFormerError | None) -> None:
+    def fail(self, failure: CodeFormerError) -> None:
         """Ends the work on it."""
         self.error = failure
         self._canvas = self._working = None

@@ -1,6 +1,7 @@
 """The front door: pictures in, pictures with restored faces out."""
 
 import logging
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Final, TypeVar
@@ -150,9 +151,8 @@ class Pipeline:
         for number, image in enumerate(images, start=1):
             check_array(image, number, limits)
         results: dict[int, RestoredImage] = {}
-        for index, result in self.stream(
-            enumerate(images), recipe, selection, plan, limits, window=max(len(images), 1)
-        ):
+        deadline = Deadline(limits.max_seconds)
+        for index, result in self.stream(enumerate(images), recipe, selection, plan, limits, deadline):
             if isinstance(result, CodeFormerError):
                 raise result
             results[index] = result
@@ -199,7 +199,7 @@ class Pipeline:
             recipe=recipe,
             selection=selection or Selection(),
             limits=limits,
-            deadline=deadline or Deadline(limits.max_seconds),
+            deadline=deadline or Deadline(math.inf),
             second_look=self.second_look,
             window=window,
         )
