@@ -289,6 +289,8 @@ def _start(
         environment |= {
             # Other threads than the first could not keep freed memory in arenas of their own.
             "MALLOC_ARENA_MAX": "1",
+            # What `cog build` takes from predict.py.
+            "COG_MAX_CONCURRENCY": "8",
             # Cog starts its worker as `python` from PATH.
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}",
             "PORT": str(port),

@@ -13,6 +13,8 @@ from codeformer.errors import CancelledError, OptionError, TimeLimitError
 MEGAPIXELS_VARIABLE: Final = "CODEFORMER_MAX_MEGAPIXELS"
 FACES_VARIABLE: Final = "CODEFORMER_MAX_FACES"
 SECONDS_VARIABLE: Final = "CODEFORMER_MAX_SECONDS"
+IN_WORK_VARIABLE: Final = "CODEFORMER_MAX_MEGAPIXELS_IN_WORK"
+BATCH_WAIT_VARIABLE: Final = "CODEFORMER_BATCH_WAIT_MS"
 _NOTES_BYTES: Final = 64_000_000
 # No number of a limit has to be larger, and all arithmetic with it stays exact.
 _LARGEST: Final = 1e9
@@ -26,11 +28,13 @@ class Limits:
         max_megapixels: of each picture, in 10^6 pixels.
         max_faces: to restore in each picture.
         max_seconds: from the first file read to the last face pasted; looked at between stages.
+        max_megapixels_in_work: of all pictures that a server has decoded; later requests wait.
     """
 
     max_megapixels: float = 100.0
     max_faces: int = 200
     max_seconds: float = 900.0
+    max_megapixels_in_work: float = 400.0
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "Limits":
@@ -43,6 +47,7 @@ class Limits:
             max_megapixels=_positive(environment, MEGAPIXELS_VARIABLE, cls.max_megapixels),
             max_faces=int(_positive(environment, FACES_VARIABLE, cls.max_faces, whole=True)),
             max_seconds=_positive(environment, SECONDS_VARIABLE, cls.max_seconds),
+            max_megapixels_in_work=_positive(environment, IN_WORK_VARIABLE, cls.max_megapixels_in_work),
         )
 
     @property
@@ -86,6 +91,16 @@ class Deadline:
             raise CancelledError(where)
         if time.monotonic() > self._ends:
             raise TimeLimitError(self._seconds, where)
+
+
+def batch_wait_s(environment: Mapping[str, str] = os.environ) -> float:
+    """How long a batch that is not full waits for other requests, in seconds; 0 by default.
+
+    Raises:
+        OptionError: not a number of milliseconds.
+    """
+    text = environment.get(BATCH_WAIT_VARIABLE, "").strip()
+    return 0.0 if text in {"", "0"} else _positive(environment, BATCH_WAIT_VARIABLE, 0.0) / 1e3
 
 
 def _positive(environment: Mapping[str, str], name: str, default: float, *, whole: bool = False) -> float:

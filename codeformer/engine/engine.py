@@ -70,6 +70,7 @@ class FaceResult:
         times: stages with their spans and this face's share of them.
         ran_in_float32: it ran again, since its output in half precision was not finite.
         smaller_batches: how often its batch did not fit into memory, and it ran again in a smaller one.
+        faces_in_pass: how many faces went through the networks together with it, itself included.
     """
 
     face_bgr: Tensor | None = None
@@ -78,6 +79,7 @@ class FaceResult:
     times: tuple[tuple[Stage, Span, float], ...] = ()
     ran_in_float32: bool = False
     smaller_batches: int = 0
+    faces_in_pass: int = 1
 
 
 class Engine:
@@ -246,7 +248,7 @@ class Engine:
                     FaceResult(error=InferenceError(failed[0], job.where, in_words(cause)), times=times)
                 )
             else:
-                results.append(FaceResult(face, mask, times=times))
+                results.append(FaceResult(face, mask, times=times, faces_in_pass=len(batch)))
         self._store.prove(plan, with_a_face=any(result.error is None for result in results))
         return results
 

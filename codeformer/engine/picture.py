@@ -54,6 +54,8 @@ class RestoredImage:
             that ran again in float32.
         memory_retries: how often work on this picture did not fit into the device's memory and was done
             again with less at a time.
+        faces_per_pass: how many faces, of all pictures, went through the networks at a time together with
+            those of this one, on average; 0 without a face.
     """
 
     image_bgr: ImageU8
@@ -63,6 +65,7 @@ class RestoredImage:
     elapsed_ms: Mapping[str, float]
     float32_retries: int
     memory_retries: int
+    faces_per_pass: float = 0.0
 
 
 class Picture:
@@ -97,6 +100,7 @@ class Picture:
         self._shortages = 0
         self._smaller_batches = 0
         self._unfinished = 0
+        self._in_passes = 0
 
     @property
     def is_complete(self) -> bool:
@@ -201,6 +205,7 @@ class Picture:
         self._float32_retries += result.ran_in_float32
         self._smaller_batches = max(self._smaller_batches, result.smaller_batches)
         self._unfinished -= 1
+        self._in_passes += result.faces_in_pass
         if result.error is not None:
             self.fail(result.error)
             return
@@ -257,6 +262,7 @@ class Picture:
             elapsed_ms=self._times.elapsed_ms(),
             float32_retries=self._float32_retries,
             memory_retries=self._shortages + self._smaller_batches,
+            faces_per_pass=self._in_passes / len(self._faces) if self._faces else 0.0,
         )
 
 

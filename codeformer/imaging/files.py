@@ -153,6 +153,15 @@ def _decode(data: bytes, index: int | None, limits: Limits) -> ImageU8:
         return _turn_upright(_to_srgb(bgr, picture), picture)
 
 
+def size_of(data: bytes) -> tuple[int, int]:
+    """Width and height in px from a file's header, before anything is decoded; 0 and 0 if it tells none."""
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
+            return picture.size
+    except (Image.DecompressionBombError, *_DECODER_ERRORS):
+        return 0, 0
+
+
 def _frames_of(picture: Image.Image, data: bytes) -> int:
     """How many there are, if not exactly; reduced copies of a picture are none."""
     if picture.format == "TIFF":

@@ -21,9 +21,8 @@ import urllib3
 
 from codeformer.engine.pipeline import Pipeline, RestoredImage, recipe_of
 from codeformer.engine.plan import resolve_plan
-from codeformer.engine.precision import half_dtype_of
 from codeformer.engine.stages import STAGES
-from codeformer.errors import CodeFormerError, DeviceError, ImageError, InferenceError, OptionError
+from codeformer.errors import CodeFormerError, ImageError, OptionError
 from codeformer.imaging.files import ImageU8, decode_image, encode_jpeg
 from codeformer.limits import DEFAULT_LIMITS, Deadline, Limits
 from codeformer.locations import shipped
@@ -96,8 +95,7 @@ def serve(
     )
     recipe = recipe_of(options.restorer, options.codeformer_fidelity, options.strength)
     pipeline.check(plan, recipe)
-    if not 1 <= len(paths) <= MAX_IMAGES:
-        raise OptionError("images", f"{len(paths)} pictures", f"1 to {MAX_IMAGES} pictures")
+    check_count(paths)
     found: dict[int, RestoredImage] = {}
     encodings: dict[int, Future[bytes]] = {}
     with ThreadPoolExecutor(_FILE_WORKERS, thread_name_prefix="codeformer-files") as workers:
@@ -119,38 +117,21 @@ def serve(
         jpegs = [encodings[number].result() for number in sorted(encodings)]
     finished = time.perf_counter()
     results = [found[number] for number in sorted(found)]
-
-    metrics = _summarise(results)
-    metrics["timing.decode"] = (decoded - started) * 1e3
-    metrics["timing.encode"] = (finished - restored) * 1e3
-    metrics["timing.total"] = (finished - started) * 1e3
-    for index, result in enumerate(results, start=1):
-        if not result.faces:
-            logger.info("image %d: no face to restore; its pixels are unaltered, encoded as JPG", index)
-    rounded: Metrics = {
-        name: round(value, 3) if isinstance(value, float) else value for name, value in metrics.items()
-    }
-    logger.info("%s", describe(rounded))
-    return Outcome(images, results, jpegs, rounded)
+    metrics = metrics_of(
+        results,
+        decode_s=decoded - started,
+        wait_s=0.0,
+        encode_s=finished - restored,
+        total_s=finished - started,
+    )
+    logger.info("%s", describe(metrics))
+    return Outcome(images, results, jpegs, metrics)
 
 
-def warm_up(pipeline: Pipeline, stop: threading.Event | None = None) -> None:
-    """Serves the sample portrait, so that the first request finds everything loaded and a broken device is
-    noticed before any request comes; and settles the precision of the faster profiles, which may take half a
-    second of a CPU that nothing else should keep busy meanwhile.
-
-    Raises:
-        DeviceError: the device cannot run the networks.
-    """
-    started = time.perf_counter()
-    try:
-        outcome = serve(pipeline, [SAMPLES / "1.jpg"], stop=stop)
-    except InferenceError as cause:
-        raise DeviceError(str(pipeline.device), str(cause)) from cause
-    if not outcome.metrics["faces.restored"]:
-        logger.warning("no face was found in the sample portrait: are these the right weights?")
-    logger.info("fast and max_speed compute in %s", half_dtype_of(pipeline.device) or "float32")
-    logger.info("ready on %s after a warm-up of %.1f s", pipeline.device, time.perf_counter() - started)
+def check_count(sources: Sequence[object]) -> None:
+    """Raises OptionError unless there are 1 to 4 pictures; before anything is fetched."""
+    if not 1 <= len(sources) <= MAX_IMAGES:
+        raise OptionError("images", f"{len(sources)} pictures", f"1 to {MAX_IMAGES} pictures")
 
 
 def describe(metrics: Metrics) -> str:
@@ -162,15 +143,27 @@ def describe(metrics: Metrics) -> str:
 
 
 def _read(source: object, index: int, limits: Limits, deadline: Deadline) -> ImageU8:
+    return decode_image(read_source(source, index, limits, deadline), index, limits)
+
+
+def read_source(source: object, index: int, limits: Limits, deadline: Deadline) -> bytes:
+    """The bytes of a picture file.
+
+    Args:
+        source: a path; or a string: an http(s) address, a data URI or the name of a sample picture.
+        index: its place in the request, from 1, for error messages.
+        limits: of its bytes.
+        deadline: of the request, for transfers.
+
+    Raises:
+        ImageError: it cannot be read, or is too long.
+    """
     head = source[:8].lower() if isinstance(source, str) else ""
     if head.startswith(("http://", "https://")):
-        data = _fetch(str(source), index, limits, deadline)
-    elif head.startswith("data:"):
-        data = _unpack(str(source), index)
-    else:
-        path = source if isinstance(source, Path) else _sample_picture(source, index)
-        data = _read_file(path, index, limits)
-    return decode_image(data, index, limits)
+        return _fetch(str(source), index, limits, deadline)
+    if head.startswith("data:"):
+        return _unpack(str(source), index)
+    return _read_file(source if isinstance(source, Path) else _sample_picture(source, index), index, limits)
 
 
 def _read_file(path: Path, index: int, limits: Limits) -> bytes:
@@ -236,13 +229,29 @@ def _sample_picture(name: object, index: int) -> Path:
     )
 
 
-def _summarise(results: Sequence[RestoredImage]) -> Metrics:
+def metrics_of(
+    results: Sequence[RestoredImage], *, decode_s: float, wait_s: float, encode_s: float, total_s: float
+) -> Metrics:
+    """The metrics of a request.
+
+    Args:
+        results: of its pictures, in order.
+        decode_s: seconds that it waited for its files.
+        wait_s: seconds that it waited for its first turn at the device.
+        encode_s: seconds that it waited for its results to be encoded.
+        total_s: seconds altogether.
+    """
     restored = sum(len(result.faces) for result in results)
     skipped = sum(len(result.skipped_faces) for result in results)
+    passes = [result.faces_per_pass for result in results for _ in result.faces]
     metrics: Metrics = {
         f"timing.{stage}": sum((result.elapsed_ms.get(stage, 0.0) for result in results), 0.0)
         for stage in STAGES
     }
+    metrics["timing.decode"] = decode_s * 1e3
+    metrics["timing.wait"] = wait_s * 1e3
+    metrics["timing.encode"] = encode_s * 1e3
+    metrics["timing.total"] = total_s * 1e3
     metrics["faces.detected"] = restored + skipped
     metrics["faces.restored"] = restored
     metrics["faces.skipped"] = skipped
@@ -257,4 +266,8 @@ def _summarise(results: Sequence[RestoredImage]) -> Metrics:
     metrics["images.count"] = len(results)
     metrics["images.without_faces"] = sum(not result.faces for result in results)
     metrics["images.sizes"] = [f"{r.image_bgr.shape[1]}x{r.image_bgr.shape[0]}" for r in results]
-    return metrics
+    metrics["faces.per_pass"] = sum(passes) / len(passes) if passes else 0.0
+    for number, result in enumerate(results, start=1):
+        if not result.faces:
+            logger.info("image %d: no face to restore; its pixels are unaltered, encoded as JPG", number)
+    return {name: round(value, 3) if isinstance(value, float) else value for name, value in metrics.items()}

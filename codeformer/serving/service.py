@@ -1,0 +1,225 @@
+"""Many requests at a time: fetched and decoded in threads, restored in turns, written for Cog to read.
+
+Everything that waits, waits in the event loop; nothing that takes long runs in it.
+"""
+
+import asyncio
+import contextlib
+import contextvars
+import logging
+import os
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Final, TypeVar
+
+from codeformer.engine.picture import RestoredImage
+from codeformer.engine.pipeline import Pipeline, recipe_of
+from codeformer.engine.plan import resolve_plan
+from codeformer.engine.precision import half_dtype_of
+from codeformer.errors import DeviceError, InferenceError
+from codeformer.imaging.files import decode_image, encode_jpeg, size_of
+from codeformer.limits import Deadline, Limits
+from codeformer.options import Options
+from codeformer.serving.outputs import OutputFolder
+from codeformer.serving.request import SAMPLES, Metrics, check_count, describe, metrics_of, read_source
+from codeformer.serving.scheduler import Scheduler, Ticket
+from codeformer.serving.shutdown import Keeper
+
+logger = logging.getLogger(__name__)
+
+ResultT = TypeVar("ResultT")
+
+# As many as Cog lets in at a time; predict.py has to repeat the number as a literal.
+MAX_REQUESTS: Final = 8
+# Decoders and encoders leave Python's lock to others while they work, and fetching only waits.
+_FILE_THREADS: Final = 2 * (os.cpu_count() or 1) + MAX_REQUESTS
+
+
+class Service:
+    """Serves requests until the process ends.
+
+    Args:
+        pipeline: loaded; nobody else may use it.
+        limits: of each request, and of the pictures in memory.
+        outputs: where results go.
+        keeper: keeps the server from ending while there is work.
+        batch_wait_s: as for `Scheduler`.
+        give_up: likewise.
+    """
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        limits: Limits,
+        outputs: OutputFolder,
+        keeper: Keeper,
+        batch_wait_s: float = 0.0,
+        give_up: Callable[[str], None] = logger.critical,
+    ) -> None:
+        self._pipeline = pipeline
+        self._limits = limits
+        self._outputs = outputs
+        self._keeper = keeper
+        self._files = ThreadPoolExecutor(_FILE_THREADS, thread_name_prefix="codeformer-files")
+        self._scheduler = Scheduler(pipeline, batch_wait_s, give_up)
+        self._slots = asyncio.Semaphore(MAX_REQUESTS)
+        self._pixels = PixelBudget(int(limits.max_megapixels_in_work * 1e6))
+
+    def is_alive(self) -> bool:
+        """Whether the device and the thread that works with it are there."""
+        return self._scheduler.is_alive() and self._pipeline.is_alive()
+
+    async def serve(self, sources: Sequence[object], options: Options) -> tuple[list[Path], Metrics]:
+        """Restores 1 to 4 pictures.
+
+        When this call is cancelled, its work goes on to its next step and ends there; it counts as work until
+        then.
+
+        Args:
+            sources: as for `read_source`.
+            options: what is to be done.
+
+        Returns:
+            The files of the results, in order, and the metrics.
+
+        Raises:
+            CodeFormerError: as `serving.request.serve`.
+            OutputError: the results cannot be written.
+        """
+        stop = threading.Event()
+        work = asyncio.create_task(self._serve(sources, options, stop))
+        # Whoever cancels this call does not wait for the answer.
+        work.add_done_callback(lambda done: done.cancelled() or done.exception())
+        try:
+            return await asyncio.shield(work)
+        except asyncio.CancelledError:
+            stop.set()
+            raise
+
+    async def _serve(
+        self, sources: Sequence[object], options: Options, stop: threading.Event
+    ) -> tuple[list[Path], Metrics]:
+        with self._keeper.working():
+            async with self._slots:
+                return await self._restore(sources, options, Deadline(self._limits.max_seconds, stop))
+
+    async def _restore(
+        self, sources: Sequence[object], options: Options, deadline: Deadline
+    ) -> tuple[list[Path], Metrics]:
+        started = time.perf_counter()
+        plan = resolve_plan(
+            options.runtime_profile,
+            options.stability_mode,
+            options.compile_backend,
+            device=self._pipeline.device,
+        )
+        recipe = recipe_of(options.restorer, options.codeformer_fidelity, options.strength)
+        work = self._pipeline.work_for(recipe, options.selection, plan, self._limits, deadline)
+        check_count(sources)
+        files = await self._all(
+            [
+                partial(read_source, source, number, self._limits, deadline)
+                for number, source in enumerate(sources, start=1)
+            ]
+        )
+        async with self._pixels.taken(sum(width * height for width, height in map(size_of, files))):
+            deadline.check("decoding")
+            images = await self._all(
+                [
+                    partial(decode_image, data, number, self._limits)
+                    for number, data in enumerate(files, start=1)
+                ]
+            )
+            del files
+            decoded = time.perf_counter()
+            results: dict[int, RestoredImage] = {}
+            jpegs: dict[int, Future[bytes]] = {}
+
+            def take(index: int, result: RestoredImage) -> None:
+                results[index] = result
+                # At the same time as the device's work on other pictures.
+                jpegs[index] = self._files.submit(encode_jpeg, result.image_bgr, index + 1)
+
+            ticket = Ticket(images, work, take)
+            self._scheduler.submit(ticket)
+            waited_s = await asyncio.wrap_future(ticket.done)
+            restored = time.perf_counter()
+            ordered = [results[index] for index in range(len(images))]
+            encoded = [await asyncio.wrap_future(jpegs[index]) for index in range(len(images))]
+            paths = await self._in_thread(lambda: self._outputs.write(encoded))
+            metrics = metrics_of(
+                ordered,
+                decode_s=decoded - started,
+                wait_s=waited_s,
+                encode_s=time.perf_counter() - restored,
+                total_s=time.perf_counter() - started,
+            )
+        logger.info("%s", describe(metrics))
+        return paths, metrics
+
+    async def _all(self, calls: Sequence[Callable[[], ResultT]]) -> list[ResultT]:
+        """The results of calls that run at the same time; or their first error, once all have ended."""
+        tasks = [asyncio.create_task(self._in_thread(call)) for call in calls]
+        await asyncio.wait(tasks)
+        return [task.result() for task in tasks]
+
+    async def _in_thread(self, call: Callable[[], ResultT]) -> ResultT:
+        context = contextvars.copy_context()
+        return await asyncio.get_running_loop().run_in_executor(self._files, context.run, call)
+
+    def warm_up(self) -> None:
+        """Restores the sample portrait; before the first request and before there is an event loop.
+
+        That request then finds everything loaded, and a broken device is noticed before it comes. The
+        precision of the faster profiles is settled as well, which may take half a second of a CPU that
+        nothing else should keep busy meanwhile.
+
+        Raises:
+            DeviceError: the device cannot run the networks.
+        """
+        started = time.perf_counter()
+        device = self._pipeline.device
+        results: list[RestoredImage] = []
+        image = decode_image((SAMPLES / "1.jpg").read_bytes())
+        ticket = Ticket([image], self._pipeline.work_for(), lambda _, result: results.append(result))
+        self._scheduler.submit(ticket)
+        try:
+            ticket.done.result()
+        except InferenceError as cause:
+            raise DeviceError(str(device), str(cause)) from cause
+        if not results[0].faces:
+            logger.warning("no face was found in the sample portrait: are these the right weights?")
+        logger.info("fast and max_speed compute in %s", half_dtype_of(device) or "float32")
+        logger.info("ready on %s after a warm-up of %.1f s", device, time.perf_counter() - started)
+
+
+class PixelBudget:
+    """Lets requests in as long as their pictures fit into memory together; first come, first served.
+
+    Args:
+        most: pixels. A request with more is let in alone.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._taken = 0
+        self._turn = asyncio.Lock()
+        self._freed = asyncio.Event()
+
+    @contextlib.asynccontextmanager
+    async def taken(self, pixels: int) -> AsyncIterator[None]:
+        """Holds a number of pixels; waits until they are free."""
+        async with self._turn:
+            while self._taken and self._taken + pixels > self._most:
+                self._freed.clear()
+                await self._freed.wait()
+            self._taken += pixels
+        try:
+            yield
+        finally:
+            self._taken -= pixels
+            self._freed.set()
