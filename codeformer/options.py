@@ -1,7 +1,7 @@
-"""The options of a request: their choices, their defaults and what is refused.
+"""The options of a request: choices, defaults and validation.
 
-Without torch, so that the command line's help does not wait for it. `engine.plan` says what they mean on a
-device.
+This module does not import torch, so that the help of the command line appears at once. `engine.plan` turns
+the options into a plan for a device.
 """
 
 from numbers import Real
@@ -19,7 +19,7 @@ COMPILE_BACKENDS: Final[tuple[str, ...]] = get_args(CompileBackend)
 
 DEFAULT_FIDELITY: Final = 0.5
 
-# Where inductor keeps what it has compiled; the name is torch's.
+# The folder for inductor's compiled kernels; torch defines the name.
 COMPILE_CACHE_VARIABLE: Final = "TORCHINDUCTOR_CACHE_DIR"
 
 
@@ -27,10 +27,10 @@ def check_fidelity(value: object) -> float:
     """Returns the fidelity as a float.
 
     Raises:
-        OptionError: not a number from 0 to 1.
+        OptionError: it is not a number from 0 to 1.
     """
     number: Any = value
-    # Comparing first: NaN fails it, and a huge integer could not become a float.
+    # Compare before converting: NaN fails the comparison, and a huge integer cannot become a float.
     if not isinstance(value, bool) and isinstance(number, Real) and 0 <= number <= 1:  # type: ignore[operator]
         return float(number)
     raise OptionError("codeformer_fidelity", value, "a number from 0 (quality) to 1 (fidelity)")

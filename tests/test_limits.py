@@ -81,7 +81,9 @@ def test_a_deadline_is_over_once_its_time_is(monkeypatch: pytest.MonkeyPatch) ->
     now = 105.0
     deadline.check("restore of image 1 face 1")
     now = 105.1
-    with pytest.raises(TimeLimitError, match=r"within 5 s, was not at restore of image 1 face 1"):
+    with pytest.raises(
+        TimeLimitError, match=r"within 5 s, but the time was up before restore of image 1 face 1"
+    ):
         deadline.check("restore of image 1 face 1")
 
 
