@@ -379,7 +379,7 @@ def test_a_16_bit_tiff_in_planes_is_refused(photometric: str, options: dict[str,
     levels = LEVELS_16_BIT if photometric == "rgb" else (*LEVELS_16_BIT, 700)
     planes = np.stack([np.full((30, 40), level, np.uint16) for level in levels])
     data = tiff(planes, photometric=photometric, planarconfig="separate", **options)
-    with pytest.raises(ImageError, match=r"16 bits in separate planes.*convert it to 8 bits"):
+    with pytest.raises(ImageError, match=r"16 bits in separate planes.*convert the picture to 8 bits"):
         decode_image(data)
 
 
@@ -396,7 +396,9 @@ def test_grey_tiffs_with_alpha_are_laid_over_white_or_refused_for_what_they_are(
     half = np.tile(np.array([64, 128], np.uint8), (4, 4, 1))
     grey = decode_image(tiff(half, photometric="minisblack", extrasamples=["assocalpha"]))
     assert grey[0, 0].tolist() == pytest.approx([64 + 127] * 3, abs=1)
-    with pytest.raises(ImageError, match=r"unsupported samples \(of this TIFF\); convert it to 8 bits"):
+    with pytest.raises(
+        ImageError, match=r"unsupported samples \(of this TIFF\); convert the picture to 8 bits"
+    ):
         decode_image(tiff(half.astype(np.uint16), photometric="minisblack", extrasamples=["unassalpha"]))
 
 
