@@ -1,7 +1,7 @@
-"""Verified weight files to state dicts.
+"""Loads verified weight files into networks.
 
-A file is read once and the same bytes are hashed and deserialised, so that nothing can change
-between the check and the use.
+A file is read once, and the same bytes are hashed and deserialised. So the file cannot change between the
+check and the use.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from codeformer.errors import WeightFileError
 from codeformer.weights.manifest import WeightFile
 
-# torch lists every tensor that differs.
+# torch's message lists every tensor that differs.
 _MAX_CAUSE_LENGTH: Final = 400
 
 
@@ -25,7 +25,7 @@ def read_verified(file: WeightFile) -> bytes:
     """The content of a weight file, if it is the file the manifest describes.
 
     Raises:
-        WeightFileError: missing, unreadable, short, long or altered.
+        WeightFileError: the file is missing, unreadable, or has another size or hash.
     """
     try:
         data = file.path.read_bytes()
@@ -44,13 +44,13 @@ def read_verified(file: WeightFile) -> bytes:
 
 
 def load_into(network: nn.Module, file: WeightFile) -> None:
-    """Verifies a file and loads it into a network, `strict=True`.
+    """Verifies a file and loads it into a network with `strict=True`.
 
-    Safetensors and `torch.save` files are read, the latter with `weights_only=True`; the wrappings of
-    the published files (a dict under `params_ema`, names behind `module.`) are taken off.
+    Reads safetensors files, and `torch.save` files with `weights_only=True`. Of the published files, the dict
+    under `params_ema` is used, and the prefix `module.` is removed from names.
 
     Raises:
-        WeightFileError: the file is not the one described, or not this network's.
+        WeightFileError: the file does not match the manifest, or does not fit the network.
     """
     data = read_verified(file)
     try:
