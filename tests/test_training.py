@@ -675,7 +675,7 @@ def test_the_commands_say_what_is_missing(tmp_path: Path, capsys: pytest.Capture
     for index in range(3):
         cv2.imwrite(str(tmp_path / f"{index}.jpg"), np.zeros((512, 512, 3), np.uint8))
     assert main(["codes", "--run", run, "--faces", str(tmp_path)]) == 1
-    assert "run the stage that makes it first" in capsys.readouterr().err
+    assert "run the stage that writes it first" in capsys.readouterr().err
     assert main(["evaluate"]) == 1
     assert "expected --faces" in capsys.readouterr().err
     for wrong in (["--steps", "0"], ["--batch", "-1"], ["--config", "huge"]):
