@@ -264,7 +264,7 @@ def draw(recipe: Recipe) -> ImageU8:
     if recipe.ground == "portrait":
         [face] = recipe.faces
         picture = cv2.warpAffine(
-            _gained(_portrait(), face),
+            _with_gain(_portrait(), face),
             face.matrix,
             recipe.size_wh,
             flags=cv2.INTER_CUBIC,
@@ -298,18 +298,18 @@ def encode(picture: ImageU8, *, clean: bool) -> bytes:
 
 
 def _pasted(picture: ImageU8, face: Placement) -> ImageU8:
-    head, mask = _cut_out()
+    head, mask = _cutout()
     corner = np.array([[1, 0, HEAD[1].start], [0, 1, HEAD[0].start], [0, 0, 1]])
     matrix = face.matrix @ corner
     size_wh = (picture.shape[1], picture.shape[0])
     warped = cv2.warpAffine(
-        _gained(head, face), matrix, size_wh, flags=cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE
+        _with_gain(head, face), matrix, size_wh, flags=cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE
     ).astype(np.float32)
     alpha = cv2.warpAffine(mask, matrix, size_wh)[:, :, None]
     return np.asarray(np.rint(warped * alpha + picture * (1 - alpha)), dtype=np.uint8)
 
 
-def _gained(picture: ImageU8, face: Placement) -> ImageU8:
+def _with_gain(picture: ImageU8, face: Placement) -> ImageU8:
     return np.asarray(np.clip(np.rint(picture * np.array(face.gain_bgr)), 0, 255), dtype=np.uint8)
 
 
@@ -340,7 +340,7 @@ def _ground(name: str) -> ImageU8:
 
 
 @cache
-def _cut_out() -> tuple[ImageU8, np.ndarray]:
+def _cutout() -> tuple[ImageU8, np.ndarray]:
     """Head and shoulders (h, w, 3) uint8, and their mask (h, w) float32: an oval with a soft edge."""
     head = np.ascontiguousarray(_portrait()[HEAD])
     height, width = head.shape[:2]

@@ -48,7 +48,7 @@ class Negative(FaceRestorer):
         return 255 - crops_bgr
 
 
-class Knowing(FaceDetector):
+class FixedDetector(FaceDetector):
     """Finds the given faces, by their landmarks (5, 2)."""
 
     def __init__(self, *faces_xy: np.ndarray) -> None:
@@ -63,7 +63,7 @@ class Knowing(FaceDetector):
 
 
 def pipeline_of(detector: FaceDetector, restorer: FaceRestorer | None = None) -> Pipeline:
-    """A pipeline without the second look, because `Knowing` gives the same answer for every picture."""
+    """A pipeline without the second look, because `FixedDetector` gives the same answer for every picture."""
     return Pipeline(Models(detector, restorer or Negative(), TemplateMask()), CPU, second_look=False)
 
 
@@ -149,7 +149,7 @@ def test_a_face_is_restored_where_it_lies_and_nothing_else_changes(place: str) -
     picture = np.random.default_rng(1).integers(0, 120, (600, 640, 3), np.uint8)
     face_to_picture = PLACES[place]()
     landmarks_xy = transform_points(face_to_picture, FFHQ_TEMPLATE_XY)
-    [result] = pipeline_of(Knowing(landmarks_xy)).restore([picture])
+    [result] = pipeline_of(FixedDetector(landmarks_xy)).restore([picture])
     assert len(result.faces) == 1
     np.testing.assert_allclose(result.faces[0].face_to_picture, face_to_picture, rtol=1e-3, atol=0.5)
     yy, xx = np.mgrid[0:600, 0:640]
@@ -167,7 +167,7 @@ def test_landmarks_that_fit_no_face_are_counted_with_the_reason(caplog: pytest.L
     no_numbers = np.full((5, 2), np.nan)
     picture = np.full((600, 640, 3), 60, np.uint8)
     with caplog.at_level(logging.WARNING):
-        [result] = pipeline_of(Knowing(good, on_one_spot, no_numbers, good + 3)).restore([picture])
+        [result] = pipeline_of(FixedDetector(good, on_one_spot, no_numbers, good + 3)).restore([picture])
     assert len(result.faces) == 1
     assert len(result.skipped_faces) == 3
     said = "image 1: a face left as it is "
@@ -180,13 +180,13 @@ def test_no_more_faces_than_allowed_are_aligned() -> None:
     spots = [np.array([x, y]) for y in range(20, 3900, 40) for x in range(20, 3900, 40)]
     faces_xy = [FFHQ_TEMPLATE_XY / 10 + spot for spot in spots]
     picture = np.zeros((4000, 4000, 3), np.uint8)
-    detections = Knowing(*faces_xy).detect([picture])[0]
+    detections = FixedDetector(*faces_xy).detect([picture])[0]
     aligned, skipped = align_faces(make_working_copy(picture), detections, at_most=30)
     assert len(detections) > 9000
     assert len(aligned) == 30
     assert skipped == []
     with pytest.raises(FaceLimitError, match="at most 29 faces, found more"):
-        pipeline_of(Knowing(*faces_xy)).restore([picture], limits=Limits(max_faces=29))
+        pipeline_of(FixedDetector(*faces_xy)).restore([picture], limits=Limits(max_faces=29))
 
 
 def two_faces(behind: float, in_front: float) -> tuple[np.ndarray, list[np.ndarray]]:
@@ -196,7 +196,7 @@ def two_faces(behind: float, in_front: float) -> tuple[np.ndarray, list[np.ndarr
     return picture, [transform_points(place, FFHQ_TEMPLATE_XY) for place in places]
 
 
-class Scored(Knowing):
+class Scored(FixedDetector):
     """Finds faces with the given scores, best first."""
 
     def __init__(self, faces_xy: Sequence[np.ndarray], scores: Sequence[float]) -> None:

@@ -177,7 +177,7 @@ def test_a_face_behind_another_is_found_in_its_pose(detector: FaceDetector) -> N
         assert np.linalg.norm(seen - eye, axis=1).min() < 35
 
 
-class Told(FaceDetector):
+class FirstLookDetector(FaceDetector):
     """Returns the given detections at the first look, and none afterwards."""
 
     def __init__(self, first: Sequence[Detection]) -> None:
@@ -202,18 +202,20 @@ def face_at(x: float, y: float, size: float = 1.0, landmarks_xy: np.ndarray = FF
 def test_a_detection_that_no_view_confirms_is_kept_only_if_small_in_a_large_picture() -> None:
     picture = np.zeros((1000, 1000, 3), np.uint8)
     small, large = face_at(300, 300, 0.2), face_at(600, 600)
-    [found] = FaceFinder(Told([small, large])).find([WorkingCopy(picture, 1.0)])
+    [found] = FaceFinder(FirstLookDetector([small, large])).find([WorkingCopy(picture, 1.0)])
     [kept] = found.faces
     np.testing.assert_array_equal(kept.landmarks_xy, small.landmarks_xy)
     assert (found.ghosts, found.skipped) == (1, [])
-    [found] = FaceFinder(Told([small])).find([WorkingCopy(picture, 2.0)])
+    [found] = FaceFinder(FirstLookDetector([small])).find([WorkingCopy(picture, 2.0)])
     assert (found.faces, found.ghosts, found.skipped) == ([], 1, [])
 
 
 def test_landmarks_that_fit_no_pose_are_skipped_and_counted() -> None:
     on_its_side = FFHQ_TEMPLATE_XY[:, ::-1] * [1, -1] + [0, 512]
     odd = face_at(300, 300, 0.2, on_its_side)
-    [found] = FaceFinder(Told([odd])).find([WorkingCopy(np.zeros((1000, 1000, 3), np.uint8), 1.0)])
+    [found] = FaceFinder(FirstLookDetector([odd])).find(
+        [WorkingCopy(np.zeros((1000, 1000, 3), np.uint8), 1.0)]
+    )
     assert (found.faces, found.skipped) == ([], [NO_POSE])
 
 
@@ -222,12 +224,12 @@ def test_the_number_of_detections_looked_at_again_is_limited() -> None:
     crowd = [face_at(50 + 100 * i, 50 + 100 * j, 0.2) for i in range(20) for j in range(20)]
     picture = np.zeros((2000, 2000, 3), np.uint8)
     for scale, at_most in ((2.0, 10), (2.0, 30)):
-        detector = Told(crowd)
+        detector = FirstLookDetector(crowd)
         [found] = FaceFinder(detector).find([WorkingCopy(picture, scale)], at_most=at_most)
         assert (len(found.faces), found.ghosts) == (0, 400)
         assert detector.views == at_most * 4 * 2
 
-    class Sure(Told):
+    class Sure(FirstLookDetector):
         """Finds every face again, at the centre of its upright view."""
 
         def detect_at_size(

@@ -36,7 +36,7 @@ from codeformer.training.restorer import (
     CorrectionStage,
     TransformationStage,
     positions_of,
-    start_idle,
+    zero_residual_branches,
 )
 from codeformer.training.scenes import SCENE_SIDE, Scenes
 from codeformer.training.scores import measure_detector, measure_restorer
@@ -116,7 +116,7 @@ def make_stage(name: str, options: Options) -> Any:
 def test_residual_branches_of_a_new_network_output_zero(correction_blocks: int) -> None:
     torch.manual_seed(0)
     network = CodeFormer(**SMALL, correction_blocks=correction_blocks, correction_channels=8)
-    start_idle(network)
+    zero_residual_branches(network)
     block: Any = network.encoder.blocks[1]
     features = torch.randn(1, block.conv1.in_channels, 8, 8)
     assert torch.equal(block(features), features)
@@ -269,7 +269,7 @@ def test_a_generator_is_scored_without_the_correction(options: Options, stage_na
     for seed in (0, 1):
         torch.manual_seed(seed)
         network = CodeFormer(**SMALL, **CORRECTING, colour_patch=16).to(options.device)
-        start_idle(network)
+        zero_residual_branches(network)
         scores.add(round(stage.score(network), 3))
     assert len(scores) == 2
 
@@ -347,7 +347,7 @@ def test_the_adversarial_loss_rewards_faces_that_look_real(options: Options) -> 
     critic = stage.memory["discriminator"]
     output = torch.zeros(2, 3, SIDE, SIDE, device=options.device, requires_grad=True)
     strength = torch.tensor([1.0, 0.0], device=options.device).view(2, 1, 1, 1)
-    gain = stage._fool(output, torch.ones_like(output), strength)
+    gain = stage._adversarial_term(output, torch.ones_like(output), strength)
     [gradient] = torch.autograd.grad(gain, output)
     better = (output - 0.05 * gradient / gradient.abs().max()).detach()
     with torch.no_grad():

@@ -13,7 +13,7 @@ from codeformer.imaging.traits import INNER_FACE, WHOLE_CROP, gray_area, is_gray
 from tests import pictures, shared
 from tests.conftest import CPU
 from tests.test_detector import PHOTOS
-from tests.test_faces import Knowing, Negative, resized
+from tests.test_faces import FixedDetector, Negative, resized
 from tests.test_files import gradient
 from tests.test_pasting import similarity
 
@@ -96,7 +96,7 @@ def test_restored_colours_are_kept_in_colour_portraits_and_removed_in_black_and_
         page, face_to_page = on_a_page(
             photo, (255, 255, 255) if expected else (60, 160, 220), factor=12 if expected else 3
         )
-        detector = Knowing(transform_points(face_to_page, FFHQ_TEMPLATE_XY))
+        detector = FixedDetector(transform_points(face_to_page, FFHQ_TEMPLATE_XY))
         pipeline = Pipeline(Models(detector, Colourful(), TemplateMask()), CPU, second_look=False)
         [result] = pipeline.restore([page])
         [(x, y)] = transform_points(face_to_page, np.array([[256.0, 300.0]])).astype(int)
@@ -158,7 +158,7 @@ def test_faces_that_lose_detail_are_counted_and_logged(caplog: pytest.LogCapture
         transform_points(similarity(size, 0, x, 400), FFHQ_TEMPLATE_XY)
         for size, x in ((1.5, 400), (0.4, 1200))
     ]
-    pipeline = Pipeline(Models(Knowing(*landmarks), Negative(), TemplateMask()), CPU, second_look=False)
+    pipeline = Pipeline(Models(FixedDetector(*landmarks), Negative(), TemplateMask()), CPU, second_look=False)
     [result] = pipeline.restore([sharp(1600)])
     assert (len(result.faces), result.faces_losing_detail) == (2, 1)
     assert (

@@ -99,7 +99,7 @@ class PhotoFinder:
 
     def _file(self, path: Path, below: Path, refuse: Report) -> Iterator[Photo]:
         try:
-            reason = why_not(path)
+            reason = refusal_reason(path)
         except OSError as cause:
             # It may be a photo, so this is a failure.
             self.fail(path, f"the file cannot be read ({cause.strerror}).")
@@ -110,7 +110,7 @@ class PhotoFinder:
             refuse(path, reason)
 
 
-def why_not(path: Path) -> str | None:
+def refusal_reason(path: Path) -> str | None:
     """Why a file cannot be restored, judged by its head; None if it may be a photo.
 
     Raises:

@@ -32,7 +32,7 @@ MAX_ASPECT_RATIO: Final = 20
 MAX_SIDE: Final = 65_500
 JPEG_QUALITY: Final = 95
 
-_VOID_ALPHA: Final = "the alpha channel is zero everywhere; the picture is taken as opaque"
+_ZERO_ALPHA: Final = "the alpha channel is zero everywhere; the picture is taken as opaque"
 _EXIF_ORIENTATION: Final = 0x0112
 _TIFF_BITS_PER_SAMPLE: Final = 258
 _TIFF_EXTRA_SAMPLES: Final = 338
@@ -279,7 +279,7 @@ def _decode_16_bit(picture: Image.Image, data: bytes) -> ImageU8 | None:
     if picture.format == "TIFF" and _tiff_tag(picture, _TIFF_PHOTOMETRIC) == (_WHITE_IS_ZERO,):
         samples = ~samples
     if samples.shape[2] == 4 and not samples[:, :, 3].any() and np.ptp(samples[:, :, :3], (0, 1)).any():
-        logger.info(_VOID_ALPHA)
+        logger.info(_ZERO_ALPHA)
         samples = samples[:, :, :3]
     bgr = np.empty((*samples.shape[:2], 3), np.uint8)
     for top in range(0, len(samples), _BAND):
@@ -321,15 +321,15 @@ def _decode_8_bit(picture: Image.Image, data: bytes, index: int | None) -> Image
     if picture.has_transparency_data:
         # Pillow has no direct conversion from premultiplied grey.
         rgba = (picture.convert("LA") if picture.mode == "La" else picture).convert("RGBA")
-        if (opaque := _without_void_alpha(rgba, picture, data)) is None:
-            rgba = _displayed(rgba, picture)
+        if (opaque := _without_zero_alpha(rgba, picture, data)) is None:
+            rgba = _apply_gamma(rgba, picture)
             opaque = Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255, 255)), rgba)
             return np.asarray(opaque.convert("RGB"))[:, :, ::-1]
         rgb = opaque
-    return np.asarray(_displayed(rgb.convert("RGB"), picture))[:, :, ::-1]
+    return np.asarray(_apply_gamma(rgb.convert("RGB"), picture))[:, :, ::-1]
 
 
-def _without_void_alpha(rgba: Image.Image, picture: Image.Image, data: bytes) -> Image.Image | None:
+def _without_zero_alpha(rgba: Image.Image, picture: Image.Image, data: bytes) -> Image.Image | None:
     """The colours of a picture whose alpha is zero everywhere, as written by programs without alpha support.
 
     None if alpha is not zero everywhere, or if there is only one colour: then the picture is blank.
@@ -344,11 +344,11 @@ def _without_void_alpha(rgba: Image.Image, picture: Image.Image, data: bytes) ->
             rgb = Image.fromarray(np.ascontiguousarray(raw[:, :, 2::-1].astype(np.uint8)))
     if rgb.getcolors(maxcolors=1) is not None:
         return None
-    logger.info(_VOID_ALPHA)
+    logger.info(_ZERO_ALPHA)
     return rgb
 
 
-def _displayed(pixels: Image.Image, picture: Image.Image) -> Image.Image:
+def _apply_gamma(pixels: Image.Image, picture: Image.Image) -> Image.Image:
     """Applies the gAMA chunk of the file, if there is one, to RGB or RGBA pixels."""
     exponent = _exponent_of(picture)
     if exponent == 1:

@@ -21,7 +21,8 @@ INNER_FACE: Final[Area] = (slice(110, 430), slice(110, 400))
 _GRAY_VARIANCE: Final = 10.0
 # Largest mean distance of the channels from their mean, in levels, of a face without a tint.
 _NEUTRAL: Final = 3.0
-# A face with a lower mean level is judged with this gain at most, because the gain amplifies noise, too.
+# A face with a lower mean level than _BRIGHT is judged as if brightened to it, by a factor of at most
+# _MAX_GAIN, because brightening amplifies noise, too.
 _BRIGHT: Final = 100.0
 _MAX_GAIN: Final = 3.0
 # Colours are measured in a crop that is smaller by this factor.

@@ -43,7 +43,7 @@ from codeformer.training.restorer import (
     CorrectionStage,
     Pairs,
     TransformationStage,
-    start_idle,
+    zero_residual_branches,
 )
 from codeformer.training.scenes import Scenes
 from codeformer.training.scores import measure_detector, measure_restorer
@@ -253,7 +253,7 @@ def _autoencoder(options: argparse.Namespace) -> None:
     training, validation = split_faces(options.faces)
     torch.manual_seed(options.seed)
     network = _network(options, loop)
-    start_idle(network)
+    zero_residual_branches(network)
     start = FacePairs(training, START_FACES, options.seed + 3, mixture=None)
     stage = AutoencoderStage(
         network,

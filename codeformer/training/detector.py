@@ -68,8 +68,8 @@ class DistillationStage:
         doubt = (margin.sigmoid() - score).abs().detach()
         surprise = F.binary_cross_entropy_with_logits(margin, score, reduction="none")
 
-        unlikeness = torch.stack(
-            [_unlikeness(a, b) for a, b in zip(ours.features, true.features, strict=True)]
+        feature_difference = torch.stack(
+            [_feature_difference(a, b) for a, b in zip(ours.features, true.features, strict=True)]
         ).sum()
 
         def where_likely(answer: Tensor, truth: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ class DistillationStage:
             "scores": (doubt.square() * surprise).sum() / total,
             "boxes": where_likely(ours.boxes, true.boxes),
             "landmarks": where_likely(ours.landmarks, true.landmarks),
-            "features": (1.0 if own < 1 else _FEATURES_ALONE) * unlikeness,
+            "features": (1.0 if own < 1 else _FEATURES_ALONE) * feature_difference,
         }
 
     def score(self, network: nn.Module) -> float:
@@ -172,7 +172,7 @@ def _heads(heads: Any, features: Sequence[Tensor]) -> Tensor:
     return torch.cat([head(feature) for head, feature in zip(heads, features, strict=True)], dim=1)
 
 
-def _unlikeness(ours: Tensor, theirs: Tensor) -> Tensor:
+def _feature_difference(ours: Tensor, theirs: Tensor) -> Tensor:
     """Squared error of (B, C, H, W) features in units of each channel's variance."""
     variance = theirs.var(dim=(0, 2, 3))
     error = (ours - theirs).square().mean(dim=(0, 2, 3))

@@ -33,7 +33,7 @@ def export_network(checkpoint: Mapping[str, Any], role: str, folder: Path, licen
     Raises:
         TrainingError: a number is not finite after the conversion.
     """
-    tensors = {name: _shippable(tensor) for name, tensor in checkpoint["average"].items()}
+    tensors = {name: _to_export_dtype(tensor) for name, tensor in checkpoint["average"].items()}
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise TrainingError(f"{role}: {name} is not finite as {tensor.dtype}, so it cannot be exported.")
@@ -93,6 +93,6 @@ def _entry(role: str, file: Path, licence: str, config: Mapping[str, Any]) -> di
     }
 
 
-def _shippable(tensor: Tensor) -> Tensor:
+def _to_export_dtype(tensor: Tensor) -> Tensor:
     tensor = tensor.detach().contiguous()
     return tensor.half() if tensor.is_floating_point() and tensor.ndim > 1 else tensor

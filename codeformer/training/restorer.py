@@ -54,7 +54,7 @@ _KMEANS_SAMPLE: Final = 40_000
 
 
 @torch.no_grad()
-def start_idle(network: CodeFormer) -> None:
+def zero_residual_branches(network: CodeFormer) -> None:
     """Initialises a new network so that residual branches, feature transforms and corrections output zero.
 
     With a correction, the network then returns its input at w = 1.
@@ -224,7 +224,7 @@ class TransformationStage:
             "features": 0.1 * feature_loss(lq_feat, code_features),
         }
         if self._adversarial:
-            terms["adversarial"] = self._adversarial * self._fool(output, clean, 1 - w)
+            terms["adversarial"] = self._adversarial * self._adversarial_term(output, clean, 1 - w)
         return terms
 
     def _random_fidelity(self, count: int) -> Tensor:
@@ -234,7 +234,7 @@ class TransformationStage:
         w = torch.where(kind < 0.2, torch.zeros_like(w), torch.where(kind < 0.4, torch.ones_like(w), w))
         return w.to(self._options.device)
 
-    def _fool(self, output: Tensor, clean: Tensor, strength: Tensor) -> Tensor:
+    def _adversarial_term(self, output: Tensor, clean: Tensor, strength: Tensor) -> Tensor:
         critic = self.memory["discriminator"]
         self.critics[0].zero_grad(set_to_none=True)
         with self._options.autocast():

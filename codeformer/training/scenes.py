@@ -59,7 +59,7 @@ class Scenes(Dataset[tuple[Tensor]]):
         else:
             # A much enlarged detail: rarely a face, often something that resembles one.
             scene = _placed(photograph, _ground(rng), rng, side=rng.uniform(1000, 3000))
-        scene = _varied(scene, rng)
+        scene = _augmented(scene, rng)
         planes = torch.from_numpy(np.ascontiguousarray(scene.transpose(2, 0, 1))).float()
         return (planes - torch.tensor(MEAN_BGR).view(3, 1, 1),)
 
@@ -114,7 +114,7 @@ def _placed(picture: ImageU8, ground: ImageU8, rng: np.random.Generator, *, side
     return np.asarray(scene, dtype=np.uint8)
 
 
-def _varied(scene: ImageU8, rng: np.random.Generator) -> ImageU8:
+def _augmented(scene: ImageU8, rng: np.random.Generator) -> ImageU8:
     """Randomly changes lighting, removes colour, and degrades a scene."""
     if rng.random() < 0.7:
         levels = (np.arange(256) / 255) ** float(np.exp(rng.uniform(-0.6, 0.6)))
