@@ -9,7 +9,7 @@ from codeformer.imaging import jpeg, tiff
 _HEAD_BYTES: Final = 4096
 _NO_PICTURE: Final = "not a picture that can be read here"
 # The refusal of a file of unknown kind.
-UNKNOWN: Final = f"{_NO_PICTURE}; take a JPEG, PNG, WebP, BMP, TIFF or GIF"
+UNKNOWN: Final = f"{_NO_PICTURE}; use a JPEG, PNG, WebP, BMP, TIFF or GIF"
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Kind:
 
 _CONVERT: Final = "convert it to JPEG or PNG"
 _EIGHT_BITS: Final = "save it as an ordinary JPEG of 8 bits"
-_NO_PHOTO: Final = "take a photo instead"
+_NO_PHOTO: Final = "use a photo instead"
 
 
 def _raw(of: str) -> Kind:
@@ -43,7 +43,7 @@ _BMP_HEADERS: Final = frozenset({12, 40, 52, 56, 64, 108, 124})
 _VIDEO: Final = Kind("a video", "save one of its frames as JPEG")
 _JPEG_2000: Final = Kind("JPEG 2000", _CONVERT)
 _JPEG_XL: Final = Kind("JPEG XL", _CONVERT)
-_ARCHIVE: Final = Kind("an archive", "unpack it and take the photos in it")
+_ARCHIVE: Final = Kind("an archive", "unpack it and use the photos in it")
 _PDF: Final = Kind("a PDF document", "export its pages as JPEG")
 _FTYP: Final = {
     b"avif": Kind("AVIF", _CONVERT), b"avis": Kind("AVIF", _CONVERT),
@@ -97,8 +97,8 @@ _MAGIC: Final = (
     (b"\x1f\x8b", _ARCHIVE),
     (b"7z\xbc\xaf\x27\x1c", _ARCHIVE),
     (b"Rar!\x1a\7", _ARCHIVE),
-    (b"\0\5\x16\7", Kind("a sidecar of macOS (AppleDouble)", "take the photo it belongs to")),
-    (b"\0\5\x16\0", Kind("a sidecar of macOS (AppleSingle)", "take the photo it belongs to")),
+    (b"\0\5\x16\7", Kind("a sidecar of macOS (AppleDouble)", "use the photo it belongs to")),
+    (b"\0\5\x16\0", Kind("a sidecar of macOS (AppleSingle)", "use the photo it belongs to")),
 )  # fmt: skip
 _RIFF: Final = {b"WEBP": Kind("WEBP"), b"AVI ": _VIDEO}
 _PORTABLE: Final = re.compile(rb"P(?:[1-7]|[Ff])[\s#]")

@@ -60,7 +60,9 @@ def copy_network(weight_set: str, role: str, folder: Path) -> dict[str, Any]:
     """
     file = dict(load_weight_set(weight_set).files()).get(role)
     if file is None:
-        raise TrainingError(f"{weight_set}: has no {role}; name another set.")
+        raise TrainingError(
+            f"{weight_set}: expected a weight set with a {role}, found none; name another set."
+        )
     (folder / file.path.name).write_bytes(read_verified(file))
     return _entry(role, folder / file.path.name, file.licence, file.config)
 

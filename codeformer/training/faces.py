@@ -123,7 +123,9 @@ def pictures_in(folder: Path) -> list[Path]:
     """
     files = sorted(file for file in folder.glob("*") if file.suffix.lower() in PICTURE_SUFFIXES)
     if not files:
-        raise InputError(f"{folder}: expected a folder of pictures ({', '.join(PICTURE_SUFFIXES)}).")
+        raise InputError(
+            f"{folder}: expected pictures ({', '.join(PICTURE_SUFFIXES)}) in this folder, found none."
+        )
     return files
 
 

@@ -60,7 +60,10 @@ def load_into(network: nn.Module, file: WeightFile) -> None:
             content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as cause:
         raise WeightFileError(
-            file.path, "a checkpoint of tensors only", f"{cause}", "The manifest describes an unusable file."
+            file.path,
+            "a checkpoint of tensors only",
+            f"{cause}",
+            "Replace the file, and describe the new one in the manifest.",
         ) from cause
     try:
         network.load_state_dict(_unwrap(content), strict=True)
