@@ -32,7 +32,7 @@ class Predictor(BaseRunner):
         self.worker.run(warm_up, self.pipeline, stop=threading.Event())
 
     def healthcheck(self) -> bool:
-        """Whether the working thread is there and the device computes; Cog asks beside requests."""
+        """Whether the working thread is there and the device computes; Cog asks at the same time as it serves."""
         return self.worker.is_alive() and self.pipeline.is_alive()
 
     def run(
