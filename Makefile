@@ -1,6 +1,6 @@
-# The tasks of people and CI alike. Needs Python 3.11, 3.12 or 3.13 with venv; everything else goes into .venv.
+# Tasks for developers and CI. Needs Python 3.11, 3.12 or 3.13 with venv; everything else goes into .venv.
 
-# The Python that .venv is made with; none: the first one that will do.
+# The Python for .venv; empty: the first suitable one that is found.
 PYTHON3 ?=
 VENV := .venv
 PYTHON := $(VENV)/bin/python
@@ -9,9 +9,9 @@ OUTPUT ?= output
 CACHE ?= .compile-cache
 PORT ?= 8080
 FLAGS ?=
-# Test processes at a time, each with one thread: two with a thread for every core stand in each other's way.
+# Parallel test processes, each with one thread: with a thread per core they would slow each other down.
 JOBS ?= 2
-# The set of weights: the one that is in the repository, unless told otherwise.
+# The weight set; default: the one in the repository.
 WEIGHTS ?= $(or $(CODEFORMER_WEIGHTS),lite)
 
 .DEFAULT_GOAL := help
@@ -29,7 +29,7 @@ $(VENV)/.made:
 			"$$python" -m venv --clear "$(VENV)" && touch "$@"; exit; \
 		fi; \
 	done; \
-	echo "Python 3.11, 3.12 or 3.13 with venv is needed; there is none under the name of: $$*." >&2; \
+	echo "Python 3.11, 3.12 or 3.13 with venv is needed, but none of these commands is one: $$*." >&2; \
 	echo "Debian and Ubuntu: sudo apt install python3-venv. Elsewhere: make PYTHON3=/path/to/python3.12" >&2; \
 	exit 1
 
@@ -68,13 +68,13 @@ serve: $(VENV)/.server  ## Run the real Cog server on PORT (default 8080), witho
 		COG_PREDICT_TYPE_STUB=predict.py:Predictor \
 		$(PYTHON) -m cog.server.http --host 127.0.0.1
 
-schema: $(VENV)/.server  ## Pin the predictor's input schema anew
+schema: $(VENV)/.server  ## Update tests/input_schema.json, the pinned input schema
 	$(PYTHON) -m scripts.write_schema tests/input_schema.json
 
-data: $(VENV)/.tools  ## Make the 100 benchmark pictures data/1.jpg ... data/100.jpg
+data: $(VENV)/.tools  ## Generate the 100 benchmark pictures data/1.jpg ... data/100.jpg
 	$(PYTHON) -m data.make_pictures
 
-sheet: $(VENV)/.tools  ## Draw docs/lite.jpg anew
+sheet: $(VENV)/.tools  ## Redraw docs/before_after.jpg and docs/lite.jpg
 	$(PYTHON) -m scripts.contact_sheet
 
 bench: $(VENV)/.tools  ## Measure profiles on the 100 pictures of data/, and stages; write output/benchmark_report.html
@@ -82,13 +82,13 @@ bench: $(VENV)/.tools  ## Measure profiles on the 100 pictures of data/, and sta
 	$(PYTHON) -m benchmarks stages --weights "$(WEIGHTS)"
 	$(PYTHON) -m benchmarks report benchmarks/last_bench.json benchmarks/last_bench_stages.json
 
-soak: $(VENV)/.tools  ## Send 1000 mixed requests to the real server; memory, files and errors must stay as they should
+soak: $(VENV)/.tools  ## Send 1000 mixed requests to the real server; check memory, files and errors
 	$(PYTHON) -m benchmarks soak --weights "$(WEIGHTS)"
 
-audit: $(VENV)/.tools  ## Look the installed packages up in the database of known vulnerabilities (needs the network)
+audit: $(VENV)/.tools  ## Check the installed packages for known vulnerabilities (needs the network)
 	$(PYTHON) -m pip_audit --local --strict
 
-compile-cache: $(VENV)/.runtime  ## Compile for compile_backend inductor ahead of time, into CACHE
+compile-cache: $(VENV)/.runtime  ## Compile ahead of time for compile_backend inductor, into CACHE
 	$(PYTHON) -m codeformer compile "$(CACHE)" --weights "$(WEIGHTS)"
 
 clean:  ## Remove the environment and caches

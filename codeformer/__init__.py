@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ExecutionPlan", "Face", "Pipeline", "RestoredImage", "resolve_plan", "tune_process"]
 
-# Imported when they are asked for: torch takes seconds, and the command line's help needs none of it.
+# Imported on first use: importing torch takes seconds, and the help of the command line does not need it.
 _HOMES: Final = {
     "ExecutionPlan": "engine.plan",
     "Face": "imaging.geometry",

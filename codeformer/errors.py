@@ -1,7 +1,7 @@
-"""Every error this package raises on purpose.
+"""All exceptions that this package raises on purpose.
 
-Each message says what was expected, what came and what to do about it; the facts
-behind the message are attributes, so that callers need not parse text.
+Each message says what was expected, what was found and what to do. The same facts are attributes of the
+exception, so that callers need not parse the text.
 """
 
 import re
@@ -13,21 +13,21 @@ from typing import Final
 
 _CAUSE_CHARACTERS: Final = 300
 _VALUE_CHARACTERS: Final = 80
-# Python refuses to write longer whole numbers in decimal.
+# Python refuses to convert longer integers to decimal text.
 _LARGEST_BITS: Final = 10_000
-# A picture's place in the request, where there is only one.
+# The number of a picture in messages; left out if there is only one picture.
 _IN_IMAGE: Final = re.compile(r"\bimage 1\b ?")
 _PATH: Final = re.compile(r"/[\w.+-]+/[^\s'\",;:)]*")
 
 
 def in_words(cause: BaseException) -> str:
-    """A failure for the one who sent the request: its kind and first line, without the server's paths."""
+    """Describes a failure to a client: its type and the first line of its message, without server paths."""
     lines = str(cause).strip().splitlines() or [""]
     return f"{type(cause).__name__}: {_PATH.sub('...', lines[0])[:_CAUSE_CHARACTERS]}"
 
 
 class _ShortRepr(reprlib.Repr):
-    """The `repr` of a value, bounded whatever was sent: its beginning and end."""
+    """A `repr` of bounded length: the beginning and the end of a long value."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,18 +48,18 @@ class CodeFormerError(Exception):
 
     @property
     def local(self) -> str:
-        """The message for one who works on files of their own, one at a time, and sends nothing."""
+        """The message for a user of the command line, who restores local files one by one."""
         return str(self)
 
 
 class InputError(CodeFormerError, ValueError):
-    """The request cannot be served as it was asked; the caller can mend it."""
+    """The request is invalid, and the caller can correct it."""
 
 
 class OptionError(InputError):
     """An option has a value outside its range.
 
-    Attributes: `option`, its name; `value`, what came; `expected`, in words.
+    Attributes: `option`, its name; `value`, the value that was given; `expected`, a description.
     """
 
     def __init__(self, option: str, value: object, expected: str) -> None:
@@ -70,9 +70,9 @@ class OptionError(InputError):
 
 
 class BackendConflictError(InputError):
-    """A second `torch.compile` backend was asked for in one process.
+    """A second `torch.compile` backend was requested in one process.
 
-    Attributes: `active`, the backend in use; `requested`, the refused one.
+    Attributes: `active`, the backend in use; `requested`, the refused backend.
     """
 
     def __init__(self, active: str, requested: str) -> None:
@@ -88,7 +88,7 @@ class BackendConflictError(InputError):
 class ImageError(InputError):
     """One picture of the request is unusable.
 
-    Attributes: `index`, its place in the request counted from 1, or None when it came alone;
+    Attributes: `index`, its number in the request, counted from 1, or None outside a request;
     `reason`, what is wrong and what to do.
     """
 
@@ -103,27 +103,28 @@ class ImageError(InputError):
 
 
 class FaceLimitError(ImageError):
-    """A picture holds more faces than one request may have restored; attributes as above."""
+    """A picture contains more faces than the limit allows; attributes as for `ImageError`."""
 
 
 class TimeLimitError(CodeFormerError, TimeoutError):
-    """A request took longer than it may; nothing was returned.
+    """A request exceeded its time limit; nothing was returned.
 
-    Attributes: `seconds`, the limit; `where`, what would have been next.
+    Attributes: `seconds`, the limit; `where`, the stage that would have been next.
     """
 
     def __init__(self, seconds: float, where: str) -> None:
         self.seconds = seconds
         self.where = where
         super().__init__(
-            f"expected to be done within {seconds:g} s, was not at {where}. Send fewer or smaller pictures, "
-            "or ask the operator to raise CODEFORMER_MAX_SECONDS."
+            f"expected to be done within {seconds:g} s, but the time was up before {where}. Send fewer or "
+            "smaller pictures, or ask the operator to raise CODEFORMER_MAX_SECONDS."
         )
 
     @property
     def local(self) -> str:
         return (
-            f"expected to be done within {self.seconds:g} s, was not at {_IN_IMAGE.sub('', self.where)}. "
+            f"expected to be done within {self.seconds:g} s, but the time was up before "
+            f"{_IN_IMAGE.sub('', self.where)}. "
             "Use a smaller copy, or raise CODEFORMER_MAX_SECONDS."
         )
 
@@ -131,7 +132,7 @@ class TimeLimitError(CodeFormerError, TimeoutError):
 class CancelledError(CodeFormerError):
     """A request was cancelled; nothing was returned.
 
-    Attributes: `where`, what would have been next.
+    Attributes: `where`, the stage that would have been next.
     """
 
     def __init__(self, where: str) -> None:
@@ -194,7 +195,7 @@ class DownloadError(WeightsError):
 class InferenceError(CodeFormerError, RuntimeError):
     """A stage failed on a valid picture; nothing was returned for the whole request.
 
-    Attributes: `stage`; `where`, the pictures and faces in work, counted from 1; `cause`, in words.
+    Attributes: `stage`; `where`, the pictures and faces of the failed batch, counted from 1; `cause`, a text.
     """
 
     def __init__(self, stage: str, where: str, cause: str) -> None:
@@ -209,7 +210,7 @@ class InferenceError(CodeFormerError, RuntimeError):
 
 
 class DeviceMemoryError(InferenceError):
-    """A stage did not fit into the device's memory, not even for a single face; attributes as above."""
+    """A stage did not fit into the device's memory, not even with one face; attributes as above."""
 
     def __init__(self, stage: str, where: str, cause: str) -> None:
         super().__init__(
@@ -220,9 +221,9 @@ class DeviceMemoryError(InferenceError):
 
 
 class DeviceError(CodeFormerError, RuntimeError):
-    """The device cannot run the networks; the service must not start on it.
+    """The device cannot run the networks, so a server must not start on it.
 
-    Attributes: `device`, its name; `cause`, in words.
+    Attributes: `device`, its name; `cause`, a text.
     """
 
     def __init__(self, device: str, cause: str) -> None:
@@ -236,13 +237,13 @@ class DeviceError(CodeFormerError, RuntimeError):
 
 
 class NonFiniteOutputError(CodeFormerError, ArithmeticError):
-    """A network answered with NaN or infinity; in half precision a float32 pass may still succeed."""
+    """The output of a network contains NaN or infinity. After half precision, float32 may still succeed."""
 
 
 class OutputError(CodeFormerError):
     """The restored pictures cannot be written; nothing was returned.
 
-    Attributes: `cause`, in words.
+    Attributes: `cause`, a text.
     """
 
     def __init__(self, cause: str) -> None:
@@ -254,23 +255,23 @@ class OutputError(CodeFormerError):
 
 
 class DiskFullError(CodeFormerError):
-    """A result does not fit on its disk, and neither would those that follow.
+    """The disk is full: this result cannot be written, and later ones could not be either.
 
-    Attributes: `path`, where it should have gone; `cause`, in words.
+    Attributes: `path`, the file or folder that could not be written; `cause`, a text.
     """
 
     def __init__(self, path: Path, cause: str) -> None:
         self.path = path
         self.cause = cause
         super().__init__(
-            f"{path}: expected room for the result, got: {cause}; free space there and go on with "
+            f"{path}: expected room for the result, got: {cause}; free space there and continue with "
             "--skip-existing."
         )
 
 
 class TrainingError(CodeFormerError, RuntimeError):
-    """A training cannot start or go on."""
+    """A training run cannot start or continue."""
 
 
 class BenchmarkError(CodeFormerError, RuntimeError):
-    """A benchmark cannot start, go on, or trust what it measured."""
+    """A benchmark cannot start or continue, or its measurements are not valid."""

@@ -1,4 +1,4 @@
-"""What one request may cost; set by the operator, in environment variables."""
+"""Limits of one request: pixels, faces and time. The operator sets them in environment variables."""
 
 import math
 import os
@@ -15,20 +15,22 @@ FACES_VARIABLE: Final = "CODEFORMER_MAX_FACES"
 SECONDS_VARIABLE: Final = "CODEFORMER_MAX_SECONDS"
 IN_WORK_VARIABLE: Final = "CODEFORMER_MAX_MEGAPIXELS_IN_WORK"
 BATCH_WAIT_VARIABLE: Final = "CODEFORMER_BATCH_WAIT_MS"
-_NOTES_BYTES: Final = 64_000_000
-# No number of a limit has to be larger, and all arithmetic with it stays exact.
+_METADATA_BYTES: Final = 64_000_000
+# Larger limits make no sense, and up to here all arithmetic with a limit is exact.
 _LARGEST: Final = 1e9
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds of one request.
+    """Limits of one request.
 
     Attributes:
-        max_megapixels: of each picture, in 10^6 pixels.
-        max_faces: to restore in each picture.
-        max_seconds: from the first file read to the last face pasted; looked at between stages.
-        max_megapixels_in_work: of all pictures that a server has decoded; later requests wait.
+        max_megapixels: largest size of each picture, in 10^6 pixels.
+        max_faces: largest number of faces in each picture.
+        max_seconds: longest time from reading the first file to pasting the last face; checked between
+            stages.
+        max_megapixels_in_work: total size of the pictures that a server holds at a time; further requests
+            wait.
     """
 
     max_megapixels: float = 100.0
@@ -38,10 +40,10 @@ class Limits:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "Limits":
-        """The limits that the environment sets, the defaults for others.
+        """Reads the limits from the environment; variables that are not set give the defaults.
 
         Raises:
-            OptionError: a variable is not such a number.
+            OptionError: a variable is not a positive number (a positive integer for faces).
         """
         return cls(
             max_megapixels=_positive(environment, MEGAPIXELS_VARIABLE, cls.max_megapixels),
@@ -52,24 +54,24 @@ class Limits:
 
     @property
     def max_pixels(self) -> int:
-        """Of each picture."""
+        """Largest number of pixels of each picture."""
         return int(self.max_megapixels * 1e6)
 
     @property
     def max_bytes(self) -> int:
-        """Of each file: four uncompressed 16-bit samples a pixel, and something for profiles and notes."""
-        return 8 * self.max_pixels + _NOTES_BYTES
+        """Largest size of each file: four 16-bit samples per pixel, and 64 MB for profiles and metadata."""
+        return 8 * self.max_pixels + _METADATA_BYTES
 
 
 DEFAULT_LIMITS: Final = Limits()
 
 
 class Deadline:
-    """When a request has to end.
+    """The time at which a request has to end.
 
     Args:
-        seconds: from now.
-        stop: set when the request is cancelled.
+        seconds: time limit, counted from now.
+        stop: an event that is set when the request is cancelled.
     """
 
     def __init__(self, seconds: float, stop: threading.Event | None = None) -> None:
@@ -78,10 +80,10 @@ class Deadline:
         self._stop = stop
 
     def check(self, where: str) -> None:
-        """Looks whether it is time to end.
+        """Raises an error if the request has to end.
 
         Args:
-            where: what would be next.
+            where: the stage that would be next, for the error message.
 
         Raises:
             TimeLimitError: the time is over.

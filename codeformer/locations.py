@@ -1,7 +1,7 @@
-"""Where the files that come with the package are, and where downloaded ones go.
+"""Paths of the files that come with the package, and of downloaded files.
 
-A checkout has weight sets and sample pictures in its top-level folders `weights/` and `data/`. An installed
-package has them inside itself, in `share/`; pyproject.toml says which.
+In a checkout, weight sets and sample pictures are in the top-level folders `weights/` and `data/`. In an
+installed package they are in its own folder `share/`; pyproject.toml lists them.
 """
 
 from importlib.resources import files
@@ -20,10 +20,10 @@ def checkout() -> Path | None:
 
 
 def shipped(folder: str) -> Path:
-    """The folder `weights` or `data` with the files that come with the package, wherever it is run from."""
+    """The folder `weights` or `data` with the files that come with the package."""
     return (checkout() or _SHARE) / folder
 
 
 def downloads() -> Path:
-    """The folder for downloaded weights: that of the shipped sets in a checkout, else in the user's cache."""
+    """The folder for downloaded weights: `weights/` in a checkout, otherwise in the user's cache folder."""
     return shipped("weights") if checkout() else user_cache_path("codeformer", appauthor=False) / "weights"

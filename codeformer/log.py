@@ -1,25 +1,26 @@
-"""What a server logs, and which of it a client may read.
+"""The log of a server, and which of its lines a client may read.
 
-Cog returns the lines that a request writes to standard error with its answer, as `logs`, and sends them to
-webhooks. Lines that quote a file, or name paths of the server, are for the operator alone and go past that.
+Cog captures the lines that a request writes to `sys.stderr`, returns them in the answer as `logs` and sends
+them to webhooks. Lines that quote a file or name paths of the server are for the operator only. They are
+written to a stream that Cog does not capture.
 """
 
 import logging
 import sys
 from typing import Final
 
-# Shown like any other line by the command line and in a program of one's own.
+# In the command line and in other programs, this logger is like any other.
 operator_logger: Final = logging.getLogger("codeformer.operator")
 
-# Python's warnings begin with the path of the module that gave them.
+# Python's warnings contain the path of the module that issued them.
 _OPERATOR_ONLY: Final = (operator_logger.name, "py.warnings")
 _FORMAT: Final = "%(levelname)s %(name)s: %(message)s"
 
 
 def configure_server_log() -> None:
-    """Logs from INFO on; what is for the operator alone goes to the process's own standard error.
+    """Logs level INFO and above; operator-only lines go to the original standard error of the process.
 
-    Cog puts an object of its own in the place of `sys.stderr`, which sorts lines by request.
+    Cog replaces `sys.stderr` by an object that assigns lines to requests.
     """
     logging.captureWarnings(capture=True)
     shared, private = logging.StreamHandler(), logging.StreamHandler(sys.__stderr__)

@@ -1,7 +1,7 @@
-"""The options of a request: their choices, their defaults and what is refused.
+"""The options of a request: choices, defaults and validation.
 
-Without torch, so that the command line's help does not wait for it. `engine.plan` turns the profile, the mode
-and the backend into a plan for a device.
+This module does not import torch, so that the help of the command line appears at once. `engine.plan` turns
+the profile, the mode and the backend into a plan for a device.
 """
 
 import itertools
@@ -29,7 +29,7 @@ RESTORER_CHOICES: Final[tuple[str, ...]] = tuple(
 
 DEFAULT_FIDELITY: Final = 0.5
 
-# Where inductor keeps what it has compiled; the name is torch's.
+# The folder for inductor's compiled kernels; torch defines the name.
 COMPILE_CACHE_VARIABLE: Final = "TORCHINDUCTOR_CACHE_DIR"
 
 
@@ -120,7 +120,7 @@ def check_fidelity(value: object) -> float:
     """Returns the fidelity as a float.
 
     Raises:
-        OptionError: not a number from 0 to 1.
+        OptionError: it is not a number from 0 to 1.
     """
     return _check_share("codeformer_fidelity", value, "0 (quality) to 1 (fidelity)")
 
@@ -129,7 +129,7 @@ def check_strength(value: object) -> float:
     """Returns the strength as a float.
 
     Raises:
-        OptionError: not a number from 0 to 1.
+        OptionError: it is not a number from 0 to 1.
     """
     return _check_share("strength", value, "0 (the input) to 1 (the restored face)")
 
@@ -138,7 +138,7 @@ def check_min_face_px(value: object) -> float:
     """Returns the smallest size of a face to restore, in px, as a float.
 
     Raises:
-        OptionError: not a number from 0.
+        OptionError: it is not a number from 0.
     """
     if _is_number(value) and 0 <= value < float("inf"):  # type: ignore[operator]
         return float(value)  # type: ignore[arg-type]
@@ -153,7 +153,7 @@ def check_choice(option: str, value: object, choices: tuple[str, ...]) -> None:
 
 def _check_share(option: str, value: object, meaning: str) -> float:
     number: Any = value
-    # Comparing first: NaN fails it, and a huge integer could not become a float.
+    # Compare before converting: NaN fails the comparison, and a huge integer cannot become a float.
     if _is_number(value) and 0 <= number <= 1:
         return float(number)
     raise OptionError(option, value, f"a number from {meaning}")

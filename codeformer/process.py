@@ -1,4 +1,4 @@
-"""What holds for a whole process: set once, when a server or the command line starts."""
+"""Settings of the whole process, made once when a server or the command line starts."""
 
 import ctypes
 import logging
@@ -24,13 +24,13 @@ _LARGEST: Final = 2**31 - 1
 def tune_process(device: "torch.device") -> None:
     """Prepares a process to restore pictures on a device.
 
-    Importing the package changes nothing in a process; this does. Pillow's limits give way to those of
-    `codeformer.limits`. On a CPU, freed memory is kept for reuse, and the number of kernels that oneDNN keeps
-    is bounded. A program that leaves this out gets the same results, but more slowly on a CPU, and cannot
-    read pictures of more than 178 megapixels.
+    Importing the package does not change any process-wide setting; this function does. The limits of
+    `codeformer.limits` replace Pillow's. On a CPU, freed memory is kept for reuse, and oneDNN's cache of
+    kernels is limited. Without this call, results are the same, but computing on a CPU takes longer, and
+    pictures of more than 178 megapixels cannot be read.
 
     Args:
-        device: where the networks will run; nothing may have been computed there before.
+        device: where the networks will run. Call this function before the first computation on it.
     """
     lift_pillow_limits()
     if device.type == "cpu":
@@ -39,27 +39,28 @@ def tune_process(device: "torch.device") -> None:
 
 
 def limit_kernel_cache() -> None:
-    """Bounds what oneDNN keeps of kernels it has generated for shapes of tensors, on a CPU.
+    """Limits the number of kernels that oneDNN caches for tensor shapes on a CPU.
 
-    Each new size of picture brings the detector's kernels anew, up to a megabyte each with what they keep.
-    oneDNN's own bound is 1024; the networks of one request need about a hundred. A bound counts only if it
-    is set before oneDNN's first use.
+    The detector needs new kernels for each new picture size, of up to a megabyte each. oneDNN's default limit
+    is 1024 kernels; the networks of one request need about a hundred. The limit has no effect after
+    oneDNN's first use.
     """
     os.environ.setdefault(_KERNEL_CACHE_VARIABLE, str(_KERNELS))
 
 
 def keep_freed_memory() -> bool:
-    """Lets this process keep the memory that large tensors free, for those that follow.
+    """Makes this process keep the memory of freed large tensors for reuse.
 
-    glibc gives every block over 32 MB back to the system at once. A feature map at full resolution is
-    67 MB: each one begins with 16 000 page faults, which take longer than computing it. The process then
-    holds its peak memory, and more, until it ends; benchmarks/NOTES.md has the measurements.
+    By default, glibc returns every freed block over 32 MB to the system at once. A feature map at full
+    resolution has 67 MB, so each one starts with 16 000 page faults, which take longer than its computation.
+    With this setting, the process keeps its peak memory, and more, until it ends. benchmarks/NOTES.md has
+    the measurements.
 
-    Threads other than the first have arenas that cannot hold such blocks. Where they work, as in a server,
-    the process has to be started with MALLOC_ARENA_MAX=1 in its environment.
+    Threads other than the main thread use arenas that cannot hold such large blocks. If they run the
+    networks, as in a server, start the process with MALLOC_ARENA_MAX=1 in its environment.
 
     Returns:
-        Whether the allocator took the settings; False where it is not glibc's.
+        Whether the allocator accepted the settings; False if it is not glibc's.
     """
     if not sys.platform.startswith("linux"):
         return False

@@ -1,9 +1,10 @@
-"""Makes the benchmark's pictures: data/1.jpg ... data/100.jpg and what is on them, data/pictures.json.
+"""Generates the benchmark pictures, data/1.jpg ... data/100.jpg, and their description, data/pictures.json.
 
-Portraits, groups, crowds, faces from 40 px to the whole frame, turned, cut by the border, grey, sepia and
-framed ones, in usual sizes, spoilt in the ranges of the CodeFormer paper. All faces are those of astronaut
-Eileen Collins by NASA (public domain); grounds are public-domain and CC0 pictures, all as scikit-image ships
-them. A picture follows from its number alone and is the same byte for byte with the pinned tools.
+Portraits, groups and crowds; faces from 40 px to the whole frame, turned, or cut off by the border; grey,
+sepia and framed pictures; in common sizes, degraded in the ranges of the CodeFormer paper. All faces are from
+NASA's portrait of astronaut Eileen Collins (public domain); backgrounds are public-domain and CC0 pictures,
+all from scikit-image. A picture depends only on its number and, with the pinned tools, is the same byte for
+byte.
 """
 
 import argparse
@@ -25,11 +26,11 @@ from codeformer.imaging.files import ImageU8
 FOLDER: Final = Path(__file__).resolve().parent
 COUNT: Final = 100
 SEED: Final = 2022
-# Written by the plan of this module, whichever pictures are made.
+# Written together with the pictures.
 INDEX: Final = "pictures.json"
 
-# The face in NASA's portrait, in its pixels: the middle of eyes and mouth, the width from ear to ear, and
-# eyes, nose and corners of the mouth, read off by hand.
+# The face in NASA's portrait, in its pixels, measured by hand: the centre of eyes and mouth, the width from
+# ear to ear, and the landmarks (eyes, nose, corners of the mouth).
 FACE_CENTRE_XY: Final = (224.0, 122.0)
 FACE_WIDTH: Final = 84.0
 LANDMARKS_XY: Final = ((204.0, 104.0), (243.0, 104.0), (225.0, 128.0), (206.0, 143.0), (244.0, 143.0))
@@ -38,7 +39,7 @@ HEAD: Final = np.s_[0:262, 122:326]
 Kind = Literal["portrait", "close_up", "whole_frame", "pair", "group", "crowd", "cut", "far"]
 Tone = Literal["colour", "grey", "sepia"]
 
-# Twenty in a row are like any other twenty; the first is a portrait.
+# Repeated for every twenty pictures.
 KINDS: Final[tuple[Kind, ...]] = (
     *("portrait", "pair", "portrait", "group", "close_up", "portrait", "far", "portrait", "pair", "crowd"),
     *("portrait", "cut", "portrait", "group", "whole_frame", "portrait", "pair", "portrait", "group"),
@@ -50,7 +51,7 @@ SIZES_WH: Final = (
     *[(300, 400), (1920, 1080), (2400, 3000)],
 )
 GROUNDS: Final = ("coffee", "rocket", "brick", "grass", "gravel", "moon", "hubble_deep_field")
-# Faces of crowds; on larger pictures they grow along, as those are reduced before they are searched.
+# Width in px of faces in crowds. Larger on larger pictures, because these are reduced for detection.
 SMALL_FACE: Final = (40.0, 60.0)
 REDUCED_SIDE: Final = 640
 
@@ -60,11 +61,11 @@ class Placement:
     """A face on a picture.
 
     Attributes:
-        centre_xy: where its middle lies, in the picture's px.
-        width: from ear to ear, in px.
-        turn_deg: counter-clockwise.
-        mirrored: left to right.
-        gain_bgr: factors of its colours.
+        centre_xy: its centre, in px of the picture.
+        width: width from ear to ear, in px.
+        turn_deg: rotation in degrees, counter-clockwise.
+        mirrored: whether left and right are exchanged.
+        gain_bgr: factors of its colour channels.
     """
 
     centre_xy: tuple[float, float]
@@ -75,7 +76,7 @@ class Placement:
 
     @property
     def matrix(self) -> np.ndarray:
-        """From the portrait's pixels to the picture's, (2, 3)."""
+        """The (2, 3) transform from pixels of the portrait to pixels of the picture."""
         scale = self.width / FACE_WIDTH
         matrix = cv2.getRotationMatrix2D(FACE_CENTRE_XY, self.turn_deg, scale)
         if self.mirrored:
@@ -85,7 +86,7 @@ class Placement:
         return np.asarray(matrix)
 
     def landmarks_xy(self) -> list[list[float]]:
-        """Eyes, nose, corners of the mouth, left ones first as seen by us, in the picture's px."""
+        """Left and right eye, nose, left and right corner of the mouth (as seen by the viewer), in px."""
         order = (1, 0, 2, 4, 3) if self.mirrored else (0, 1, 2, 3, 4)
         points = np.array(LANDMARKS_XY)[list(order)]
         return [
@@ -95,17 +96,17 @@ class Placement:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to make one picture.
+    """How to generate one picture.
 
     Attributes:
-        number: of the picture, from 1.
-        kind: what is on it.
-        size_wh: in px, the frame included.
-        ground: the picture behind the faces; "portrait" for NASA's own.
-        faces: front to back.
+        number: number of the picture, from 1.
+        kind: its content.
+        size_wh: width and height in px, including the frame.
+        ground: the background; "portrait" for that of NASA's portrait.
+        faces: the faces, in the order of pasting.
         tone: colour, grey or sepia.
-        frame: width of the light frame around it in px, 0 for none.
-        degradation: of the whole; None for a clean picture.
+        frame: width of the light frame in px, 0 for none.
+        degradation: degradation of the whole picture; None for a clean picture.
     """
 
     number: int
@@ -122,11 +123,15 @@ def main() -> None:
     """Writes the pictures and their index."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--output", type=Path, default=FOLDER, metavar="DIR", help="default: data/")
-    parser.add_argument("--count", type=int, default=COUNT, help=f"how many, default {COUNT}")
-    parser.add_argument("--clean", action="store_true", help="not degraded: references for `quality`")
+    parser.add_argument("--count", type=int, default=COUNT, help=f"number of pictures, default {COUNT}")
+    parser.add_argument(
+        "--clean", action="store_true", help="without degradation, as references for `quality`"
+    )
     options = parser.parse_args()
     if options.output.resolve() == FOLDER and (options.clean or options.count != COUNT):
-        parser.error("--clean and --count write other pictures than data/ holds: name another --output.")
+        parser.error(
+            "--clean and --count would replace pictures of data/ by other ones: name another --output."
+        )
     recipes = [plan(number) for number in range(1, options.count + 1)]
     if options.clean:
         recipes = [replace(recipe, degradation=None) for recipe in recipes]
@@ -137,13 +142,13 @@ def main() -> None:
 
 
 def index_text(recipes: Iterable[Recipe]) -> str:
-    """The index as JSON, a line for each picture."""
+    """The index as JSON, with one line for each picture."""
     lines = ",\n".join(json.dumps(entry) for entry in describe(recipes))
     return f"[\n{lines}\n]\n"
 
 
 def describe(recipes: Iterable[Recipe]) -> list[dict[str, Any]]:
-    """What is on the pictures: sizes, kinds, faces with width and landmarks, degradations."""
+    """Describes pictures: sizes, kinds, faces with width and landmarks, degradations."""
     return [
         {
             "file": f"{recipe.number}.jpg",
@@ -166,17 +171,17 @@ def describe(recipes: Iterable[Recipe]) -> list[dict[str, Any]]:
 
 
 def plan(number: int) -> Recipe:
-    """The recipe of a picture, from 1 on."""
+    """The recipe of a picture, by its number, from 1."""
     rng = np.random.default_rng((SEED, number))
     kind = KINDS[(number - 1) % len(KINDS)]
-    # Each score of pictures pairs kinds and sizes anew.
+    # Every twenty pictures combine kinds and sizes differently.
     turn = (number - 1) // len(KINDS)
     size_wh = SIZES_WH[((number - 1) * 7 + turn * 3) % len(SIZES_WH)]
     tone: Tone = "grey" if number % 8 == 5 else "sepia" if number % 16 == 10 else "colour"
     frame = round(0.04 * min(size_wh)) if number % 11 == 4 else 0
     faces = tuple(_place(kind, size_wh, frame, rng))
     ground = "portrait" if len(faces) == 1 and kind != "far" else str(rng.choice(GROUNDS))
-    return Recipe(number, kind, size_wh, ground, faces, tone, frame, _spoil(kind, faces, rng))
+    return Recipe(number, kind, size_wh, ground, faces, tone, frame, _degradation(kind, faces, rng))
 
 
 def _place(kind: Kind, size_wh: tuple[int, int], frame: int, rng: np.random.Generator) -> list[Placement]:
@@ -200,7 +205,7 @@ def _place(kind: Kind, size_wh: tuple[int, int], frame: int, rng: np.random.Gene
         if kind == "far":
             x, y = rng.uniform(0.2, 0.8) * width, rng.uniform(0.3, 0.7) * height
         if kind == "cut":
-            # A quarter of the face beyond the border.
+            # A quarter of the face is outside the border.
             x = face * 0.25 if rng.random() < 0.5 else width - face * 0.25
         return [_face((x + frame, y + frame), face, rng)]
     rows_columns = {"pair": [(1, 2)], "group": [(1, 3), (2, 2), (2, 3)], "crowd": [(2, 4), (3, 4), (3, 3)]}[
@@ -236,14 +241,14 @@ def _face(centre_xy: tuple[float, float], width: float, rng: np.random.Generator
     )
 
 
-def _spoil(kind: Kind, faces: tuple[Placement, ...], rng: np.random.Generator) -> Degradation:
-    """Small faces are spoilt less: nobody could find them again."""
+def _degradation(kind: Kind, faces: tuple[Placement, ...], rng: np.random.Generator) -> Degradation:
+    """Draws a degradation; small faces are degraded less, so that they can still be found."""
     smallest = min(face.width for face in faces)
     if kind in {"crowd", "far"} or smallest < 70:
         return MILD.sample(rng)
     chosen = HEAVY if smallest > 200 and rng.random() < 0.4 else MODERATE
     drawn = chosen.sample(rng)
-    # The ranges are those of 512 px crops, in which a face is about 300 px wide.
+    # The ranges are for 512 px crops, in which a face is about 300 px wide.
     scale = min(1.0, smallest / 300)
     return replace(
         drawn,
@@ -254,12 +259,12 @@ def _spoil(kind: Kind, faces: tuple[Placement, ...], rng: np.random.Generator) -
 
 
 def draw(recipe: Recipe) -> ImageU8:
-    """The picture of a recipe, (H, W, 3) uint8 BGR."""
+    """Draws the picture of a recipe, (H, W, 3) uint8 BGR."""
     width, height = recipe.size_wh
     if recipe.ground == "portrait":
         [face] = recipe.faces
         picture = cv2.warpAffine(
-            _gained(_portrait(), face),
+            _with_gain(_portrait(), face),
             face.matrix,
             recipe.size_wh,
             flags=cv2.INTER_CUBIC,
@@ -285,7 +290,7 @@ def draw(recipe: Recipe) -> ImageU8:
 
 
 def encode(picture: ImageU8, *, clean: bool) -> bytes:
-    """JPEG, at a quality that adds nothing to what the recipe has spoilt."""
+    """Encodes a picture as JPEG, at a quality that adds no visible degradation."""
     ok, data = cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, 95 if clean else 88])
     if not ok:
         raise RuntimeError("OpenCV cannot write JPEG")
@@ -293,23 +298,23 @@ def encode(picture: ImageU8, *, clean: bool) -> bytes:
 
 
 def _pasted(picture: ImageU8, face: Placement) -> ImageU8:
-    head, mask = _cut_out()
+    head, mask = _cutout()
     corner = np.array([[1, 0, HEAD[1].start], [0, 1, HEAD[0].start], [0, 0, 1]])
     matrix = face.matrix @ corner
     size_wh = (picture.shape[1], picture.shape[0])
     warped = cv2.warpAffine(
-        _gained(head, face), matrix, size_wh, flags=cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE
+        _with_gain(head, face), matrix, size_wh, flags=cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE
     ).astype(np.float32)
     alpha = cv2.warpAffine(mask, matrix, size_wh)[:, :, None]
     return np.asarray(np.rint(warped * alpha + picture * (1 - alpha)), dtype=np.uint8)
 
 
-def _gained(picture: ImageU8, face: Placement) -> ImageU8:
+def _with_gain(picture: ImageU8, face: Placement) -> ImageU8:
     return np.asarray(np.clip(np.rint(picture * np.array(face.gain_bgr)), 0, 255), dtype=np.uint8)
 
 
 def _cover(picture: ImageU8, size_wh: tuple[int, int]) -> ImageU8:
-    """The middle of a picture, as large as fills the size."""
+    """Scales a picture to cover the size, and crops its centre."""
     width, height = size_wh
     scale = max(width / picture.shape[1], height / picture.shape[0])
     matrix = np.array(
@@ -335,8 +340,8 @@ def _ground(name: str) -> ImageU8:
 
 
 @cache
-def _cut_out() -> tuple[ImageU8, np.ndarray]:
-    """Head and shoulders, and how much of them shows: an oval with a soft edge, (h, w) float32."""
+def _cutout() -> tuple[ImageU8, np.ndarray]:
+    """Head and shoulders (h, w, 3) uint8, and their mask (h, w) float32: an oval with a soft edge."""
     head = np.ascontiguousarray(_portrait()[HEAD])
     height, width = head.shape[:2]
     mask = np.zeros((height, width), np.float32)

@@ -1,7 +1,10 @@
-"""Draws docs/lite.jpg: what the shipped weights make of one face, spoilt in three ways.
+"""Draws two pictures of one face for the documentation, restored with a weight set.
 
-The face is that of astronaut Eileen Collins by NASA (public domain), which scikit-image ships. It was in
-no training set.
+`before_after.jpg`: the degraded face and the restored one, side by side. `lite.jpg`: the face degraded in
+three ways (rows); the degraded input, the results for three fidelities and the original (columns).
+
+The face is from NASA's portrait of astronaut Eileen Collins (public domain), which scikit-image ships. It
+was in no training set.
 """
 
 import argparse
@@ -20,23 +23,26 @@ from codeformer.imaging.geometry import FACE_SIZE, align_faces, crop_face, make_
 from codeformer.training.scores import restore_face
 from codeformer.weights.manifest import load_weight_set
 
-TARGET: Final = Path(__file__).resolve().parent.parent / "docs" / "lite.jpg"
+DOCS: Final = Path(__file__).resolve().parent.parent / "docs"
 ROWS: Final = {
     "small, noisy, JPEG 40": Degradation(7, 1.4, 3, 12, 40),
     "blurred": Degradation(41, 4, 2, 4, 80),
     "10 times smaller": Degradation(3, 0.8, 10, 4, 80),
 }
 FIDELITIES: Final = (0.0, 0.5, 1.0)
+# The row and the column of the sheet that the before/after pair shows; 0.5 is the default fidelity.
+PAIR_ROW: Final = "small, noisy, JPEG 40"
+PAIR_FIDELITY: Final = 0.5
 CELL: Final = 320
 CAPTION: Final = 28
 SEED: Final = 7
 
 
 def main() -> None:
-    """Writes the sheet."""
+    """Writes both pictures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--weights", default="lite", metavar="SET")
-    parser.add_argument("--output", type=Path, default=TARGET, metavar="FILE")
+    parser.add_argument("--output", type=Path, default=DOCS, metavar="DIR")
     options = parser.parse_args()
 
     models = load_models(load_weight_set(options.weights), torch.device("cpu"))
@@ -44,25 +50,32 @@ def main() -> None:
     working = make_working_copy(picture)
     [aligned], _ = align_faces(working, models.detector.detect([working.image_bgr])[0])
     truth = crop_face(working.image_bgr, aligned.working_to_face)
-    rows = [_captions(["input", *(f"w = {w:g}" for w in FIDELITIES), "truth"])]
+    rows = [_captions(["degraded input", *(f"w = {w:g}" for w in FIDELITIES), "original"])]
     for name, degradation in ROWS.items():
-        spoilt = degradation.apply(truth, np.random.default_rng(SEED))
-        restored = [restore_face(models.restorers["codeformer"], w, spoilt) for w in FIDELITIES]
-        cells = [_cell(face) for face in (spoilt, *restored, truth)]
+        degraded = degradation.apply(truth, np.random.default_rng(SEED))
+        restored = {w: restore_face(models.restorers["codeformer"], w, degraded) for w in FIDELITIES}
+        if name == PAIR_ROW:
+            pair = np.hstack([_cell(degraded), _cell(restored[PAIR_FIDELITY])])
+            _write(options.output / "before_after.jpg", np.vstack([_captions(["before", "after"]), pair]))
+        cells = [_cell(face) for face in (degraded, *restored.values(), truth)]
         _label(cells[0], name)
         rows.append(np.hstack(cells))
-    cv2.imwrite(str(options.output), np.vstack(rows), [cv2.IMWRITE_JPEG_QUALITY, 92])
+    _write(options.output / "lite.jpg", np.vstack(rows))
+
+
+def _write(path: Path, image_bgr: ImageU8) -> None:
+    cv2.imwrite(str(path), image_bgr, [cv2.IMWRITE_JPEG_QUALITY, 92])
 
 
 def _cell(face_bgr: ImageU8) -> ImageU8:
-    """The middle of an aligned face, without a change of scale."""
+    """The centre of an aligned face, cropped without scaling."""
     start = (FACE_SIZE - CELL) // 2
     top = start + 40
     return face_bgr[top : top + CELL, start : start + CELL].copy()
 
 
 def _label(cell_bgr: ImageU8, text: str) -> None:
-    """Writes into the lower left corner of a cell, on black."""
+    """Writes text on black into the lower left corner of a cell."""
     (width, height), below = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, 0.6, 1)
     cv2.rectangle(cell_bgr, (0, CELL - height - below - 8), (width + 12, CELL), (0, 0, 0), cv2.FILLED)
     place = (6, CELL - below - 4)

@@ -1,8 +1,8 @@
 """Writes the predictor's input schema to the files named on the command line.
 
-`tests/input_schema.json` pins the interface: a test compares it with predict.py. Cog's server checks
-requests against `.cog/openapi_schema.json`, which `cog build` makes itself inside an image; without
-Docker `make serve` and the tests make it with this script.
+`tests/input_schema.json` pins the interface: a test compares it with predict.py. Cog's server validates
+requests with `.cog/openapi_schema.json`. `cog build` writes that file for an image; without Docker,
+`make serve` and the tests write it with this script.
 """
 
 import json
@@ -67,9 +67,9 @@ def build_schema() -> dict[str, Any]:
 
 
 def write_schema(path: Path) -> None:
-    """Writes the schema to a file, making its folder if need be."""
+    """Writes the schema to a file and creates its folder if necessary."""
     path.parent.mkdir(exist_ok=True)
-    # Whole or not at all: another server may be starting beside this one.
+    # Written as a whole, because another server may be starting at the same time.
     partial = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.part")
     partial.write_text(json.dumps(build_schema(), indent=2) + "\n", encoding="utf-8")
     partial.replace(path)

@@ -1,4 +1,4 @@
-"""Assertions on pictures and arrays that show how far off they are."""
+"""Assertions on pictures and arrays that report the size of the error."""
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +15,7 @@ def assert_pictures_close(
     within: int,
     share: float = 1.0,
 ) -> None:
-    """At most `mean` levels of mean error, and at least `share` of the values within `within` levels."""
+    """Asserts a mean error of at most `mean` levels, and `share` of the values within `within` levels."""
     actual, expected = (
         picture.cpu().numpy() if isinstance(picture, torch.Tensor) else picture
         for picture in (actual, expected)
@@ -30,6 +30,6 @@ def assert_pictures_close(
 
 
 def relative_error(actual: npt.ArrayLike, expected: npt.ArrayLike) -> float:
-    """Norm of the difference over the norm of what was expected."""
+    """The norm of the difference divided by the norm of the expected values."""
     reference = np.asarray(expected, dtype=np.float64)
     return float(np.linalg.norm(np.asarray(actual, dtype=np.float64) - reference) / np.linalg.norm(reference))

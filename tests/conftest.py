@@ -45,18 +45,18 @@ TINY_CONFIG: dict[str, Any] = {
 
 @pytest.fixture(params=["cpu", "cuda"])
 def device(request: pytest.FixtureRequest) -> torch.device:
-    """Each device there is."""
+    """The CPU, and a CUDA device if there is one."""
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     return torch.device(request.param)
 
 
 def make_tiny_restorer(seed: int = 0, **other_sizes: Any) -> CodeFormer:
-    """A small CodeFormer with random weights whose every branch matters."""
+    """A small CodeFormer with random weights in which every branch affects the result."""
     torch.manual_seed(seed)
     network = CodeFormer(**TINY_CONFIG | other_sizes)
     torch.nn.init.normal_(network.quantize.embedding.weight)
-    # Codes that hang on the place rather than the picture: rounding noise must not flip them.
+    # Make codes depend on the position rather than the picture, so that rounding does not change them.
     torch.nn.init.normal_(network.position_emb)
     network.feat_emb.weight.data *= 0.01
     return network.eval().requires_grad_(False)
@@ -78,13 +78,13 @@ def service_of(pipeline: Pipeline, limits: Limits = DEFAULT_LIMITS, **options: A
 
 
 def make_channels_last_restorer() -> CodeFormer:
-    """The same network in the other memory layout."""
+    """The tiny restorer in channels-last layout."""
     network: Any = make_tiny_restorer()
     return cast("CodeFormer", network.to(memory_format=torch.channels_last))
 
 
 def make_broken_restorer(value: float) -> CodeFormer:
-    """A network whose red channel comes out as `value`."""
+    """A tiny restorer whose red output channel is `value`."""
     network = make_tiny_restorer()
     last: Any = network.generator.blocks[-1]
     last.bias.data[0] = value
@@ -92,7 +92,7 @@ def make_broken_restorer(value: float) -> CodeFormer:
 
 
 def make_blind_detector() -> torch.nn.Module:
-    """A detector that finds nothing, for tests that need no face and no reference data."""
+    """A detector that finds no face, for tests without faces and reference data."""
     torch.manual_seed(0)
     network = build_retinaface("mobile0.25")
     for head in network.ClassHead:  # type: ignore[union-attr]
@@ -111,13 +111,13 @@ def detector() -> FaceDetector:
 
 @pytest.fixture(scope="session")
 def upstream_detector() -> FaceDetector:
-    """The detector that the goldens were computed with."""
+    """The detector with which the goldens were computed."""
     return FaceDetector(load_teacher(shared.detector_weights()))
 
 
 @pytest.fixture(scope="session")
 def filled_codeformer() -> CodeFormer:
-    """The official configuration with the goldens' values."""
+    """CodeFormer in the official configuration, with the parameter values of the goldens."""
     network = CodeFormer()
     shared.fill(network)
     return network.eval().requires_grad_(False)
@@ -125,7 +125,7 @@ def filled_codeformer() -> CodeFormer:
 
 @pytest.fixture(scope="session")
 def filled_parsenet() -> FaceParsingNetwork:
-    """ParseNet with the goldens' values."""
+    """ParseNet with the parameter values of the goldens."""
     network = FaceParsingNetwork()
     shared.fill(network.parsenet)
     return network.requires_grad_(False)
@@ -133,7 +133,7 @@ def filled_parsenet() -> FaceParsingNetwork:
 
 @pytest.fixture(autouse=True)
 def _same_arithmetic_on_every_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plans for a CPU are in float32, whatever this one can do or the environment says."""
+    """Makes plans for a CPU use float32, regardless of this CPU and the environment."""
     monkeypatch.delenv("CODEFORMER_CPU_PRECISION", raising=False)
     monkeypatch.setattr("codeformer.engine.precision.cpu_multiplies_bfloat16", lambda: False)
 
@@ -206,7 +206,7 @@ def filled_weights(
     filled_parsenet: FaceParsingNetwork,
     upstream_detector: FaceDetector,
 ) -> Path:
-    """A weight set of official size: the goldens' values, the goldens' detector."""
+    """A weight set of the official size, with the values and the detector of the goldens."""
     folder = tmp_path_factory.mktemp("weights") / "filled"
     folder.mkdir()
     save_file(filled_codeformer.state_dict(), folder / "restorer.safetensors")

@@ -1,4 +1,4 @@
-"""Faults made on purpose: a full disk, a request that is cancelled."""
+"""Simulated faults: a full disk, a cancelled request."""
 
 import contextlib
 import ctypes
@@ -10,9 +10,9 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def largest_file(size_bytes: int) -> Iterator[None]:
-    """No file may grow beyond this, as on a full disk: writing fails part of the way."""
+    """Limits the size of files: writing more fails part of the way, as on a full disk."""
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
-    # Else the process is ended.
+    # Otherwise the signal would end the process.
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, old[1]))
     try:
@@ -23,11 +23,11 @@ def largest_file(size_bytes: int) -> Iterator[None]:
 
 
 class Interrupted(BaseException):
-    """Stands for what Cog raises in the thread of a cancelled request."""
+    """Stands for the exception that Cog raises in the thread of a cancelled request."""
 
 
 def interrupt(thread: threading.Thread) -> None:
-    """The way Cog cancels: an exception set from outside, raised at the thread's next step."""
+    """Cancels as Cog does: sets an exception that the thread raises at its next step."""
     ctypes.pythonapi.PyThreadState_SetAsyncExc(
         ctypes.c_ulong(thread.ident or 0), ctypes.py_object(Interrupted)
     )

@@ -1,4 +1,4 @@
-"""Pictures with faces that every clone has, of the NASA portrait in scikit-image (public domain)."""
+"""Pictures with faces, from the NASA portrait in scikit-image (public domain); available in every clone."""
 
 from functools import lru_cache
 
@@ -15,7 +15,7 @@ def portrait() -> np.ndarray:
 
 
 def small_portrait() -> np.ndarray:
-    """The same face in a picture that is enlarged before it is searched, (293, 225, 3)."""
+    """The same face in a picture that is enlarged before detection, (293, 225, 3)."""
     return cv2.resize(portrait()[_HEAD], (225, 293), interpolation=cv2.INTER_AREA)
 
 
@@ -39,7 +39,7 @@ def _group() -> np.ndarray:
 
 
 def group() -> np.ndarray:
-    """Four faces, 60 to 130 px wide, two of them turned a little, (540, 960, 3) uint8 BGR."""
+    """Four faces, 60 to 130 px wide, two of them slightly turned, (540, 960, 3) uint8 BGR."""
     return _group().copy()
 
 

@@ -1,4 +1,4 @@
-"""ICC profiles, written by hand after the ICC.1 specification (version 2)."""
+"""ICC profiles, written from the ICC.1 specification (version 2)."""
 
 import struct
 
@@ -8,16 +8,16 @@ D50 = (0.9642, 1.0, 0.8249)
 
 
 def gray_profile(gamma: float) -> bytes:
-    """Grey samples whose light is their `gamma`-th power."""
+    """A profile for grey samples with the given gamma."""
     return _profile(
         b"GRAY", b"XYZ ", {b"kTRC": b"curv" + struct.pack(">IIH", 0, 1, round(gamma * 256)) + bytes(2)}
     )
 
 
 def ink_profile() -> bytes:
-    """CMYK in which black ink alone counts: lightness L* falls evenly from 100 to 0, the rest is ignored."""
+    """A CMYK profile in which only black ink counts: L* falls linearly from 100 to 0."""
     table = np.zeros((2, 2, 2, 2, 3), np.uint8)
-    # Lab in 8 bits: 255 is L* = 100, 128 is no colour.
+    # Lab in 8 bits: 255 is L* = 100, and 128 is neutral.
     table[..., 1:] = 128
     table[:, :, :, 0, 0] = 255
     identity = bytes(range(256))

@@ -1,4 +1,4 @@
-"""The real Cog server for tests: on a port of its own, and ended with all its processes."""
+"""The real Cog server for tests, on a free port; all its processes are ended after the test."""
 
 import base64
 import contextlib
@@ -15,14 +15,14 @@ LOG_DEADLINE_S: Final = 20
 
 
 class CogServer:
-    """A running Cog server; `under_test` is the handle the benchmarks have on it."""
+    """A running Cog server; `under_test` is the handle of the benchmarks on it."""
 
     def __init__(self, under_test: Server) -> None:
         self.under_test = under_test
         self.url = under_test.url
 
     def logs(self, text: str) -> bool:
-        """Whether the server has printed a text, or does so soon: its worker's lines come through a pipe."""
+        """Whether the server prints a text in time; lines of its worker arrive with a delay."""
         deadline = time.monotonic() + LOG_DEADLINE_S
         while text not in self.under_test._log.read_text(encoding="utf-8", errors="replace"):
             if time.monotonic() > deadline:
@@ -58,7 +58,7 @@ class CogServer:
 
 @contextlib.contextmanager
 def running(weights: Path, temporary: Path | None = None) -> Iterator[CogServer]:
-    """Starts a server, on a port that the kernel chooses, and ends it with all its processes."""
+    """Runs a server on a port that the kernel chooses, and ends all its processes afterwards."""
     with running_server(
         0, kind="direct", weights=str(weights), deadline_s=START_DEADLINE_S, temporary=temporary
     ) as under_test:

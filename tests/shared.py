@@ -1,4 +1,4 @@
-"""The one way to the reference data that lies beside the project, not in it."""
+"""Access to the reference data, which are in a folder next to the project."""
 
 import importlib.util
 import json
@@ -16,7 +16,7 @@ FOLDER = ROOT.parent / "shared"
 
 
 def path_of(relative: str) -> Path:
-    """A file of the reference data; skips the test, saying so, when the folder is absent."""
+    """The path of a file of the reference data; skips the test if the folder is missing."""
     if not FOLDER.is_dir():
         pytest.skip("needs the reference data in ../shared, which a plain clone does not have")
     return FOLDER / relative
@@ -44,17 +44,17 @@ def _json(relative: str) -> Any:
 
 
 def geometry() -> Any:
-    """What upstream finds on each photo."""
+    """The geometry of the faces that upstream finds in each photo."""
     return _json("goldens/geometry.json")
 
 
 def state_keys() -> Any:
-    """Names, shapes and dtypes of the official checkpoints' tensors."""
+    """Names, shapes and dtypes of the tensors in the official checkpoints."""
     return _json("goldens/state_keys.json")
 
 
 def fill(network: torch.nn.Module) -> None:
-    """Loads the deterministic values that the goldens were computed with."""
+    """Loads the deterministic parameter values of the goldens into a network."""
     spec = importlib.util.spec_from_file_location("goldens_fill", path_of("goldens/fill.py"))
     assert spec is not None
     assert spec.loader is not None
@@ -64,5 +64,5 @@ def fill(network: torch.nn.Module) -> None:
 
 
 def detector_weights() -> Path:
-    """A real, trained RetinaFace mobile0.25."""
+    """The path of a trained RetinaFace mobile0.25."""
     return path_of("weights/retinaface_mobile0.25.pth")

@@ -920,7 +920,10 @@ def test_programs_say_how_they_are_called(command: str) -> None:
 
 COMMANDS = re.findall(
     r"^\s*(?:python|\$\(PYTHON\)) (?:-m benchmarks (\w+)|benchmarks/(\w+)\.py) (.*)$",
-    "\n".join((ROOT / name).read_text() for name in ("README.md", "benchmarks/NOTES.md", "Makefile")),
+    "\n".join(
+        (ROOT / name).read_text()
+        for name in ("README.md", "benchmarks/README.md", "benchmarks/NOTES.md", "Makefile")
+    ),
     re.MULTILINE,
 )
 

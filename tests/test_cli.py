@@ -1,4 +1,4 @@
-"""The command line, run as a user runs it."""
+"""The command line, called as a user calls it."""
 
 import errno
 import json
@@ -32,7 +32,7 @@ from tests.shared import ROOT
 
 @pytest.fixture
 def folder(tmp_path: Path, picture: np.ndarray) -> Path:
-    """Two photos of one stem, a text file and a hidden file."""
+    """A folder with two photos of the same stem, a text file and a hidden file."""
     photos = tmp_path / "photos"
     photos.mkdir()
     assert cv2.imwrite(str(photos / "a.png"), picture)
@@ -70,7 +70,7 @@ def test_restores_a_folder_and_compares(
     assert f"skipped: {folder / 'notes.txt'}: not a picture" in said.err
 
 
-def test_a_pair_too_wide_for_a_jpeg_stands_one_above_the_other(tmp_path: Path) -> None:
+def test_a_comparison_too_wide_for_a_jpeg_is_stacked_vertically(tmp_path: Path) -> None:
     photo = tmp_path / "wide.png"
     assert cv2.imwrite(str(photo), np.full((1700, 33_000, 3), 90, np.uint8))
     output = tmp_path / "out"
@@ -78,7 +78,7 @@ def test_a_pair_too_wide_for_a_jpeg_stands_one_above_the_other(tmp_path: Path) -
     assert shared.read_picture(output / "wide_compare.jpg").shape == (2 * 1700 + 8, 33_000, 3)
 
 
-def test_a_bad_photo_among_good_ones_is_reported_and_the_others_are_done(
+def test_a_bad_photo_is_reported_and_the_others_are_restored(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bad = folder / "b.jpg"
@@ -96,7 +96,7 @@ def test_an_original_is_never_overwritten(folder: Path, capsys: pytest.CaptureFi
     shutil.copy(folder / "a.JPG", photo)
     before = photo.read_bytes()
     assert cv2.imwrite(str(folder / "c.png"), np.zeros((50, 50, 3), np.uint8))
-    # c.png would become c.jpg, which is an original though it was not named.
+    # c.png would become c.jpg, which may be an original although it was not named.
     for named in ("c.jpg", "c.png"):
         assert main(["restore", str(folder / named), "-o", str(folder)]) == 1
         assert "overwritten" in capsys.readouterr().err
@@ -188,7 +188,7 @@ def test_all_sets_are_listed_with_their_licences(capsys: pytest.CaptureFixture[s
 
 
 def heights(folder: Path) -> dict[str, int]:
-    """The pictures below a folder: names to heights, by which the tests tell them apart."""
+    """The pictures in a folder and its subfolders: heights by name; each test picture has its own height."""
     return {
         str(path.relative_to(folder)): len(shared.read_picture(path))
         for path in sorted(folder.rglob("*"))
@@ -197,7 +197,7 @@ def heights(folder: Path) -> dict[str, int]:
 
 
 def put(path: Path, height: int, suffix: str = ".png") -> Path:
-    """A picture of some height under a name, encoded as the suffix says."""
+    """Writes a picture of the given height, in the format of the suffix."""
     path.parent.mkdir(parents=True, exist_ok=True)
     ok, data = cv2.imencode(suffix, np.full((height, 40, 3), 90, np.uint8))
     assert ok
@@ -209,7 +209,7 @@ def restore(*arguments: object) -> int:
     return main(["restore", *map(str, arguments)])
 
 
-def test_photos_in_a_folder_are_found_by_what_they_are(
+def test_photos_in_a_folder_are_recognised_by_their_content(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     album, output = tmp_path / "album", tmp_path / "out"
@@ -234,13 +234,13 @@ def test_photos_in_a_folder_are_found_by_what_they_are(
     ]
     for line, reason in zip(
         skipped,
-        ("empty", "leads nowhere", "not a picture", "device", "camera RAW", "--recursive"),
+        ("empty", "broken link", "not a picture", "device", "camera RAW", "--recursive"),
         strict=True,
     ):
         assert reason in line
 
 
-def test_folders_in_folders_keep_their_places_and_are_walked_once(
+def test_subfolders_are_kept_in_the_output_and_searched_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     album = tmp_path / "album"
@@ -256,15 +256,15 @@ def test_folders_in_folders_keep_their_places_and_are_walked_once(
         assert restore(album, "-o", output, "--recursive") == 0
         assert heights(output) == expected
     said = capsys.readouterr().err
-    assert "loop: a link to a folder" in said
-    assert f"skipped: {output}: the folder of the results" in said
-    # The results are no photos of the album they lie in, wherever in it.
+    assert "loop: it is a link to a folder" in said
+    assert f"skipped: {output}: it is the output folder" in said
+    # Results in a folder of photos are not restored again.
     assert restore(album / "x", "-o", album / "x", "-r") == 0
     assert restore(album / "x", "-o", album / "x", "-r") == 0
     assert sorted(path.name for path in (album / "x").iterdir()) == ["a.jpg", "a.png", "loop", "y"]
 
 
-def test_names_of_one_folder_never_collide_whatever_is_restored_when(tmp_path: Path) -> None:
+def test_results_of_several_runs_never_collide(tmp_path: Path) -> None:
     album, output = tmp_path / "album", tmp_path / "out"
     for number, name in enumerate(("a.jpg", "a.png", "a_2.jpg", "A.webp", "a.JPG")):
         put(album / name, 20 + number, Path(name).suffix.lower())
@@ -274,19 +274,19 @@ def test_names_of_one_folder_never_collide_whatever_is_restored_when(tmp_path: P
     for run in (album, album / "a.jpg", album / "A.webp", album):
         assert restore(run, "-o", output) == 0
         found = heights(output)
-        assert found["a.jpg"] == 21, "the name of a result stays its own"
+        assert found["a.jpg"] == 21, "the result keeps its name"
         assert sorted(found.values()) == [20, 21, 22, 23, 24]
         assert len({name.casefold() for name in found}) == 5
         assert results in {None, tuple(found.items())}
         results = tuple(found.items())
-    # Also where a better one has become free.
+    # Also if a name with a lower number has become free.
     (output / "a.jpg").unlink()
     before = heights(output)
     assert restore(album / "A.webp", "-o", output) == 0
     assert heights(output) == before
 
 
-def test_a_file_of_another_origin_is_replaced_only_on_demand(tmp_path: Path) -> None:
+def test_a_file_of_another_origin_is_replaced_only_with_overwrite(tmp_path: Path) -> None:
     photo, other = put(tmp_path / "A" / "x.png", 20), put(tmp_path / "B" / "x.jpg", 50, ".jpg")
     assert restore(photo, "-o", other.parent) == 0
     assert restore(photo, "-o", other.parent) == 0
@@ -294,12 +294,12 @@ def test_a_file_of_another_origin_is_replaced_only_on_demand(tmp_path: Path) -> 
     (other.parent / "x_2.jpg").unlink()
     assert restore(photo, "-o", other.parent, "--overwrite") == 0
     assert heights(other.parent) == {"x.jpg": 20}
-    # Another photo's result stays, also then.
+    # The result of another photo is not replaced even then.
     assert restore(put(tmp_path / "C" / "x.png", 21), "-o", other.parent, "--overwrite") == 0
     assert heights(other.parent) == {"x.jpg": 20, "x_2.jpg": 21}
 
 
-def test_a_result_that_was_edited_is_somebodys_and_one_that_was_cut_is_not(tmp_path: Path) -> None:
+def test_an_edited_result_is_kept_and_a_truncated_one_is_replaced(tmp_path: Path) -> None:
     photo, output = put(tmp_path / "A" / "x.png", 20), tmp_path / "out"
     assert restore(photo, "-o", output) == 0
     whole = (output / "x.jpg").read_bytes()
@@ -318,7 +318,7 @@ def test_a_result_that_was_edited_is_somebodys_and_one_that_was_cut_is_not(tmp_p
     assert {path.name: path.read_bytes() for path in output.iterdir()} == {"x.jpg": whole}
 
 
-def test_what_is_there_is_skipped_without_loading_anything(
+def test_existing_results_are_skipped_without_loading_networks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     album, output = tmp_path / "album", tmp_path / "out"
@@ -328,17 +328,19 @@ def test_what_is_there_is_skipped_without_loading_anything(
     (output / "b.jpg").unlink()
     before = (output / "a.jpg").stat().st_mtime_ns
     assert restore(album, "-o", output, "--skip-existing") == 0
-    assert f"skipped: {album / 'a.png'}: its result {output / 'a.jpg'} is there" in capsys.readouterr().err
+    assert (
+        f"skipped: {album / 'a.png'}: its result {output / 'a.jpg'} already exists" in capsys.readouterr().err
+    )
     assert (output / "a.jpg").stat().st_mtime_ns == before
     assert heights(output) == {"a.jpg": 20, "b.jpg": 21}
-    # A comparison that is wanted and is not there is made.
+    # A requested comparison that is missing is written.
     assert restore(album / "a.png", "-o", output, "--skip-existing", "--compare") == 0
     assert (output / "a_compare.jpg").is_file()
     monkeypatch.setattr(Pipeline, "load", None)
     assert restore(album, "-o", output, "--skip-existing") == 0
 
 
-def test_two_runs_at_the_same_time_take_nothing_from_each_other(tmp_path: Path) -> None:
+def test_two_runs_at_the_same_time_do_not_overwrite_each_other(tmp_path: Path) -> None:
     photos = [Photo(put(tmp_path / name / "x.png", 20)) for name in "AB"]
     output = tmp_path / "out"
     runs = [ResultFolder(output, [photo], compare=False) for photo in photos]
@@ -349,7 +351,7 @@ def test_two_runs_at_the_same_time_take_nothing_from_each_other(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("stem", ["x" * 251, "é" * 125 + "x", "日" * 83])
-def test_the_longest_names_work(tmp_path: Path, stem: str) -> None:
+def test_names_that_are_too_long_are_shortened(tmp_path: Path, stem: str) -> None:
     photos = [
         put(tmp_path / "A" / f"{stem}{suffix}", 20 + n) for n, suffix in enumerate((".png", ".gif", ""))
     ]
@@ -367,7 +369,7 @@ def test_odd_names_are_shown_on_one_line(tmp_path: Path, capsys: pytest.CaptureF
     assert line.startswith(f"{tmp_path}/line\\nand \\udcff byte.png -> ")
 
 
-def test_local_errors_name_the_file_and_send_nobody_anywhere(
+def test_local_errors_name_the_file_and_do_not_mention_sending(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     good, cut = put(tmp_path / "good.png", 20), put(tmp_path / "cut.png", 20)
@@ -384,13 +386,13 @@ def test_local_errors_name_the_file_and_send_nobody_anywhere(
     assert f"failed: {cut}: the file is damaged or cut short" in said
     assert f"failed: {good}: restore failed on face 2: OutOfMemoryError" in said
     assert "send" not in said.lower()
-    # The log, which is the service's, counts them.
+    # Only log lines may count pictures; the messages of the command line name the file.
     told = [line for line in said.replace("\r", "\n").splitlines() if "failed" in line]
     assert len(told) >= 3
     assert not any("image 1" in line.lower() for line in told)
 
 
-def test_a_photo_that_is_not_there_is_noticed_before_anything_is_loaded(
+def test_a_missing_photo_is_reported_before_networks_are_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(Pipeline, "load", None)
@@ -405,7 +407,7 @@ def test_a_photo_that_is_not_there_is_noticed_before_anything_is_loaded(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_that_cannot_be_written_is_noticed_before_anything_is_loaded(
+def test_an_unwritable_folder_is_reported_before_networks_are_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(Pipeline, "load", None)
@@ -415,7 +417,7 @@ def test_a_folder_that_cannot_be_written_is_noticed_before_anything_is_loaded(
 
 
 def failing(really: Callable[..., Any], number: int) -> Callable[..., Any]:
-    """Path.open, but for files that are being written."""
+    """Path.open, failing for files that are opened for writing."""
 
     def fail(path: Path, *arguments: Any, **options: Any) -> Any:
         if path.suffix == ".part":
@@ -461,7 +463,7 @@ def test_nothing_partial_is_left_however_a_run_ends(
 
 def start(*arguments: object, **options: Any) -> "subprocess.Popen[str]":
     command = [sys.executable, "-m", "codeformer", *map(str, arguments)]
-    # With it, argparse writes at once, and passes over what fails then.
+    # Unbuffered, argparse would write at once and ignore the failure.
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, **options)
 
@@ -488,7 +490,7 @@ def test_ctrl_c_ends_a_run_without_a_traceback(tmp_path: Path, tiny_weights: Pat
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["weights", "list"]])
-def test_a_reader_that_has_gone_is_no_reason_for_a_traceback(arguments: list[str]) -> None:
+def test_a_closed_output_pipe_gives_no_traceback(arguments: list[str]) -> None:
     reading, writing = os.pipe()
     os.close(reading)
     run = start(*arguments, stdout=writing)
@@ -499,7 +501,7 @@ def test_a_reader_that_has_gone_is_no_reason_for_a_traceback(arguments: list[str
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_disk_behind_the_output_is_told_in_one_line() -> None:
+def test_a_full_disk_behind_standard_output_is_reported_in_one_line() -> None:
     with Path("/dev/full").open("w") as full:
         run = start("weights", "list", stdout=full)
         _, said = run.communicate(timeout=100)
@@ -508,7 +510,7 @@ def test_a_full_disk_behind_the_output_is_told_in_one_line() -> None:
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["restore", "--help"], ["weights", "list"]])
-def test_help_waits_for_no_large_library(arguments: list[str]) -> None:
+def test_help_imports_no_large_library(arguments: list[str]) -> None:
     code = (
         "import sys, atexit; atexit.register(lambda: print(*sorted(sys.modules), file=sys.stderr)); "
         f"from codeformer.cli.main import main; main({arguments!r})"
@@ -534,7 +536,7 @@ def test_as_a_module_on_the_sample_photo(tiny_weights: Path, tmp_path: Path) -> 
     assert shared.read_picture(tmp_path / "out" / "1.jpg").shape == (832, 640, 3)
 
 
-def test_importing_the_package_stays_out_of_basicsr() -> None:
+def test_importing_the_package_does_not_import_basicsr() -> None:
     code = (
         "import sys, json, codeformer.cli.main, predict; "
         "print(json.dumps([m for m in sys.modules if m.split('.')[0] in ('basicsr', 'numba', 'scipy')]))"

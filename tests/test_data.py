@@ -1,4 +1,4 @@
-"""The benchmark's pictures: what the committed ones are, and that the plan is what its index says."""
+"""The benchmark pictures: the committed files and the index agree with the plan."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ def test_the_committed_pictures_are_those_of_the_plan(number: int) -> None:
     made = encode(draw(plan(number)), clean=False)
     committed = (DATA / f"{number}.jpg").read_bytes()
     if made != committed:
-        # Another processor may round a pixel otherwise, no more than that.
+        # Another processor may round pixels differently.
         difference = decode_image(made).astype(int) - decode_image(committed).astype(int)
         assert np.abs(difference).mean() < 0.2
 
@@ -36,7 +36,7 @@ def test_the_index_is_that_of_the_plan() -> None:
     assert (DATA / INDEX).read_text() == index_text(recipes())
 
 
-def test_the_set_has_every_shape_the_benchmark_promises() -> None:
+def test_the_pictures_have_the_documented_kinds_and_sizes() -> None:
     made = recipes()
     # The table in data/README.md.
     assert Counter(recipe.kind for recipe in made) == {
@@ -92,11 +92,11 @@ def test_grey_pictures_are_grey_and_frames_are_light() -> None:
     assert border.std(axis=(0, 1)).max() < 1
 
 
-def test_a_clean_picture_is_the_same_scene_unspoilt() -> None:
+def test_a_clean_picture_is_the_same_scene_without_degradation() -> None:
     recipe = plan(1)
     assert recipe.degradation is not None
-    spoilt, clean = draw(recipe), draw(dataclasses.replace(recipe, degradation=None))
-    assert clean.shape == spoilt.shape
-    coarse = [cv2.resize(picture, (20, 26), interpolation=cv2.INTER_AREA) for picture in (spoilt, clean)]
+    degraded, clean = draw(recipe), draw(dataclasses.replace(recipe, degradation=None))
+    assert clean.shape == degraded.shape
+    coarse = [cv2.resize(picture, (20, 26), interpolation=cv2.INTER_AREA) for picture in (degraded, clean)]
     assert np.abs(coarse[0].astype(int) - coarse[1].astype(int)).mean() < 3
-    assert cv2.Laplacian(clean, cv2.CV_64F).var() != pytest.approx(cv2.Laplacian(spoilt, cv2.CV_64F).var())
+    assert cv2.Laplacian(clean, cv2.CV_64F).var() != pytest.approx(cv2.Laplacian(degraded, cv2.CV_64F).var())

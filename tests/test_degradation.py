@@ -37,7 +37,7 @@ def test_the_heavy_range_is_the_papers() -> None:
 
 
 @pytest.mark.parametrize("kind", [MILD, MODERATE, HEAVY])
-def test_values_stay_in_their_ranges_and_reach_into_all_of_them(kind: DegradationRange) -> None:
+def test_sampled_values_cover_their_ranges_and_stay_inside(kind: DegradationRange) -> None:
     source = rng()
     drawn = [kind.sample(source) for _ in range(400)]
     blur = [d.blur_kernel if kind.blur_unit == "kernel" else d.blur_sigma for d in drawn]
@@ -82,7 +82,7 @@ def test_blur_alone_is_opencvs() -> None:
 def test_noise_has_its_sigma_in_levels() -> None:
     flat = np.full((256, 256, 3), 128, np.uint8)
     noisy = Degradation(1, 0.1, 1, 20, 100).apply(flat, rng()).astype(float)
-    # JPEG keeps half of the colour's resolution only; the luma is left whole.
+    # JPEG halves the resolution of colours; luma keeps its resolution.
     luma = noisy @ [0.114, 0.587, 0.299]
     expected = 20 * np.linalg.norm([0.114, 0.587, 0.299])
     assert luma.std() == pytest.approx(expected, rel=0.05)
@@ -109,7 +109,7 @@ def test_any_size_is_kept(shape: tuple[int, int]) -> None:
     assert HEAVY.sample(rng()).apply(picture, rng()).shape == picture.shape
 
 
-def test_the_way_of_enlarging_changes_nothing_else() -> None:
+def test_the_interpolation_changes_nothing_else() -> None:
     for seed in range(20):
         linear, cubic = MODERATE.sample(rng(seed)), MODERATE_CUBIC.sample(rng(seed))
         assert (linear.enlarged_by, cubic.enlarged_by) == ("linear", "cubic")
@@ -120,7 +120,7 @@ def test_the_way_of_enlarging_changes_nothing_else() -> None:
     assert min(drawn["linear"], drawn["cubic"]) > 150
 
 
-def test_cubic_enlarging_keeps_the_noise_that_linear_averages_away() -> None:
+def test_cubic_interpolation_keeps_noise_that_linear_removes() -> None:
     flat = np.full((384, 384, 3), 128, np.uint8)
     spread = {
         way: Degradation(1, 0.1, 3, 20, 100, way).apply(flat, rng()).astype(float).std()

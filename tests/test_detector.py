@@ -1,4 +1,4 @@
-"""Detection against upstream's findings and against facexlib's own code."""
+"""Detection compared with upstream's results and with facexlib's own code."""
 
 import itertools
 from collections.abc import Callable
@@ -41,7 +41,7 @@ def test_finds_what_upstream_finds(upstream_detector: FaceDetector, name: str) -
     assert len(found) == len(boxes)
     np.testing.assert_allclose([d.box_xyxy for d in found], boxes[:, :4], atol=0.1)
     np.testing.assert_allclose([d.landmarks_xy for d in found], golden["landmarks"], atol=0.1)
-    # Upstream divides the whole row, score included, by the detector copy's scale.
+    # Upstream divides the whole row, including the score, by the scale of the detector copy.
     scale = 640 / min(working.shape[:2])
     np.testing.assert_allclose([d.score / scale for d in found], boxes[:, 4], atol=1e-4)
 
@@ -109,14 +109,14 @@ def test_shrinking_averages_areas_and_growing_interpolates() -> None:
     assert set(np.unique(resize_for_detection(steps)[0])) == {0, 25, 75, 100}
 
 
-def test_anchors_of_many_sizes_are_not_kept_for_ever() -> None:
+def test_the_cache_of_anchors_is_bounded() -> None:
     for width in range(640, 640 + 32 * 40, 32):
         anchors_for(640, width, CPU)
     kept = anchors_for.cache_info()
     assert kept.currsize <= 32
     before = kept.misses
     anchors_for(640, 640 + 32 * 39, CPU)
-    assert anchors_for.cache_info().misses == before, "the last ones are kept"
+    assert anchors_for.cache_info().misses == before, "the last anchors are kept"
 
 
 @pytest.mark.parametrize("level", [0, 128, 255])
@@ -129,7 +129,7 @@ def test_no_pictures_give_no_answers() -> None:
 
 
 def suppress_plainly(boxes: np.ndarray, scores: np.ndarray, threshold: float) -> list[int]:
-    """Greedy suppression with inclusive pixel areas, written out."""
+    """A plain implementation of greedy suppression with inclusive pixel areas."""
     keep: list[int] = []
     for candidate in np.argsort(-scores, kind="stable"):
         x1, y1, x2, y2 = boxes[candidate]
@@ -149,7 +149,7 @@ def suppress_plainly(boxes: np.ndarray, scores: np.ndarray, threshold: float) ->
 def test_suppression_uses_inclusive_areas_and_sorts_by_score() -> None:
     rng = np.random.default_rng(5)
     corners = rng.uniform(0, 30, (200, 2)).astype(np.float32)
-    # Boxes of a few pixels, where the "+ 1" decides.
+    # Boxes of a few pixels, for which the "+ 1" matters.
     boxes = np.concatenate([corners, corners + rng.uniform(1, 6, (200, 2)).astype(np.float32)], axis=1)
     scores = rng.uniform(0.5, 1.0, 200).astype(np.float32)
     found = select_faces(
@@ -162,4 +162,4 @@ def test_suppression_uses_inclusive_areas_and_sorts_by_score() -> None:
     expected = suppress_plainly(boxes[confident], scores[confident], 0.4)
     assert [d.score for d in found] == pytest.approx([float(s) for s in scores[confident][expected]])
     without_plus_one = suppress_plainly(boxes[confident] * 1000, scores[confident], 0.4)
-    assert expected != without_plus_one, "the case does not tell the two areas apart"
+    assert expected != without_plus_one, "the case does not distinguish the two definitions of area"

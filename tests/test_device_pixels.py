@@ -1,4 +1,4 @@
-"""Crops and paste-back in torch against OpenCV's."""
+"""Crops and paste-back in torch compared with OpenCV."""
 
 import cv2
 import numpy as np
@@ -41,7 +41,7 @@ def test_crops_as_opencv_does(picture: np.ndarray, place: str, device: torch.dev
     assert_pictures_close(crop, crop_face(picture, to_face), mean=0.3, within=3, share=0.999)
 
 
-def test_a_crop_beside_the_picture_is_border_coloured(picture: np.ndarray) -> None:
+def test_a_crop_outside_the_picture_has_the_border_colour(picture: np.ndarray) -> None:
     away = compose(np.array([[1.0, 0.0, 5000.0], [0.0, 1.0, 0.0]]), np.eye(3)[:2])
     crop = device_pixels.crop_face(torch.from_numpy(picture), away).numpy()
     np.testing.assert_array_equal(crop, np.broadcast_to(BORDER_BGR, (512, 512, 3)))
@@ -69,7 +69,7 @@ def test_pastes_as_opencv_does(
     np.testing.assert_array_equal(pasted[untouched], picture[untouched])
 
 
-def test_a_face_beside_the_picture_changes_nothing(picture: np.ndarray, face: np.ndarray) -> None:
+def test_a_face_outside_the_picture_is_not_pasted(picture: np.ndarray, face: np.ndarray) -> None:
     canvas = torch.from_numpy(picture.copy())
     device_pixels.paste_face(canvas, torch.from_numpy(face), similarity(0.3, 0, 5000, 100), None)
     np.testing.assert_array_equal(canvas.numpy(), picture)

@@ -1,4 +1,4 @@
-"""Fetching weights from a server on loopback that behaves, cuts, corrupts, stalls and refuses."""
+"""Fetching weights from a loopback server that works, or fails in various ways."""
 
 import contextlib
 import hashlib
@@ -27,14 +27,14 @@ FAST_TIMEOUT = (2.0, 0.5)
 
 @dataclass
 class Log:
-    """What the server was asked: path and Range header, in order."""
+    """The requests to the server: path and Range header, in order."""
 
     requests: list[tuple[str, str | None]] = field(default_factory=list)
     ready_folder: Path | None = None
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One behaviour per path; a behaviour with "once" in its name is good from the second request on."""
+    """One behaviour per path; with "once" in the path, only the first request fails."""
 
     log: Log
     protocol_version = "HTTP/1.1"
@@ -90,7 +90,7 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection = True
 
     def serve_slow(self, asked: str | None) -> None:
-        # The client is killed meanwhile.
+        # The client is killed in the meantime.
         with contextlib.suppress(ConnectionError):
             self.reply(CONTENT[:900_000], length=len(CONTENT))
             time.sleep(60)
@@ -150,7 +150,7 @@ def weight_file(server: tuple[str, Log], tmp_path: Path) -> Callable[..., Weight
 
 
 def fetch(file: WeightFile, **options: Any) -> list[float]:
-    """Fetches without waiting; returns the waits that were asked for."""
+    """Fetches without waiting; returns the requested waiting times."""
     waits: list[float] = []
     fetch_file(file, progress=False, timeout_s=FAST_TIMEOUT, sleep=waits.append, **options)
     return waits
@@ -240,7 +240,7 @@ def test_the_next_mirror_is_tried(
     assert server[1].requests[-1][0] == "/good"
 
 
-def test_a_passing_failure_is_retried_with_growing_waits(weight_file: Callable[..., WeightFile]) -> None:
+def test_a_temporary_failure_is_retried_with_growing_waits(weight_file: Callable[..., WeightFile]) -> None:
     file = weight_file("busy")
     waits: list[float] = []
     with pytest.raises(DownloadError):
@@ -337,7 +337,7 @@ def test_a_full_disk_is_a_clear_error_and_what_was_fetched_is_kept(
     assert server[1].requests == [("/good", None), ("/good", f"bytes={kept}-")]
 
 
-def test_a_process_killed_in_mid_download_is_continued_by_the_next(
+def test_a_killed_download_is_continued_by_the_next_process(
     weight_file: Callable[..., WeightFile], server: tuple[str, Log], tmp_path: Path
 ) -> None:
     file = weight_file("slow-once")
@@ -346,7 +346,7 @@ def test_a_process_killed_in_mid_download_is_continued_by_the_next(
     )
     process.start()
     deadline = time.monotonic() + 60
-    # What Python has not yet handed to the system is lost with the process.
+    # Data in Python's buffers is lost when the process is killed.
     while time.monotonic() < deadline and not (
         partial_of(file).exists() and partial_of(file).stat().st_size > 200_000
     ):
@@ -386,7 +386,7 @@ def test_two_processes_at_once_fetch_once(
     assert len(server[1].requests) == 1
 
 
-def test_a_file_that_another_process_just_finished_is_not_called_wrong(
+def test_a_file_that_another_process_just_finished_is_accepted(
     weight_file: Callable[..., WeightFile], server: tuple[str, Log], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = weight_file("good")

@@ -1,4 +1,4 @@
-"""Pictures with unusual faces: many, huge, upside down, cut by the border."""
+"""Pictures with unusual faces: many, huge, upside down, cut off by the border."""
 
 import dataclasses
 import itertools
@@ -49,8 +49,8 @@ class Negative(CodeFormerRestorer):
         return 255 - crops_bgr, all_finite(crops_bgr)
 
 
-class Knowing(FaceDetector):
-    """Finds the faces it is told of, landmarks (5, 2) each."""
+class FixedDetector(FaceDetector):
+    """Finds the given faces, by their landmarks (5, 2)."""
 
     def __init__(self, *faces_xy: np.ndarray) -> None:
         self._faces_xy = faces_xy
@@ -64,7 +64,7 @@ class Knowing(FaceDetector):
 
 
 def pipeline_of(detector: FaceDetector, restorer: CodeFormerRestorer | None = None) -> Pipeline:
-    """A pipeline that takes what the detector says; `Knowing` says it whatever it is shown."""
+    """A pipeline that takes what the detector says; `FixedDetector` says it whatever it is shown."""
     return Pipeline(models_of(detector, restorer or Negative()), CPU, second_look=False)
 
 
@@ -106,28 +106,28 @@ def checks(width: int, height: int) -> np.ndarray:
 
 @pytest.mark.parametrize("scale", [2.0, 3.1, 5.5])
 @pytest.mark.parametrize("turn", [0.0, 33.0, 180.0])
-def test_a_huge_face_is_averaged_and_not_sampled_here_and_there(scale: float, turn: float) -> None:
+def test_a_huge_face_is_averaged_before_sampling(scale: float, turn: float) -> None:
     width, height = 3100, 2903
     to_face = invert(similarity(scale, turn, width / 2, height / 2))
     crop = crop_face(checks(width, height), to_face)
-    # An odd filter keeps a ninth of the contrast; sampling alone would keep nearly all of it, as stripes.
+    # A filter of odd size keeps a ninth of the contrast; sampling alone would keep nearly all, as stripes.
     inside = crop[200:312, 200:312]
     assert inside.min() >= 127 - 16
     assert inside.max() <= 128 + 16
 
 
 def warped(picture: ImageU8, to_face: np.ndarray) -> ImageU8:
-    """As upstream crops."""
+    """Crops as upstream does."""
     grey = (135, 133, 132)
     crop = cv2.warpAffine(picture, to_face, (512, 512), borderMode=cv2.BORDER_CONSTANT, borderValue=grey)
     return np.asarray(crop, dtype=np.uint8)
 
 
 @pytest.mark.parametrize(("left", "top"), [(0, 0), (700, 433), (-800, 300), (1500, 1900)])
-def test_a_huge_face_is_cropped_where_it_is(left: int, top: int) -> None:
+def test_a_huge_face_is_cropped_at_its_position(left: int, top: int) -> None:
     picture = resized(pictures.portrait(), 2500, 2400)
     to_face = invert(similarity(3.3, 20, 1200 + left, 1200 + top))
-    # Another way: the whole picture averaged by a filter as wide, then sampled.
+    # Second implementation: average the whole picture with a filter of the same size, then sample.
     smooth = np.asarray(cv2.blur(picture, (3, 3)), dtype=np.uint8)
     expected = warped(smooth, to_face)
     assert_pictures_close(crop_face(picture, to_face), expected, mean=1.0, within=12, share=0.99)
@@ -153,7 +153,7 @@ def test_a_face_is_restored_where_it_lies_and_nothing_else_changes(place: str) -
     picture = np.random.default_rng(1).integers(0, 120, (600, 640, 3), np.uint8)
     face_to_picture = PLACES[place]()
     landmarks_xy = transform_points(face_to_picture, FFHQ_TEMPLATE_XY)
-    [result] = pipeline_of(Knowing(landmarks_xy)).restore([picture])
+    [result] = pipeline_of(FixedDetector(landmarks_xy)).restore([picture])
     assert len(result.faces) == 1
     np.testing.assert_allclose(result.faces[0].face_to_picture, face_to_picture, rtol=1e-3, atol=0.5)
     yy, xx = np.mgrid[0:600, 0:640]
@@ -165,13 +165,13 @@ def test_a_face_is_restored_where_it_lies_and_nothing_else_changes(place: str) -
     assert (result.image_bgr[core] > 120).mean() > 0.95
 
 
-def test_landmarks_that_are_no_face_are_counted_with_their_reason(caplog: pytest.LogCaptureFixture) -> None:
+def test_landmarks_that_fit_no_face_are_counted_with_the_reason(caplog: pytest.LogCaptureFixture) -> None:
     good = transform_points(similarity(0.5, 0, 300, 300), FFHQ_TEMPLATE_XY)
     on_one_spot = np.full((5, 2), 70.0)
     no_numbers = np.full((5, 2), np.nan)
     picture = np.full((600, 640, 3), 60, np.uint8)
     with caplog.at_level(logging.WARNING):
-        [result] = pipeline_of(Knowing(good, on_one_spot, no_numbers, good + 3)).restore([picture])
+        [result] = pipeline_of(FixedDetector(good, on_one_spot, no_numbers, good + 3)).restore([picture])
     assert len(result.faces) == 1
     assert len(result.skipped_faces) == 3
     said = "image 1: a face left as it is "
@@ -180,28 +180,28 @@ def test_landmarks_that_are_no_face_are_counted_with_their_reason(caplog: pytest
     assert f"{said}(1 times): the same face as one with a better score" in caplog.text
 
 
-def test_of_thousands_of_faces_no_more_than_allowed_are_looked_at() -> None:
+def test_no_more_faces_than_allowed_are_aligned() -> None:
     spots = [np.array([x, y]) for y in range(20, 3900, 40) for x in range(20, 3900, 40)]
     faces_xy = [FFHQ_TEMPLATE_XY / 10 + spot for spot in spots]
     picture = np.zeros((4000, 4000, 3), np.uint8)
-    detections = Knowing(*faces_xy).detect([picture])[0]
+    detections = FixedDetector(*faces_xy).detect([picture])[0]
     aligned, skipped = align_faces(make_working_copy(picture), detections, at_most=30)
     assert len(detections) > 9000
     assert len(aligned) == 30
     assert skipped == []
     with pytest.raises(FaceLimitError, match="at most 29 faces, found more"):
-        pipeline_of(Knowing(*faces_xy)).restore([picture], limits=Limits(max_faces=29))
+        pipeline_of(FixedDetector(*faces_xy)).restore([picture], limits=Limits(max_faces=29))
 
 
 def two_faces(behind: float, in_front: float) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Landmarks of two faces that overlap by half, of these sizes."""
+    """Landmarks of two faces of the given sizes that overlap by half."""
     places = [similarity(behind, 0, 250, 300), similarity(in_front, 0, 250 + 300 * in_front, 300)]
     picture = np.random.default_rng(2).integers(0, 120, (600, 800, 3), np.uint8)
     return picture, [transform_points(place, FFHQ_TEMPLATE_XY) for place in places]
 
 
-class Scored(Knowing):
-    """Finds faces with these scores, best first."""
+class Scored(FixedDetector):
+    """Finds faces with the given scores, best first."""
 
     def __init__(self, faces_xy: Sequence[np.ndarray], scores: Sequence[float]) -> None:
         super().__init__(*faces_xy)
@@ -231,7 +231,7 @@ def test_the_nearer_of_two_faces_lies_on_top(
         return result.image_bgr
 
     both, alone = restored(0, 1), restored(on_top)
-    # Where the nearer one is whole, nothing of the other shows.
+    # Inside the mask of the nearer face, the other face is not visible.
     core = core_of(faces_xy[on_top], sizes[on_top])
     np.testing.assert_array_equal(both[core], alone[core])
     other = restored(1 - on_top)

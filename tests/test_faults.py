@@ -1,4 +1,4 @@
-"""The real server when something goes wrong around it: cancelled, ended, its weights taken away."""
+"""The real server under faults: cancelled requests, shutdown, missing weights."""
 
 import http.server
 import json
@@ -27,7 +27,7 @@ TIMEOUT_S = 60.0
 
 
 def files_in(folder: Path) -> list[str]:
-    """All that lies there but the empty folder of a server that runs."""
+    """All files and folders there, excluding the empty output folder of a running server."""
     found = [path for path in folder.rglob("*") if path.is_file() or path.parent != folder]
     folders = [path for path in folder.iterdir() if path.is_dir()]
     return sorted(str(path.relative_to(folder)) for path in [*found, *folders[1:]])
@@ -40,7 +40,7 @@ def temporary(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory, tiny_weights: Path) -> Path:
-    """A weight set to do harm to."""
+    """A copy of a weight set, which tests may damage."""
     return Path(shutil.copytree(tiny_weights, tmp_path_factory.mktemp("copy") / "weights"))
 
 
@@ -48,7 +48,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory, tiny_weights: Path) -> Pat
 def server(weights: Path, temporary: Path) -> Iterator[CogServer]:
     with running(weights, temporary) as cog_server:
         yield cog_server
-    assert list(temporary.iterdir()) == [], "left behind by a server that has ended"
+    assert list(temporary.iterdir()) == [], "the server left files behind"
 
 
 def one_face() -> dict[str, Any]:
@@ -60,12 +60,13 @@ def many_faces() -> dict[str, Any]:
 
 
 def wait_until_begun(temporary: Path) -> None:
-    """Waits until a request that follows a successful one is in our hands: its first step removes the
-    other's results. Before that, Cog is busy with its inputs.
+    """Waits until the predictor runs a request that follows a successful one.
+
+    The first step of the predictor removes the earlier results; before that, Cog prepares the inputs.
     """
     deadline = time.monotonic() + TIMEOUT_S
     while list(temporary.glob("codeformer-outputs-*/*")):
-        assert time.monotonic() < deadline, "not begun"
+        assert time.monotonic() < deadline, "the request did not start"
         time.sleep(0.005)
 
 
@@ -85,7 +86,7 @@ def test_a_cancelled_request_leaves_no_file_and_no_state(server: CogServer, temp
         if statuses[-1] == "canceled":
             assert files_in(temporary) == []
         assert server.succeed(**one_face())["output"] == before
-    # A fast machine may be done before the last ones are cancelled.
+    # A fast machine may finish the last requests before they are cancelled.
     assert statuses[0] == "canceled"
     assert set(statuses) <= {"canceled", "succeeded"}
 
@@ -96,7 +97,7 @@ def test_a_failed_request_leaves_no_file(server: CogServer, temporary: Path) -> 
     assert files_in(temporary) == []
 
 
-def test_weights_taken_away_from_a_running_server_are_not_missed_until_it_starts_again(
+def test_a_running_server_does_not_need_its_weight_files_until_the_next_start(
     server: CogServer, weights: Path
 ) -> None:
     before = server.succeed(**one_face())["output"]
@@ -104,7 +105,7 @@ def test_weights_taken_away_from_a_running_server_are_not_missed_until_it_starts
     with (weights / "restorer.safetensors").open("r+b") as file:
         file.truncate(1000)
     assert server.succeed(**one_face())["output"] == before
-    # These networks are made only now.
+    # The optimized networks are created only now.
     server.succeed(**one_face(), runtime_profile="fast", stability_mode="optimized", compile_backend="none")
     assert server.succeed(**one_face())["output"] == before
     with pytest.raises(BenchmarkError, match=r"Weight file .*restorer\.safetensors: expected .*1,000 bytes"):  # noqa: SIM117
@@ -112,7 +113,7 @@ def test_weights_taken_away_from_a_running_server_are_not_missed_until_it_starts
             pass
 
 
-def test_a_server_that_is_told_to_end_finishes_its_request_and_leaves_nothing_behind(
+def test_a_stopped_server_finishes_its_request_and_leaves_no_files(
     tiny_weights: Path, tmp_path: Path
 ) -> None:
     inputs = many_faces()
@@ -130,14 +131,14 @@ def test_a_server_that_is_told_to_end_finishes_its_request_and_leaves_nothing_be
 
 
 class Counting(http.server.SimpleHTTPRequestHandler):
-    """Serves files and remembers which were asked for."""
+    """Serves files and records the requests."""
 
     asked: list[str]
 
     def do_GET(self) -> None:
         self.asked.append(self.path)
         if len(self.asked) == 1:
-            # Until the other server has come as far: they start seconds apart at most.
+            # Wait for the other server, which starts a few seconds later at most.
             time.sleep(8)
         super().do_GET()
 

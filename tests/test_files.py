@@ -1,4 +1,4 @@
-"""Reading and writing pictures: every kind of file against values known beforehand."""
+"""Reading and writing pictures: every kind of file compared with known values."""
 
 import io
 import struct
@@ -22,7 +22,7 @@ from tests.test_detector import PHOTOS
 
 
 def gradient(height: int = 40, width: int = 60) -> np.ndarray:
-    """(H, W, 3) uint8 RGB, smooth, every corner another colour."""
+    """(H, W, 3) uint8 RGB, smooth, with a different colour in each corner."""
     yy, xx = np.mgrid[0:height, 0:width]
     across, down = xx * 255 / max(1, width - 1), yy * 255 / max(1, height - 1)
     channels = [across, down, 255 - across]
@@ -36,7 +36,7 @@ def save(picture: Image.Image, kind: str, **options: object) -> bytes:
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A PNG that claims a size and holds no pixels."""
+    """A PNG with a header of the given size and without pixels."""
 
     def chunk(name: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
@@ -71,7 +71,7 @@ def test_photos_decode_as_opencv_decodes_them(name: str) -> None:
 
 
 def test_the_name_does_not_matter_the_bytes_do() -> None:
-    # decode_image never sees a name; a PNG sent as .jpg is a PNG.
+    # decode_image gets no name; a PNG that is called .jpg is a PNG.
     assert decode_image(save(Image.fromarray(gradient()), "PNG")).shape == (40, 60, 3)
 
 
@@ -86,7 +86,7 @@ def test_grey_and_palette_and_one_bit() -> None:
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF"])
-def test_transparency_is_laid_over_white(kind: str) -> None:
+def test_transparent_pictures_are_put_on_white(kind: str) -> None:
     rgba = np.zeros((4, 3, 4), np.uint8)
     rgba[..., 0] = 200
     rgba[:, 0, 3], rgba[:, 1, 3], rgba[:, 2, 3] = 0, 255, 51
@@ -107,7 +107,7 @@ def test_palette_transparency_and_grey_alpha() -> None:
 
 
 def swapped_profile() -> bytes:
-    """An RGB profile, sRGB's but with the primaries of red and green exchanged, and under its name."""
+    """A profile named sRGB in which the primaries of red and green are exchanged."""
     data = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
     # A tag table of 12 bytes each from byte 132: name, offset, size.
     count = int.from_bytes(data[128:132], "big")
@@ -122,12 +122,12 @@ def test_colours_with_a_profile_become_srgb(kind: str, options: dict[str, Any]) 
     rgb = np.zeros((8, 8, 3), np.uint8)
     rgb[:4], rgb[4:] = (220, 30, 60), (128, 128, 128)
     decoded = decode_image(save(Image.fromarray(rgb), kind, icc_profile=swapped_profile(), **options))
-    # Red light is called green there; greys stay what they are.
+    # Red and green are exchanged; greys stay the same.
     assert_pictures_close(decoded[:4], np.full((4, 8, 3), (60, 220, 30), np.uint8), mean=1, within=2)
     assert_pictures_close(decoded[4:], rgb[4:], mean=1, within=2)
 
 
-def test_a_profile_is_judged_by_what_it_does_not_by_its_name() -> None:
+def test_a_profile_is_judged_by_its_colours_not_its_name() -> None:
     linear = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
     for tag in (b"rTRC", b"gTRC", b"bTRC"):
         # In the tag table: name, offset, size.
@@ -137,15 +137,15 @@ def test_a_profile_is_judged_by_what_it_does_not_by_its_name() -> None:
         linear[start : start + size] = gamma_one.ljust(size, b"\0")
     assert "sRGB" in ImageCms.getProfileDescription(ImageCms.ImageCmsProfile(io.BytesIO(bytes(linear))))
     picture = Image.new("RGB", (4, 4), (55, 55, 55))
-    # 55 of 255 as a share of light: 12.92 and 2.4 are sRGB's own numbers.
+    # 12.92 and 2.4 are the constants of sRGB.
     expected = round(255 * (1.055 * (55 / 255) ** (1 / 2.4) - 0.055))
     decoded = decode_image(save(picture, "PNG", icc_profile=bytes(linear)))
     assert np.abs(decoded.astype(int) - expected).max() <= 1
 
 
-# A profile holds the time it was made at: without names, two test processes would collect different tests.
+# A profile contains its creation time; without ids, two test processes would collect different tests.
 @pytest.mark.parametrize("profile", [b"no profile", swapped_profile()[:200]], ids=["text", "cut short"])
-def test_a_profile_that_cannot_be_read_is_no_reason_to_refuse(
+def test_a_picture_with_an_unreadable_profile_is_accepted(
     profile: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     rgb = gradient()
@@ -173,16 +173,16 @@ def test_grey_with_a_profile_becomes_srgb(kind: str) -> None:
     options = {"quality": 100} if kind == "JPEG" else {}
     decoded = decode_image(save(Image.fromarray(ramp), kind, icc_profile=gray_profile(1.8), **options))
     expected = encoded_as_srgb((ramp / 255) ** 1.8)[:, :, None].repeat(3, axis=2)
-    # The darkest levels are beyond the precision of the colour engine.
+    # The colour engine is not precise enough for the darkest levels.
     assert_pictures_close(decoded[:, 16:], expected[:, 16:], mean=0.6, within=3)
     assert np.abs(expected.astype(int) - ramp[:, :, None]).max() > 10
 
 
 @pytest.mark.parametrize("kind", ["TIFF", "JPEG"])
-def test_inks_become_the_colours_their_profile_says(kind: str) -> None:
+def test_cmyk_is_converted_with_its_profile(kind: str) -> None:
     inks = np.zeros((32, 256, 4), np.uint8)
     inks[..., 3] = np.arange(256)
-    # Of no effect by this profile, of much without it.
+    # These inks have no effect with this profile, but a large one without it.
     inks[..., 0] = 200
     options = {"quality": 100, "subsampling": 0} if kind == "JPEG" else {}
     decoded = decode_image(save(Image.fromarray(inks, "CMYK"), kind, icc_profile=ink_profile(), **options))
@@ -192,7 +192,7 @@ def test_inks_become_the_colours_their_profile_says(kind: str) -> None:
     assert_pictures_close(decoded, expected, mean=0.6, within=3)
 
 
-def test_a_profile_of_another_colour_space_is_left_aside() -> None:
+def test_a_profile_of_another_colour_space_is_ignored() -> None:
     ramp = np.arange(256, dtype=np.uint8).reshape(16, 16)
     decoded = decode_image(save(Image.fromarray(ramp), "PNG", icc_profile=swapped_profile()))
     assert_pictures_close(decoded, np.repeat(ramp[:, :, None], 3, axis=2), mean=1, within=2)
@@ -202,7 +202,7 @@ def test_a_profile_of_another_colour_space_is_left_aside() -> None:
 
 
 @pytest.mark.parametrize("kind", ["text", "compressed text", "international text"])
-def test_a_png_may_tell_at_length_how_it_was_made(kind: str) -> None:
+def test_a_png_may_have_long_text_chunks(kind: str) -> None:
     notes, story = PngImagePlugin.PngInfo(), "a prompt " * 200_000
     if kind == "international text":
         notes.add_itxt("workflow", story, zip=True)
@@ -213,9 +213,9 @@ def test_a_png_may_tell_at_length_how_it_was_made(kind: str) -> None:
 
 
 def with_empty_scans(progressive: bytes, count: int) -> bytes:
-    """A progressive JPEG whose last scan is followed by others that change nothing."""
+    """A progressive JPEG with additional scans at its end that change nothing."""
     header = struct.pack(">HHBBBBBB", 0xFFDA, 8, 1, 1, 0, 1, 63, 0x00)
-    # One run over all blocks of up to 2^14, by a code of a table of one symbol.
+    # Each scan is one end-of-band run of up to 2^14 blocks, with a Huffman table of one symbol.
     table = struct.pack(">HHB16BB", 0xFFC4, 20, 0x10, 1, *[0] * 15, 0xE0)
     end = progressive.rindex(b"\xff\xd9")
     return progressive[:end] + (table + header + bytes(2) + b"\x7f") * count + progressive[end:]
@@ -229,13 +229,13 @@ def test_a_jpeg_of_very_many_scans_is_refused_before_they_are_decoded() -> None:
         np.testing.assert_array_equal(decoded, decode_image(plain))
     many = with_empty_scans(plain, 101)
     last = plain.rindex(b"\xff\xda")
-    # A marker that stands alone is no segment to skip others with.
+    # A marker without a segment must not hide the scans that follow.
     for data in (many, many[:last] + b"\xff\x01" + many[last:]):
         with pytest.raises(ImageError, match="at most 100 scans"):
             decode_image(data)
 
 
-def test_what_lies_in_notes_or_behind_a_jpeg_is_no_scan_of_it() -> None:
+def test_scan_markers_in_metadata_or_after_the_end_are_not_counted() -> None:
     many = b"\xff\xda\x00\x02" * 500
     photo = save(Image.fromarray(gradient()), "JPEG")
     note = b"\xff\xed" + struct.pack(">H", len(many) + 2) + many
@@ -245,9 +245,7 @@ def test_what_lies_in_notes_or_behind_a_jpeg_is_no_scan_of_it() -> None:
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
-def test_of_several_frames_the_first_is_taken_and_the_log_says_so(
-    kind: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_first_of_several_frames_is_used_and_logged(kind: str, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     frames = [Image.new("RGB", (20, 10), colour) for colour in ((200, 0, 0), (0, 200, 0))]
     data = save(frames[0], kind, save_all=True, append_images=frames[1:])
@@ -265,7 +263,7 @@ def test_cmyk() -> None:
 @pytest.mark.parametrize("extension", [".png", ".tiff"])
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_16_bits_are_scaled_by_the_known_depth(extension: str, channels: int) -> None:
-    # A dark picture, whose brightest value a guess by maximum would take for 8 bits.
+    # A dark picture, for which a guess by the brightest value would assume 8 bits.
     levels = np.array([0, 128, 129, 257, 200 * 257, 65535], np.uint16)
     samples = np.repeat(levels[None, :, None], channels, axis=2).repeat(4, axis=0)
     if channels == 4:
@@ -291,7 +289,7 @@ def test_16_bit_colours_keep_their_order_and_alpha() -> None:
     assert decode_image(data.tobytes()).tolist() == [[[255, 0, 0], [255, 255, 255]]]
 
 
-# How a picture is stored so that each orientation shows `gradient` upright.
+# How `gradient` is stored for each orientation.
 STORED = {
     1: lambda a: a,
     2: lambda a: a[:, ::-1],
@@ -346,7 +344,7 @@ def test_the_orientation_of_a_tiff_is_applied_once(orientation: int, depth: type
         ("unspecified", [0, 0, 255]),
     ],
 )
-def test_only_transparency_is_transparent_in_a_tiff(depth: type, meaning: str, expected: list[int]) -> None:
+def test_only_alpha_samples_are_alpha_in_a_tiff(depth: type, meaning: str, expected: list[int]) -> None:
     unit = 257 if depth is np.uint16 else 1
     red = 100 if meaning == "assocalpha" else 255
     samples: Any = np.tile(np.array([red, 0, 0, 100], depth) * unit, (2, 2, 1)).astype(depth)
@@ -369,7 +367,7 @@ def tiff(samples: np.ndarray, **options: Any) -> bytes:
     return stream.getvalue()
 
 
-# No multiples of 257: both bytes count.
+# No multiples of 257, so that both bytes matter.
 LEVELS_16_BIT: Final = (50_000, 10_000, 5_000)
 
 
@@ -379,7 +377,7 @@ def test_a_16_bit_tiff_in_planes_is_refused(photometric: str, options: dict[str,
     levels = LEVELS_16_BIT if photometric == "rgb" else (*LEVELS_16_BIT, 700)
     planes = np.stack([np.full((30, 40), level, np.uint16) for level in levels])
     data = tiff(planes, photometric=photometric, planarconfig="separate", **options)
-    with pytest.raises(ImageError, match=r"16 bits in separate planes.*convert it to 8 bits"):
+    with pytest.raises(ImageError, match=r"16 bits in separate planes.*convert the picture to 8 bits"):
         decode_image(data)
 
 
@@ -392,16 +390,18 @@ def test_every_other_16_bit_tiff_is_scaled_from_both_bytes(options: dict[str, An
     np.testing.assert_array_equal(decode_image(grey), np.full((30, 40, 3), expected[0, 0, 2]))
 
 
-def test_grey_tiffs_with_alpha_are_laid_over_white_or_refused_for_what_they_are() -> None:
+def test_grey_tiffs_with_alpha_are_put_on_white_or_refused_by_name() -> None:
     half = np.tile(np.array([64, 128], np.uint8), (4, 4, 1))
     grey = decode_image(tiff(half, photometric="minisblack", extrasamples=["assocalpha"]))
     assert grey[0, 0].tolist() == pytest.approx([64 + 127] * 3, abs=1)
-    with pytest.raises(ImageError, match=r"unsupported samples \(of this TIFF\); convert it to 8 bits"):
+    with pytest.raises(
+        ImageError, match=r"unsupported samples \(of this TIFF\); convert the picture to 8 bits"
+    ):
         decode_image(tiff(half.astype(np.uint16), photometric="minisblack", extrasamples=["unassalpha"]))
 
 
 @pytest.mark.parametrize("depth", [np.uint8, np.uint16])
-def test_a_tiff_whose_zero_is_white_is_no_negative(depth: type) -> None:
+def test_a_tiff_whose_zero_is_white_is_not_inverted(depth: type) -> None:
     unit = 257 if depth is np.uint16 else 1
     ramp = np.arange(256).reshape(16, 16)
     data = tiff((ramp * unit).astype(depth), photometric="miniswhite")
@@ -425,7 +425,7 @@ def test_unsupported_samples_are_named_as_such(depth: type) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
-def test_damaged_exif_does_not_cost_the_photo() -> None:
+def test_a_photo_with_damaged_exif_data_is_accepted() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     exif[0x010E] = "a description"
@@ -515,7 +515,7 @@ def test_unusable_files_say_which_and_why(data: bytes, reason: str) -> None:
     assert raised.value.index == 3
 
 
-def test_limits_above_pillows_own_count() -> None:
+def test_limits_above_pillows_own_apply() -> None:
     header = png_header(20_000, 10_000)
     with pytest.raises(ImageError, match="damaged or cut short"):
         decode_image(header, 1, Limits(max_megapixels=250))
@@ -541,7 +541,7 @@ def test_too_little_memory_is_not_called_damage(library: str, monkeypatch: pytes
 
 
 def photo_like(mode: str = "RGB") -> Image.Image:
-    """Enough detail that the picture's data reach to its last rows."""
+    """A picture with details, so that its data extend to the last rows."""
     noise = np.random.default_rng(0).normal(0, 20, (200, 300, 3))
     return Image.fromarray(np.clip(gradient(200, 300) + noise, 0, 255).astype(np.uint8)).convert(mode)
 
@@ -575,7 +575,7 @@ def test_a_jpeg_that_lacks_more_is_damaged(encoding: str) -> None:
     whole = save(photo_like(options.pop("mode", "RGB")), "JPEG", **options)
     markers = [at for at in range(len(whole) - 1) if whole[at] == 255 and whole[at + 1] not in {0, 255}]
     first_scan = whole.index(b"\xff\xda")
-    # In the middle, a few bytes before the end, and wherever a scan or an interval has just ended.
+    # In the middle, a few bytes before the end, and at each end of a scan or restart interval.
     cuts = [len(whole) * part // 10 for part in range(6, 10)] + [len(whole) - n for n in (8, 20, 100)]
     for cut in cuts + [at for at in markers[-40:-1] if at > first_scan + 20]:
         for tail in (b"", bytes(500)):
@@ -584,7 +584,7 @@ def test_a_jpeg_that_lacks_more_is_damaged(encoding: str) -> None:
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_missing_data_are_noticed_where_no_pixel_could_be_brighter(seed: int) -> None:
+def test_missing_data_is_detected_in_a_white_picture(seed: int) -> None:
     noise = np.random.default_rng(seed).normal(0, 1 + seed, (60, 203, 3))
     white = Image.fromarray(np.clip(255 + noise, 0, 255).astype(np.uint8))
     whole = save(white, "JPEG", quality=60 + 7 * seed)
@@ -595,12 +595,12 @@ def test_missing_data_are_noticed_where_no_pixel_could_be_brighter(seed: int) ->
             decoded = decode_image(whole[:-cut])
         except ImageError:
             continue
-        # Of the last block, a few bits may be of no account.
+        # The last bits may be padding.
         assert (decoded != expected).any(axis=2).sum() <= 64
 
 
 def bmp_with_alpha(alpha: int, header_bytes: int = 124) -> bytes:
-    """A BMP of 32 bits with masks for four channels, `gradient` upside down as it is stored."""
+    """A 32-bit BMP of `gradient` with masks for four channels; rows are stored from bottom to top."""
     rgb = gradient()
     height, width = rgb.shape[:2]
     pixels = np.dstack([rgb[::-1, :, ::-1], np.full((height, width), alpha, np.uint8)]).tobytes()
@@ -648,7 +648,7 @@ VOID: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("case", VOID)
-def test_alpha_that_is_zero_everywhere_is_no_alpha_in_any_format(
+def test_alpha_that_is_zero_everywhere_is_ignored_in_every_format(
     case: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
@@ -706,7 +706,7 @@ def test_gamma_is_applied_to_all_16_bits_and_not_to_alpha() -> None:
     )
 
 
-def test_gamma_changes_nothing_where_it_is_the_usual_one_or_something_else_counts() -> None:
+def test_gamma_is_ignored_if_it_is_the_usual_one_or_overridden() -> None:
     rgb, srgb = gradient(), ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     plain, profiled = (save(Image.fromarray(rgb), "PNG", **o) for o in ({}, {"icc_profile": srgb}))
     for data in (

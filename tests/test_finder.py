@@ -1,4 +1,4 @@
-"""The second look: true poses at every turn, no faces where there are none, and none lost."""
+"""The second look at detections: true poses for every rotation, no false faces, no lost faces."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ from tests.conftest import CPU, make_tiny_restorer, models_of
 from tests.test_faces import Negative
 
 TURNS = (0, 1, 2, 3)
-# Of landmarks, in eye distances.
+# Largest error of landmarks, in units of the eye distance.
 RIGHT = 0.15
 
 
@@ -37,18 +37,18 @@ def turned(picture: np.ndarray, turns: int) -> np.ndarray:
 
 
 def turned_points(points_xy: np.ndarray, turns: int, shape: tuple[int, ...]) -> np.ndarray:
-    """Where `np.rot90` takes points: found by turning a map of where each pixel came from."""
+    """The points after `np.rot90`, found by rotating a map of pixel indices."""
     height, width = shape[:2]
     angle = turns * np.pi / 2
     centre = np.array([(width - 1) / 2, (height - 1) / 2])
     new_centre = centre if turns % 2 == 0 else centre[::-1]
-    # Counter-clockwise on a screen, whose y axis points down.
+    # Counter-clockwise on the screen, where the y axis points down.
     turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
     return np.asarray((points_xy - centre) @ turn.T + new_centre)
 
 
 def offset(landmarks_xy: np.ndarray, expected_xy: np.ndarray) -> float:
-    """Mean distance of landmarks, in eye distances."""
+    """Mean distance of landmarks, in units of the eye distance."""
     eyes = np.linalg.norm(expected_xy[0] - expected_xy[1])
     return float(np.linalg.norm(landmarks_xy - expected_xy, axis=1).mean() / eyes)
 
@@ -63,7 +63,7 @@ def test_points_are_turned_as_pictures_are() -> None:
 
 @pytest.mark.parametrize("turns", TURNS)
 @pytest.mark.parametrize("name", ["portrait", "small_portrait", "group"])
-def test_faces_are_found_alike_however_the_picture_lies(
+def test_faces_are_found_in_every_rotation_of_a_picture(
     detector: FaceDetector, name: str, turns: int
 ) -> None:
     picture = getattr(pictures, name)()
@@ -78,13 +78,13 @@ def test_faces_are_found_alike_however_the_picture_lies(
         assert min(offset(one, expected) for one in landmarks) < RIGHT
 
 
-def test_a_single_look_at_faces_upside_down_finds_none_as_it_is(detector: FaceDetector) -> None:
-    """What the tests above are about."""
+def test_a_single_look_finds_upside_down_faces_in_wrong_poses(detector: FaceDetector) -> None:
+    """Shows the problem that the tests above are about."""
     picture = pictures.group()
     [upright] = detector.detect([picture])
     [found] = detector.detect([turned(picture, 2)])
     expected = [turned_points(face.landmarks_xy, 2, picture.shape) for face in upright]
-    assert found, "the case needs faces in wrong poses"
+    assert found, "the case needs detections in wrong poses"
     assert all(offset(face.landmarks_xy, one) > RIGHT for face in found for one in expected)
 
 
@@ -98,13 +98,13 @@ def test_restoring_commutes_with_turning(detector: FaceDetector, turns: int) -> 
     expected = turned(upright.image_bgr, turns)
     changed = np.any(expected != turned(picture, turns), axis=2)
     error = np.abs(result.image_bgr.astype(int) - expected)
-    # The crop is sampled along other axes.
+    # The crop is sampled along rotated axes.
     assert error[changed].mean() < 1.5, error[changed].mean()
     assert error[~changed].max() <= 2
 
 
 @pytest.mark.parametrize("angle", [-35.0, 25.0, 40.0])
-def test_a_tilted_head_is_no_turned_picture(detector: FaceDetector, angle: float) -> None:
+def test_a_tilted_head_is_not_taken_for_a_turned_picture(detector: FaceDetector, angle: float) -> None:
     picture = pictures.portrait()
     [[upright]] = detector.detect([picture])
     matrix = cv2.getRotationMatrix2D((230.0, 140.0), angle, 1.0)
@@ -113,12 +113,12 @@ def test_a_tilted_head_is_no_turned_picture(detector: FaceDetector, angle: float
     )
     found = found_in(detector, tilted)
     expected = upright.landmarks_xy @ matrix[:, :2].T + matrix[:, 2]
-    # Mirrored borders may show a face again.
+    # Mirrored borders may show a second copy of the face.
     assert min(offset(face.landmarks_xy, expected) for face in found.faces) < 0.2
 
 
 def close_up(fraction: float) -> tuple[np.ndarray, np.ndarray]:
-    """The middle of the astronaut's face and where its landmarks are."""
+    """The centre of the astronaut's face, and its landmarks there."""
     picture = pictures.portrait()
     x, y, side = 225, 120, round(220 * fraction)
     part = picture[y - side // 2 : y + side // 2, x - side // 2 : x + side // 2]
@@ -127,7 +127,7 @@ def close_up(fraction: float) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize("turns", TURNS)
 @pytest.mark.parametrize("fraction", [0.45, 0.6, 0.8])
-def test_a_close_up_holds_one_face_where_it_is(detector: FaceDetector, fraction: float, turns: int) -> None:
+def test_one_face_is_found_in_a_close_up(detector: FaceDetector, fraction: float, turns: int) -> None:
     [[upright]] = detector.detect([pictures.portrait()])
     picture, corner_xy = close_up(fraction)
     found = found_in(detector, turned(picture, turns))
@@ -150,20 +150,22 @@ FACELESS: dict[str, Callable[[], np.ndarray]] = {
 
 
 @pytest.mark.parametrize("name", FACELESS)
-def test_fur_print_and_writing_hold_no_face(detector: FaceDetector, name: str) -> None:
+def test_no_face_is_found_in_fur_print_and_writing(detector: FaceDetector, name: str) -> None:
     found = found_in(detector, np.ascontiguousarray(FACELESS[name]()[:, :, ::-1]))
     assert found.faces == []
     assert found.skipped == []
 
 
-def test_enlarged_details_hold_no_face(detector: FaceDetector) -> None:
+def test_no_face_is_found_in_enlarged_details(detector: FaceDetector) -> None:
     cat = np.ascontiguousarray(FACELESS["a cat"]()[:, :, ::-1])
     crops = [cat[y : y + 120, x : x + 120] for y in range(0, 180, 60) for x in range(0, 330, 60)]
-    assert any(detector.detect([make_working_copy(crop).image_bgr])[0] for crop in crops), "no ghost to avoid"
+    assert any(detector.detect([make_working_copy(crop).image_bgr])[0] for crop in crops), (
+        "the case needs a false detection"
+    )
     assert [len(found_in(detector, crop).faces) for crop in crops] == [0] * len(crops)
 
 
-def test_a_face_behind_another_is_found_as_it_is(detector: FaceDetector) -> None:
+def test_a_face_behind_another_is_found_in_its_pose(detector: FaceDetector) -> None:
     picture = decode_image(shared.path_of("cases/overlap.jpg").read_bytes())
     found = found_in(detector, picture)
     eyes_of_the_man_and_the_woman = ([(225, 238)], [(367, 246), (497, 246)])
@@ -173,8 +175,8 @@ def test_a_face_behind_another_is_found_as_it_is(detector: FaceDetector) -> None
         assert np.linalg.norm(seen - eye, axis=1).min() < 35
 
 
-class Told(FaceDetector):
-    """Detects what it is told at the first look, and nothing afterwards."""
+class FirstLookDetector(FaceDetector):
+    """Returns the given detections at the first look, and none afterwards."""
 
     def __init__(self, first: Sequence[Detection]) -> None:
         self._first = list(first)
@@ -184,7 +186,7 @@ class Told(FaceDetector):
         return [self._first for _ in images_bgr]
 
     def detect_at_size(self, batch_bgr: np.ndarray, *, score_threshold: float = 0.8) -> list[list[Detection]]:
-        # A search of the whole picture is a batch of one.
+        # Only a search of the whole picture is a batch of one.
         self.views += len(batch_bgr) if len(batch_bgr) > 1 else 0
         return [[] for _ in batch_bgr]
 
@@ -195,36 +197,38 @@ def face_at(x: float, y: float, size: float = 1.0, landmarks_xy: np.ndarray = FF
     return Detection(np.array(box, np.float32), 0.9, landmarks.astype(np.float32))
 
 
-def test_what_no_view_shows_is_kept_only_where_it_cannot_be_a_detail() -> None:
+def test_a_detection_that_no_view_confirms_is_kept_only_if_small_in_a_large_picture() -> None:
     picture = np.zeros((1000, 1000, 3), np.uint8)
     small, large = face_at(300, 300, 0.2), face_at(600, 600)
-    [found] = FaceFinder(Told([small, large])).find([WorkingCopy(picture, 1.0)])
+    [found] = FaceFinder(FirstLookDetector([small, large])).find([WorkingCopy(picture, 1.0)])
     [kept] = found.faces
     np.testing.assert_array_equal(kept.landmarks_xy, small.landmarks_xy)
     assert (found.ghosts, found.skipped) == (1, [])
-    [found] = FaceFinder(Told([small])).find([WorkingCopy(picture, 2.0)])
+    [found] = FaceFinder(FirstLookDetector([small])).find([WorkingCopy(picture, 2.0)])
     assert (found.faces, found.ghosts, found.skipped) == ([], 1, [])
 
 
-def test_landmarks_of_no_pose_are_left_alone_and_counted() -> None:
+def test_landmarks_that_fit_no_pose_are_skipped_and_counted() -> None:
     on_its_side = FFHQ_TEMPLATE_XY[:, ::-1] * [1, -1] + [0, 512]
     odd = face_at(300, 300, 0.2, on_its_side)
-    [found] = FaceFinder(Told([odd])).find([WorkingCopy(np.zeros((1000, 1000, 3), np.uint8), 1.0)])
+    [found] = FaceFinder(FirstLookDetector([odd])).find(
+        [WorkingCopy(np.zeros((1000, 1000, 3), np.uint8), 1.0)]
+    )
     assert (found.faces, found.skipped) == ([], [NO_POSE])
 
 
-def test_only_so_many_detections_are_looked_at_again() -> None:
-    """The others are taken for what most of those are."""
+def test_the_number_of_detections_looked_at_again_is_limited() -> None:
+    """Further detections are treated like the majority of those."""
     crowd = [face_at(50 + 100 * i, 50 + 100 * j, 0.2) for i in range(20) for j in range(20)]
     picture = np.zeros((2000, 2000, 3), np.uint8)
     for scale, at_most in ((2.0, 10), (2.0, 30)):
-        detector = Told(crowd)
+        detector = FirstLookDetector(crowd)
         [found] = FaceFinder(detector).find([WorkingCopy(picture, scale)], at_most=at_most)
         assert (len(found.faces), found.ghosts) == (0, 400)
         assert detector.views == at_most * 4 * 2
 
-    class Sure(Told):
-        """Sees every face again, in the middle of its upright view."""
+    class Sure(FirstLookDetector):
+        """Finds every face again, at the centre of its upright view."""
 
         def detect_at_size(
             self, batch_bgr: np.ndarray, *, score_threshold: float = 0.8
@@ -256,7 +260,7 @@ def test_a_picture_without_faces_costs_eight_looks_at_most(shape: tuple[int, int
     assert sum(pixels) <= 8.5 * pixels[0]
 
 
-def test_a_request_that_has_ended_is_looked_at_no_more(detector: FaceDetector) -> None:
+def test_the_second_look_ends_with_the_request(detector: FaceDetector) -> None:
     def ended() -> None:
         raise TimeLimitError(1.0, "detection")
 

@@ -65,7 +65,7 @@ def test_small_pictures_are_enlarged_for_the_work_only(shape_hw: tuple[int, int]
     working = make_working_copy(picture)
     assert min(working.image_bgr.shape[:2]) == 512
     assert working.scale == 512 / min(shape_hw)
-    # Resizing keeps pixel corners in place: the corner (-0.5, -0.5) is a fixed point.
+    # Resizing keeps pixel corners in place, so the corner (-0.5, -0.5) is a fixed point.
     corners = np.array([[-0.5, -0.5], [shape_hw[1] * working.scale - 0.5, shape_hw[0] * working.scale - 0.5]])
     in_picture = transform_points(working.working_to_picture, corners)
     np.testing.assert_allclose(in_picture, [[-0.5, -0.5], [shape_hw[1] - 0.5, shape_hw[0] - 0.5]], atol=1e-9)
@@ -97,7 +97,7 @@ def test_a_known_similarity_is_recovered() -> None:
         (FFHQ_TEMPLATE_XY * 1e9, "not those of a face"),
     ],
 )
-def test_what_cannot_be_aligned_is_left_out_with_a_reason(landmarks: np.ndarray, reason: str) -> None:
+def test_faces_that_cannot_be_aligned_are_skipped_with_a_reason(landmarks: np.ndarray, reason: str) -> None:
     working = make_working_copy(np.zeros((600, 600, 3), np.uint8))
     good = detection(FFHQ_TEMPLATE_XY)
     aligned, skipped = align_faces(working, [good, detection(landmarks)])
@@ -109,16 +109,16 @@ def test_what_cannot_be_aligned_is_left_out_with_a_reason(landmarks: np.ndarray,
 def test_a_face_found_twice_is_restored_once() -> None:
     working = make_working_copy(np.zeros((900, 900, 3), np.uint8))
     best, again = FFHQ_TEMPLATE_XY, FFHQ_TEMPLATE_XY + np.array([15.0, -10.0])
-    # Eyes are 126 px apart in the template: a neighbour cheek by cheek is further away than that.
+    # In the template, the eyes are 126 px apart; a neighbour cheek to cheek is further away.
     neighbour = FFHQ_TEMPLATE_XY + np.array([220.0, 0.0])
     aligned, skipped = align_faces(working, [detection(best), detection(neighbour), detection(again)])
     np.testing.assert_allclose([face.face.landmarks_xy for face in aligned], [best, neighbour], atol=1e-3)
     assert skipped == ["the same face as one with a better score"]
 
 
-def test_outside_the_picture_a_crop_is_border_coloured() -> None:
+def test_outside_the_picture_a_crop_has_the_border_colour() -> None:
     working = make_working_copy(np.full((520, 520, 3), 255, np.uint8))
-    # The face's left half lies outside the picture.
+    # The left half of the face is outside the picture.
     aligned, _ = align_faces(working, [detection(FFHQ_TEMPLATE_XY - [256, 0])])
     crop = crop_face(working.image_bgr, aligned[0].working_to_face)
     np.testing.assert_array_equal(crop[256, 10], BORDER_BGR)

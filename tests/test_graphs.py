@@ -1,4 +1,4 @@
-"""Recorded calls: which are recorded, and what is read and written when one is replayed."""
+"""Recorded calls: when they are recorded, and which tensors a replay reads and writes."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +12,7 @@ from codeformer.engine.graphs import BatchFunction, GraphedCalls, Recording, bat
 
 
 class FakeRecorder:
-    """Records as CUDA does: the same tensors are read and written at every replay."""
+    """Records like CUDA: every replay reads and writes the same tensors."""
 
     def __init__(self) -> None:
         self.recorded: list[tuple[Any, ...]] = []

@@ -1,4 +1,4 @@
-"""What an import costs and changes; each in a process of its own."""
+"""The cost and side effects of imports, each tested in its own process."""
 
 import ast
 import graphlib
@@ -12,7 +12,7 @@ import pytest
 import codeformer
 from tests.shared import ROOT
 
-# Everything that is needed to find, read and paste pictures, and to tell what there is.
+# The modules for finding, reading and pasting pictures, and for listing options and weights.
 WITHOUT_TORCH = [
     "codeformer",
     "codeformer.errors",
@@ -44,7 +44,7 @@ def test_reading_and_pasting_import_no_torch(module: str) -> None:
     assert run(f"import sys, {module}; print(*sys.modules.keys() & {{'torch', 'torchvision'}})") == "\n"
 
 
-def test_a_face_is_cut_out_and_pasted_without_torch(tmp_path: Path) -> None:
+def test_a_face_is_cropped_and_pasted_without_torch(tmp_path: Path) -> None:
     run(f"""
 import sys
 import numpy as np
@@ -60,7 +60,7 @@ assert not sys.modules.keys() & {{"torch", "torchvision"}}
 """)
 
 
-# What an import could change for the program that imports it.
+# The settings of a process that an import could change.
 STATE = """
 import os, signal, warnings
 import cv2, facexlib.detection.retinaface, facexlib.parsing.parsenet, numpy, requests, safetensors.torch
@@ -92,7 +92,7 @@ def test_importing_the_package_changes_nothing_in_the_process() -> None:
     modules = [
         module.name
         for module in pkgutil.walk_packages(codeformer.__path__, "codeformer.")
-        # Those run when they are imported.
+        # These modules run as programs when they are imported.
         if not module.name.endswith("__main__")
     ]
     assert "codeformer.engine.pipeline" in modules
@@ -108,7 +108,7 @@ for module in {modules!r}:
 """)
 
 
-def test_pillows_limits_are_named_where_they_were_left(tmp_path: Path) -> None:
+def test_an_error_names_pillows_limit_if_the_process_was_not_tuned(tmp_path: Path) -> None:
     run("""
 import io
 from PIL import Image

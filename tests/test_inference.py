@@ -1,4 +1,4 @@
-"""Networks rewritten for inference against the networks they were, in float64: only rounding may differ."""
+"""Networks rewritten for inference compared with the originals in float64: only rounding may differ."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ from tests.conftest import TINY_CONFIG
 
 
 def with_lively_norms(network: nn.Module) -> nn.Module:
-    """Gives batch norms statistics that a wrong folding would show in."""
+    """Gives batch norms random statistics, so that a wrong folding changes the result."""
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.2)  # type: ignore[union-attr]
@@ -31,7 +31,7 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 @torch.inference_mode()
-def test_doubling_then_convolving_is_one_transposed_convolution() -> None:
+def test_upsampling_and_convolution_equal_one_transposed_convolution() -> None:
     torch.manual_seed(0)
     plain = Upsample(6).double()
     x = torch.randn(2, 6, 5, 7).double()
@@ -39,7 +39,7 @@ def test_doubling_then_convolving_is_one_transposed_convolution() -> None:
 
 
 @torch.inference_mode()
-def test_doubling_reflecting_then_convolving_is_one_too() -> None:
+def test_upsampling_with_reflection_equals_one_transposed_convolution() -> None:
     torch.manual_seed(0)
     convolution = nn.Conv2d(6, 4, 3, bias=False).double()
     x = torch.randn(2, 6, 5, 7).double()
@@ -50,7 +50,7 @@ def test_doubling_reflecting_then_convolving_is_one_too() -> None:
 
 @torch.inference_mode()
 @pytest.mark.parametrize("w", [0.0, 0.7])
-def test_codeformer_stays_what_it_was(w: float) -> None:
+def test_the_rewritten_codeformer_computes_the_same(w: float) -> None:
     torch.manual_seed(0)
     network = CodeFormer(**TINY_CONFIG).eval().double()
     x = torch.randn(2, 3, 512, 512).double()
@@ -62,7 +62,7 @@ def test_codeformer_stays_what_it_was(w: float) -> None:
 
 
 @torch.inference_mode()
-def test_the_parser_stays_what_it_was() -> None:
+def test_the_rewritten_parser_computes_the_same() -> None:
     torch.manual_seed(0)
     network = with_lively_norms(FaceParsingNetwork(resolution=128)).double()
     before = {name: value.clone() for name, value in network.state_dict().items()}
@@ -76,7 +76,7 @@ def test_the_parser_stays_what_it_was() -> None:
 
 @torch.inference_mode()
 @pytest.mark.parametrize("backbone", ["mobile0.25", "resnet50"])
-def test_the_detector_stays_what_it_was(backbone: Backbone) -> None:
+def test_the_rewritten_detector_computes_the_same(backbone: Backbone) -> None:
     torch.manual_seed(0)
     network: Any = with_lively_norms(build_retinaface(backbone)).double()
     x = 50 * torch.randn(1, 3, 160, 224).double()

@@ -1,4 +1,4 @@
-"""Inputs nobody hoped for: each gets the right picture, or an error that names the picture and the reason."""
+"""Unusual inputs: each gives the right picture, or an error that names the picture and the reason."""
 
 import base64
 import contextlib
@@ -42,7 +42,7 @@ def turned(orientation: int) -> bytes:
     return picture_file("JPEG", exif=exif)
 
 
-# Made by `jpegtran -arithmetic`; nothing in the environment writes these.
+# Written by `jpegtran -arithmetic`, because no library in the environment can write such files.
 ARITHMETIC_JPEG = base64.b64decode(
     "/9j/4AAQSkZJRgABAQAAAQABAAD/2wBDABsSFBcUERsXFhceHBsgKEIrKCUlKFE6PTBCYFVlZF9VXVtqeJmBanGQc1tdhbWGkJ6j"
     "q62rZ4C8ybqmx5moq6T/2wBDARweHigjKE4rK06kbl1upKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSk"
@@ -130,7 +130,9 @@ def good_file(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("case", GOOD)
-def test_odd_pictures_are_served_at_their_size(blind_pipeline: Pipeline, tmp_path: Path, case: str) -> None:
+def test_unusual_pictures_are_served_at_their_size(
+    blind_pipeline: Pipeline, tmp_path: Path, case: str
+) -> None:
     make, (width, height) = GOOD[case]
     path = tmp_path / "odd name, ünïcode\nand a line.jpg"
     path.write_bytes(make())
@@ -148,11 +150,13 @@ def test_bad_files_are_named_with_a_reason(
     with pytest.raises(ImageError, match=f"^Image 2: .*({reason})") as raised:
         serve(blind_pipeline, [good_file, path])
     assert raised.value.index == 2
-    assert str(tmp_path) not in str(raised.value), "a client learns no path of the server"
+    assert str(tmp_path) not in str(raised.value), "the message contains a path of the server"
     assert len(serve(blind_pipeline, [good_file]).jpegs) == 1
 
 
-def test_what_is_no_file_is_refused(blind_pipeline: Pipeline, tmp_path: Path, good_file: Path) -> None:
+def test_paths_that_are_not_files_are_refused(
+    blind_pipeline: Pipeline, tmp_path: Path, good_file: Path
+) -> None:
     pipe = tmp_path / "pipe.jpg"
     os.mkfifo(pipe)
     for path in (tmp_path, pipe, Path("/dev/zero"), Path("/dev/stdin")):
@@ -166,7 +170,7 @@ def test_what_is_no_file_is_refused(blind_pipeline: Pipeline, tmp_path: Path, go
 
 
 class Answers(http.server.BaseHTTPRequestHandler):
-    """A picture, and ways not to deliver one."""
+    """Serves a picture, and fails in various ways."""
 
     never = threading.Event()
 
@@ -196,7 +200,7 @@ class Answers(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    """Of a server, its scheme in capital letters: what Cog does not take for an address."""
+    """The address of a server with its scheme in capital letters, which Cog does not fetch."""
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
         server.daemon_threads = True
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -204,7 +208,7 @@ def address() -> Iterator[str]:
         server.shutdown()
 
 
-def test_addresses_and_data_that_cog_leaves_alone_are_fetched(blind_pipeline: Pipeline, address: str) -> None:
+def test_addresses_and_data_uris_that_cog_ignores_are_fetched(blind_pipeline: Pipeline, address: str) -> None:
     photo = picture_file("JPEG")
     encoded = base64.b64encode(photo).decode()
     percent = "".join(f"%{byte:02x}" for byte in photo)
@@ -231,7 +235,7 @@ def test_an_address_that_delivers_no_picture(
     assert "127.0.0.1" not in str(raised.value)
 
 
-def test_a_transfer_meets_the_deadline_and_the_cancellation(blind_pipeline: Pipeline, address: str) -> None:
+def test_a_transfer_ends_at_the_deadline_or_when_cancelled(blind_pipeline: Pipeline, address: str) -> None:
     with pytest.raises(TimeLimitError, match="image 1's transfer"):
         serve(blind_pipeline, [f"{address}/trickle"], limits=Limits(max_seconds=0.5))
     stop = threading.Event()
@@ -243,13 +247,13 @@ def test_a_transfer_meets_the_deadline_and_the_cancellation(blind_pipeline: Pipe
 @pytest.mark.parametrize(
     "text", ["DATA:image/png;base64,A", "FTP://127.0.0.1/a.jpg", "HTTP://", "HTTP:photo"]
 )
-def test_what_is_no_address_is_refused(blind_pipeline: Pipeline, text: str) -> None:
+def test_strings_that_are_not_addresses_are_refused(blind_pipeline: Pipeline, text: str) -> None:
     with pytest.raises(ImageError, match=r"^Image 1: (expected|the address cannot be fetched)"):
         serve(blind_pipeline, [text])
 
 
 @pytest.mark.parametrize("fidelity", ["0.5", float("nan"), float("inf"), -1, 2, None, [0.5], 10**400])
-def test_fidelities_that_are_none(blind_pipeline: Pipeline, good_file: Path, fidelity: Any) -> None:
+def test_invalid_fidelities_are_refused(blind_pipeline: Pipeline, good_file: Path, fidelity: Any) -> None:
     with pytest.raises(OptionError, match="codeformer_fidelity"):
         serve(blind_pipeline, [good_file], Options(codeformer_fidelity=fidelity))
 
@@ -261,7 +265,7 @@ def test_whole_numbers_are_fidelities(blind_pipeline: Pipeline, good_file: Path,
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.binary(max_size=400))
-def test_any_bytes_are_a_picture_or_our_error(data: bytes) -> None:
+def test_any_bytes_give_a_picture_or_our_error(data: bytes) -> None:
     decodes_or_refuses(data)
 
 
@@ -291,7 +295,7 @@ CHANGES = ("set", "cut", "repeat", "drop")
     )
 )
 @pytest.mark.parametrize("kind", VALID)
-def test_damaged_pictures_are_pictures_or_our_error(kind: str, changes: list[tuple[int, int, str]]) -> None:
+def test_damaged_pictures_give_a_picture_or_our_error(kind: str, changes: list[tuple[int, int, str]]) -> None:
     data = bytearray(VALID[kind])
     for place, value, change in changes:
         at = place % max(1, len(data))
@@ -307,7 +311,7 @@ def test_damaged_pictures_are_pictures_or_our_error(kind: str, changes: list[tup
 
 
 def decodes_or_refuses(data: bytes) -> None:
-    """Any other exception than our own is a failure."""
+    """Decodes a file; any exception except our own fails the test."""
     with contextlib.suppress(ImageError):
         decoded = decode_image(data)
         assert decoded.dtype == np.uint8

@@ -1,4 +1,4 @@
-"""Files of many kinds, made by hand or by other libraries: what each is, and what is said of it."""
+"""Files of many kinds, made by hand or by other libraries: their kind and the message about them."""
 
 import io
 import itertools
@@ -23,7 +23,7 @@ SENSOR = np.full((64, 96), 1000, np.uint16)
 
 
 def tiff_pages(*pages: dict[str, Any], **file_options: Any) -> bytes:
-    """A TIFF of tifffile's; each page is its arguments, with the samples under "data"."""
+    """A TIFF written by tifffile; each page is a dict of its arguments, with the samples in "data"."""
     stream = io.BytesIO()
     with tifffile.TiffWriter(stream, **file_options) as writer:
         for page in pages:
@@ -33,7 +33,7 @@ def tiff_pages(*pages: dict[str, Any], **file_options: Any) -> bytes:
 
 
 def directory(order: str, entries: dict[int, tuple[int, int]], at: int, magic: bytes = b"") -> bytes:
-    """A TIFF by hand: one directory at an offset, of tags with a SHORT (3) or LONG (4) each."""
+    """A TIFF made by hand: one directory at an offset, with a SHORT (3) or LONG (4) value for each tag."""
     head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}I", at) + magic
     body = struct.pack(f"{order}H", len(entries))
     for tag, (kind, value) in sorted(entries.items()):
@@ -47,7 +47,7 @@ def thumbnail(**options: Any) -> dict[str, Any]:
 
 
 RAW: dict[str, Callable[[], bytes]] = {
-    # A thumbnail, and the sensor's samples in a nested directory.
+    # A thumbnail, and the samples of the sensor in a nested directory.
     "NEF": lambda: tiff_pages(
         thumbnail(subfiletype=1, subifds=1, extratags=[(271, "s", 0, "NIKON CORPORATION", True)]),
         {"data": SENSOR, "photometric": "cfa", "metadata": None},
@@ -79,13 +79,13 @@ RAW: dict[str, Callable[[], bytes]] = {
 
 
 @pytest.mark.parametrize("case", RAW)
-def test_a_camera_raw_is_refused_as_such_and_no_thumbnail_taken(case: str) -> None:
+def test_a_camera_raw_file_is_refused_and_its_thumbnail_not_used(case: str) -> None:
     with pytest.raises(ImageError, match=r"^Image 2: .*camera RAW.*export it as JPEG"):
         decode_image(RAW[case](), 2)
 
 
 def with_frame(marker: int, precision: int) -> bytes:
-    """A JPEG whose frame header is made another."""
+    """A JPEG with a changed frame header."""
     data = bytearray(save(Image.fromarray(gradient()), "JPEG"))
     at = data.index(b"\xff\xc0")
     data[at + 1], data[at + 4] = marker, precision
@@ -149,7 +149,7 @@ def test_the_kinds_that_are_read_are_known_as_pillow_knows_them(kind: str) -> No
     assert (known.name, known.refusal) == (kind, None)
 
 
-def test_text_is_of_no_kind() -> None:
+def test_plain_text_has_no_kind() -> None:
     for text in (b"", b"BM, a letter from afar", b"RIFF-RAFF", b"P for picture", b"\xff\xd8", b"hello" * 99):
         assert kind_of(io.BytesIO(text)) is None
 
@@ -176,7 +176,7 @@ def test_only_the_head_of_a_large_file_is_read(tmp_path: Path) -> None:
 
 
 def levels(depth: type) -> list[dict[str, Any]]:
-    """A picture and three reduced copies, in tones that tell them apart."""
+    """A picture and three reduced copies, each in its own tone."""
     unit = 257 if depth is np.uint16 else 1
     sizes = ((80, 120), (40, 60), (20, 30), (10, 15))
     pages = []
@@ -191,7 +191,7 @@ def levels(depth: type) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("depth", [np.uint8, np.uint16])
 @pytest.mark.parametrize("file_options", [{}, {"byteorder": ">"}, {"bigtiff": True}])
-def test_of_a_pyramid_in_any_order_the_full_image_is_taken(
+def test_the_full_image_of_a_tiff_pyramid_is_used_in_any_order(
     depth: type, file_options: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
@@ -201,7 +201,7 @@ def test_of_a_pyramid_in_any_order_the_full_image_is_taken(
     assert "several frames" not in caplog.text
 
 
-def test_a_pyramid_whose_full_image_is_nested_and_one_of_masks() -> None:
+def test_a_tiff_pyramid_with_a_nested_full_image_and_one_with_masks() -> None:
     full, half, *_ = levels(np.uint8)
     nested = tiff_pages({**half, "subifds": 1}, full)
     np.testing.assert_array_equal(decode_image(nested), np.full((80, 120, 3), 40))
@@ -219,7 +219,7 @@ def test_the_limits_are_those_of_the_full_image() -> None:
     assert decode_image(data, 1, Limits(max_megapixels=0.0096)).shape == (80, 120, 3)
 
 
-def test_of_several_full_pages_the_first_is_taken(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_first_of_several_full_pages_is_used(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     full, half, *_ = levels(np.uint8)
     second = {**full, "data": np.full((90, 90, 3), 200, np.uint8)}
@@ -228,13 +228,13 @@ def test_of_several_full_pages_the_first_is_taken(caplog: pytest.LogCaptureFixtu
     assert "several frames" in caplog.text
 
 
-def test_directories_that_lead_to_each_other_come_to_an_end() -> None:
+def test_circular_tiff_directories_are_read_once() -> None:
     data = bytearray(tiff_pages({"data": gradient(), "photometric": "rgb", "metadata": None}))
     first = struct.unpack_from("<I", data, 4)[0]
     count = struct.unpack_from("<H", data, first)[0]
     struct.pack_into("<I", data, first + 2 + 12 * count, first)
     np.testing.assert_array_equal(decode_image(bytes(data)), gradient()[:, :, ::-1])
-    # Each names itself as nested.
+    # Each directory refers to itself as nested.
     for order in "<>":
         looped = directory(order, {256: (3, 8), 257: (3, 8), 330: (4, 8)}, 8)
         assert kind_of(io.BytesIO(looped)) is not None

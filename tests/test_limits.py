@@ -1,4 +1,4 @@
-"""What a request may cost, and what it hears when it costs more."""
+"""The limits of a request, and the errors when it exceeds them."""
 
 import os
 import re
@@ -41,7 +41,7 @@ def test_other_values_stop_the_start(name: str, text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["0.5", "3.9"])
-def test_half_a_face_is_none(text: str) -> None:
+def test_the_limit_of_faces_must_be_an_integer(text: str) -> None:
     with pytest.raises(OptionError, match="CODEFORMER_MAX_FACES: expected a whole number from 1"):
         Limits.from_environment({"CODEFORMER_MAX_FACES": text})
 
@@ -51,7 +51,7 @@ def test_a_file_larger_than_any_picture_is_not_read(blind_pipeline: Pipeline, tm
     path.write_bytes(encode_jpeg(np.zeros((20, 30, 3), np.uint8)))
     limits = Limits(max_megapixels=1)
     assert len(serve(blind_pipeline, [path], limits=limits).jpegs) == 1
-    # Sparse: nothing of it lies on the disk.
+    # A sparse file, which takes no space on the disk.
     os.truncate(path, limits.max_bytes + 1)
     with pytest.raises(ImageError, match=r"^Image 1: expected at most 72,000,000 bytes, got 72,000,001"):
         serve(blind_pipeline, [path], limits=limits)
@@ -73,14 +73,16 @@ def test_more_faces_than_allowed_are_refused_and_the_next_request_works(tiny_pip
     assert len(tiny_pipeline.restore([photo], limits=Limits(max_faces=faces))[0].faces) == faces
 
 
-def test_a_deadline_is_over_once_its_time_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_deadline_raises_after_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
     deadline = Deadline(5)
     now = 105.0
     deadline.check("restore of image 1 face 1")
     now = 105.1
-    with pytest.raises(TimeLimitError, match=r"within 5 s, was not at restore of image 1 face 1"):
+    with pytest.raises(
+        TimeLimitError, match=r"within 5 s, but the time was up before restore of image 1 face 1"
+    ):
         deadline.check("restore of image 1 face 1")
 
 
@@ -112,7 +114,7 @@ def test_a_request_that_takes_too_long_ends_between_faces(detector: FaceDetector
     assert len(pipeline.restore([pictures.portrait()])[0].faces) == 1
 
 
-def test_health_is_that_of_the_device(blind_pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_health_depends_on_the_device(blind_pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     assert blind_pipeline.is_alive()
 
     def fail(*_: object, **__: object) -> None:
@@ -127,7 +129,7 @@ def test_health_is_that_of_the_device(blind_pipeline: Pipeline, monkeypatch: pyt
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "ones", full)
-        assert blind_pipeline.is_alive(), "a device full of work is no broken one"
+        assert blind_pipeline.is_alive(), "a busy device is not a broken one"
     monkeypatch.setattr(pipeline_module, "_BUSY_S", 0.05)
     with recording_lock:
-        assert blind_pipeline.is_alive(), "nor is one that records a graph"
+        assert blind_pipeline.is_alive(), "a device that records a graph is not a broken one"

@@ -1,7 +1,7 @@
-"""The shipped weights: small, and good for what their README says, on pictures every clone has.
+"""The lite weights: their size, and the quality that their README states, on pictures in every clone.
 
-The scores on held-out faces are those of `python -m codeformer.training evaluate`; here they are tested where
-the faces are at hand.
+`python -m codeformer.training evaluate` computes the scores on held-out faces; they are tested here if the
+faces are available.
 """
 
 import json
@@ -40,7 +40,7 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
     return float(10 * np.log10(255**2 / np.mean((a.astype(float) - b) ** 2)))
 
 
-def spoilt(face: np.ndarray, kind: DegradationRange, seed: int) -> np.ndarray:
+def degraded(face: np.ndarray, kind: DegradationRange, seed: int) -> np.ndarray:
     rng = np.random.default_rng(seed)
     return kind.sample(rng).apply(face, rng)
 
@@ -59,11 +59,11 @@ def test_the_set_is_small_and_complete() -> None:
 
 
 @pytest.mark.slow
-def test_spoilt_faces_come_back_nearer_to_the_truth(lite: Models, face: np.ndarray) -> None:
+def test_restored_faces_are_closer_to_the_original(lite: Models, face: np.ndarray) -> None:
     for kind, gain in ((MODERATE, 2.0), (HEAVY, 0.5)):
         gains = []
         for seed in range(4):
-            before = spoilt(face, kind, seed)
+            before = degraded(face, kind, seed)
             gains.append(
                 psnr(restore_face(lite.restorers["codeformer"], 1.0, before), face) - psnr(before, face)
             )
@@ -72,11 +72,11 @@ def test_spoilt_faces_come_back_nearer_to_the_truth(lite: Models, face: np.ndarr
 
 @pytest.mark.slow
 def test_fidelity_means_something(lite: Models, face: np.ndarray) -> None:
-    before = spoilt(face, MODERATE, 1)
+    before = degraded(face, MODERATE, 1)
     results = {w: restore_face(lite.restorers["codeformer"], w, before) for w in (0.0, 0.25, 0.5, 0.75, 1.0)}
     distances = [psnr(result, before) for result in results.values()]
-    # From the middle on the noise that goes counts for as much as the features that come back.
-    assert distances[:3] == sorted(distances[:3]), f"not nearer to the input with w: {distances}"
+    # Above 0.5, removed noise changes the distance as much as recovered features do.
+    assert distances[:3] == sorted(distances[:3]), f"not closer to the input with higher w: {distances}"
     assert distances[-1] > distances[0] + 2
 
 
@@ -91,7 +91,7 @@ NO_FACE = ("coffee", "brick", "grass", "gravel", "rocket", "moon", "hubble_deep_
 
 
 @pytest.mark.parametrize("picture", NO_FACE)
-def test_nothing_is_found_where_no_face_is(lite: Models, picture: str) -> None:
+def test_no_face_is_found_in_pictures_without_faces(lite: Models, picture: str) -> None:
     image = getattr(data, picture)()
     bgr = cv2.cvtColor(image, cv2.COLOR_GRAY2BGR) if image.ndim == 2 else image[:, :, ::-1]
     assert lite.detector.detect([np.ascontiguousarray(bgr)]) == [[]]
@@ -107,7 +107,7 @@ def test_the_portrait_is_found_once(lite: Models, turn: float, scale: float) -> 
     resized = cv2.resize(turned, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
     [faces] = lite.detector.detect([np.asarray(resized, dtype=np.uint8)])
     assert len(faces) == 1
-    # Read off the picture by hand: left eye, right eye, nose, left and right mouth corner.
+    # Measured by hand: left eye, right eye, nose, left and right corner of the mouth.
     truth = np.array([[204.0, 104.0], [243.0, 104.0], [225.0, 128.0], [206.0, 143.0], [244.0, 143.0]])
     expected = (truth @ matrix[:, :2].T + matrix[:, 2]) * scale
     errors = np.linalg.norm(faces[0].landmarks_xy - expected, axis=1) / (39 * scale)
@@ -115,7 +115,7 @@ def test_the_portrait_is_found_once(lite: Models, turn: float, scale: float) -> 
 
 
 def assert_as_promised(scores: dict[str, dict[str, dict[str, float]]], share: float = 1.0) -> None:
-    """What the README says of the mean over all held-out faces, or a share of it for a few of them."""
+    """Asserts the scores of the README for all held-out faces, or a share of them for a few faces."""
     promised_db = {
         ("moderate", "w=1.0"): 2.9,
         ("moderate, cubic", "w=1.0"): 3.4,
@@ -135,7 +135,7 @@ def assert_as_promised(scores: dict[str, dict[str, dict[str, float]]], share: fl
 
 
 @pytest.mark.slow
-def test_some_held_out_faces_score_as_promised(lite: Models) -> None:
+def test_some_held_out_faces_score_as_documented(lite: Models) -> None:
     files = pictures_in(shared.path_of("faces/test"))[::18]
     assert_as_promised(measure_restorer(lite.restorers["codeformer"], files), share=0.3)
 
@@ -144,7 +144,7 @@ def test_the_training_commands_make_a_set_of_this_size() -> None:
     assert dict(load_weight_set("lite").restorer.config) == LITE
 
 
-def test_the_scores_in_the_readme_are_of_these_weights_and_as_promised() -> None:
+def test_the_committed_scores_are_of_these_weights_and_as_documented() -> None:
     scores = json.loads((WEIGHTS_ROOT / "lite" / "scores.json").read_text())
     weight_set = load_weight_set("lite")
     assert scores["sha256"] == {name: file.sha256 for name, file in weight_set.files()}

@@ -1,4 +1,4 @@
-"""What is for the operator alone stays out of what clients read; and error messages stay short."""
+"""Operator-only information does not reach clients, and error messages stay short."""
 
 import io
 import subprocess
@@ -27,12 +27,12 @@ def page() -> bytes:
 
 
 def png_with_a_broken_chunk() -> bytes:
-    """Damaged where its pixels go on; Pillow quotes the name of the chunk."""
+    """A PNG with a damaged chunk in its pixel data; Pillow quotes the name of that chunk."""
     picture = save(Image.fromarray(gradient(64, 48)), "PNG")
     start = picture.index(b"IDAT") + 4
     half = int.from_bytes(picture[start - 8 : start - 4]) // 2
     cut = picture[: start - 8] + half.to_bytes(4) + b"IDAT" + picture[start : start + half]
-    # Four bytes of check sum, then a chunk whose name is none.
+    # Four bytes of checksum, then a chunk with an invalid name.
     return cut + b"\0\0\0\0" + (20).to_bytes(4) + SECRET + b"\0" * 40
 
 
@@ -48,7 +48,7 @@ def test_bytes_of_a_file_go_to_the_log_and_not_into_the_error(
     assert "image 2" in line.getMessage()
 
 
-def test_notes_that_cannot_be_read_are_quoted_for_the_operator(caplog: pytest.LogCaptureFixture) -> None:
+def test_unreadable_metadata_is_quoted_for_the_operator_only(caplog: pytest.LogCaptureFixture) -> None:
     stream = io.BytesIO()
     Image.new("RGB", (64, 48)).save(stream, "WEBP", exif=b"Exif\0\0" + SECRET * 4)
     assert decode_image(stream.getvalue()).shape == (48, 64, 3)
@@ -69,7 +69,7 @@ print(sys.stderr.getvalue(), end="")
 """
 
 
-def test_lines_for_the_operator_go_past_cogs_stream() -> None:
+def test_operator_lines_bypass_cogs_stream() -> None:
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM], cwd=ROOT, capture_output=True, text=True, check=True
     )
@@ -103,7 +103,7 @@ def test_an_error_does_not_echo_a_wrong_value_whole(value: Any) -> None:
         assert raised.value.value is value
 
 
-def test_a_picture_that_is_none_is_not_echoed(blind_pipeline: Any) -> None:
+def test_a_value_that_is_not_a_picture_is_not_echoed(blind_pipeline: Any) -> None:
     with pytest.raises(ImageError) as raised:
         serve(blind_pipeline, ["A" * 3_000_000])
     assert len(str(raised.value)) < 200

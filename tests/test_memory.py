@@ -17,13 +17,13 @@ from tests.conftest import CPU
 
 
 def opencv_error(code: int) -> cv2.error:
-    """As OpenCV raises them."""
+    """An error as OpenCV raises it."""
     failure = cv2.error("OpenCV(5.0.0) error")
     failure.code = code
     return failure
 
 
-def test_a_cpu_takes_the_plans_batches() -> None:
+def test_a_cpu_uses_the_batch_size_of_the_plan() -> None:
     plan = resolve_plan("fast", device=CPU)
     assert batch_size_for(plan, 1) == plan.micro_batch
     assert batch_size_for(dataclasses.replace(plan, micro_batch=5), 1) == 5
@@ -33,7 +33,7 @@ def test_a_cpu_takes_the_plans_batches() -> None:
     ("faces_free", "faces_reserved", "expected"),
     [(100, 0, 8), (11, 0, 8), (9, 0, 7), (5, 0, 4), (4, 1, 4), (2, 0, 1), (0.1, 0, 1), (0, 0, 1), (0, 5, 4)],
 )
-def test_a_gpu_takes_what_fits(
+def test_a_gpu_uses_the_batch_size_that_fits(
     monkeypatch: pytest.MonkeyPatch, faces_free: float, faces_reserved: float, expected: int
 ) -> None:
     face = 900 * 2**20
@@ -59,7 +59,7 @@ def test_a_gpu_takes_what_fits(
         (opencv_error(cv2.Error.StsBadArg), False),
     ],
 )
-def test_too_little_memory_is_told_from_other_failures(failure: Exception, expected: bool) -> None:
+def test_too_little_memory_is_distinguished_from_other_failures(failure: Exception, expected: bool) -> None:
     assert is_out_of_memory(failure) == expected
 
 
@@ -81,7 +81,7 @@ print(min(faults() for _ in range(5)))
 
 
 def faults_per_feature_map(mode: str) -> Any:
-    """Page faults that a feature map of 67 MB costs once others have been freed; of 16 384 pages."""
+    """Page faults of a feature map of 67 MB (16 384 pages) after earlier ones were freed."""
     done = subprocess.run([sys.executable, "-c", FAULTS, mode], capture_output=True, text=True, check=True)
     return done.stdout.strip()
 
@@ -108,8 +108,8 @@ for width in [*range(100, 300), 100]:
 
 
 def last_kernel(mode: str) -> str:
-    """Where oneDNN had the kernel from for a width that it has met before, 199 widths ago."""
-    # Another test in this process may have set the limit; at level 2 oneDNN says what it makes anew.
+    """The source of oneDNN's kernel for a width that was used before, 199 widths ago."""
+    # Another test in this process may have set the limit. At level 2, oneDNN logs hits and misses.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("ONEDNN_")}
     log = subprocess.run(
         [sys.executable, "-c", KERNELS, mode],
@@ -124,6 +124,6 @@ def last_kernel(mode: str) -> str:
     return str(made[-1])
 
 
-def test_kernels_for_ever_new_sizes_are_not_kept_for_ever() -> None:
+def test_the_cache_of_onednn_kernels_is_bounded() -> None:
     assert last_kernel("free") == "cache_hit"
     assert last_kernel("limited") == "cache_miss"

@@ -1,4 +1,4 @@
-"""Kernels and scores against basicsr's, where it can be installed, and against arithmetic."""
+"""Kernels and scores compared with basicsr, if it is installed, and with formulas."""
 
 import numpy as np
 import pytest

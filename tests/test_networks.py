@@ -1,4 +1,4 @@
-"""The networks against upstream's names, shapes and numbers."""
+"""The networks compared with upstream: names, shapes and outputs."""
 
 from typing import Any
 
@@ -146,10 +146,10 @@ def test_fidelity_blends_the_face_with_the_corrected_input() -> None:
             torch.testing.assert_close(network(x, w=w, adain=True)[0], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_colour_cast_goes_and_details_stay() -> None:
+def test_a_colour_cast_is_removed_and_details_are_kept() -> None:
     generator = torch.Generator().manual_seed(0)
     picture = torch.rand(2, 3, 128, 192, generator=generator)
-    # Details without a mean in any patch.
+    # Details with a zero mean in every patch.
     details = torch.rand(2, 3, 2, 64, 3, 64, generator=generator)
     details = (details - details.mean(dim=(3, 5), keepdim=True)).view(2, 3, 128, 192)
     smooth = torch.linspace(0, 1, 192).expand(2, 3, 128, 192)
@@ -175,7 +175,7 @@ def test_a_generated_face_has_its_inputs_mean_colour_if_asked_to(w: float) -> No
 
 
 @pytest.mark.parametrize("w", [0.0, 0.4])
-def test_where_inputs_are_corrected_colours_are_taken_from_there(w: float) -> None:
+def test_with_a_correction_colours_come_from_the_corrected_input(w: float) -> None:
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"correction_blocks": 1, "correction_channels": 8}
     network = CodeFormer(**TINY_CONFIG, **sizes, colour_patch=64).eval()
@@ -194,7 +194,7 @@ def test_the_correction_moves_with_the_picture() -> None:
     with torch.inference_mode():
         here = correction(picture) - picture
         there = (correction(picture.roll(16, 3)) - picture.roll(16, 3)).roll(-16, 3)
-    # Away from the borders, whose surroundings are another's.
+    # Excluding the borders, where the surroundings differ.
     inner = (..., slice(24, -24), slice(24, -40))
     assert here[inner].abs().mean() > 0.05
     torch.testing.assert_close(there[inner], here[inner], rtol=0, atol=0.05)
@@ -223,12 +223,12 @@ def test_registration_in_basicsr() -> None:
 
 
 @pytest.mark.parametrize("norm_groups", [4, 32])
-def test_norm_groups_reach_every_norm(norm_groups: int) -> None:
+def test_norm_groups_apply_to_every_norm(norm_groups: int) -> None:
     network = CodeFormer(**{**TINY_CONFIG, "base_channels": 32, "norm_groups": norm_groups})
     assert {m.num_groups for m in network.modules() if isinstance(m, torch.nn.GroupNorm)} == {norm_groups}
 
 
-def test_few_groups_let_the_picture_keep_its_mean_colour() -> None:
+def test_few_norm_groups_keep_the_mean_colour() -> None:
     def mean_of(norm_groups: int, shift: float) -> torch.Tensor:
         torch.manual_seed(0)
         last = torch.nn.Sequential(

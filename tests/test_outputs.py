@@ -1,4 +1,4 @@
-"""The folder where results lie until they have been sent."""
+"""The folder that holds results until they have been sent."""
 
 import os
 import signal
@@ -17,7 +17,7 @@ from codeformer.serving.outputs import KEPT_S, OutputFolder
 
 
 class Interruption(BaseException):
-    """Stands for what Cog raises in the thread of a cancelled request."""
+    """Stands for the exception that Cog raises in the thread of a cancelled request."""
 
 
 @pytest.fixture(autouse=True)
@@ -72,12 +72,12 @@ def test_many_readers_get_every_file(temporary: Path) -> None:
     wait_until(lambda: list(outputs.path.iterdir()) == [])
 
 
-def test_a_folder_that_was_cleaned_away_is_made_and_marked_anew() -> None:
+def test_a_removed_folder_is_created_and_locked_again() -> None:
     outputs = OutputFolder()
     outputs.path.rmdir()
     [path] = outputs.write([b"one"])
     os.utime(outputs.path, (0, 0))
-    # Another server starts, and looks for what nobody uses.
+    # Another server starts, and looks for abandoned folders.
     OutputFolder()
     assert path.read_bytes() == b"one"
 
@@ -128,21 +128,21 @@ def folder_of_a_process(temporary: Path, mode: str) -> tuple[Path, subprocess.Po
     return Path(process.stdout.readline().strip()), process
 
 
-def test_a_process_that_ends_takes_its_folder_along(temporary: Path) -> None:
+def test_a_process_removes_its_folder_at_its_end(temporary: Path) -> None:
     folder, process = folder_of_a_process(temporary, "end")
     assert process.wait(30) == 0
     assert folder.parent == temporary
     assert not folder.exists()
 
 
-def test_the_folder_of_a_killed_process_is_removed_by_the_next_and_no_other(temporary: Path) -> None:
+def test_only_the_folder_of_a_killed_process_is_removed_by_the_next(temporary: Path) -> None:
     killed, process = folder_of_a_process(temporary, "wait")
     alive, other = folder_of_a_process(temporary, "wait")
     process.send_signal(signal.SIGKILL)
     process.wait(30)
     assert len(list(killed.rglob("1.jpg"))) == 1
     OutputFolder()
-    assert killed.exists(), "it may be one that is just being made"
+    assert killed.exists(), "a new folder may not be locked yet"
     for folder in (killed, alive):
         os.utime(folder, (0, 0))
     stranger = temporary / "codeformer-outputs-of-someone"

@@ -1,4 +1,4 @@
-"""Requirements that agree, the Python that make chooses, and the package once it is installed."""
+"""Consistent requirements, the Python that make chooses, and the installed package."""
 
 import os
 import subprocess
@@ -22,7 +22,7 @@ GROUPS = {"": PROJECT["dependencies"], **PROJECT["optional-dependencies"]}
 
 
 def pins(file: Path) -> dict[str, str]:
-    """What a file of requirements pins, with the files it includes: versions by names."""
+    """The versions that a requirements file and the files it includes pin, by name."""
     found: dict[str, str] = {}
     for line in file.read_text().splitlines():
         text = line.split("#")[0].strip()
@@ -37,7 +37,7 @@ def pins(file: Path) -> dict[str, str]:
 
 
 def all_pins() -> dict[str, str]:
-    """What all files pin; no two of them disagree."""
+    """The versions that all requirements files pin; asserts that they agree."""
     found: dict[str, str] = {}
     for file in sorted(ROOT.glob("requirements*.txt")):
         for name, version in pins(file).items():
@@ -46,7 +46,7 @@ def all_pins() -> dict[str, str]:
 
 
 @pytest.mark.parametrize("group", GROUPS)
-def test_what_is_pinned_is_in_the_ranges(group: str) -> None:
+def test_pinned_versions_are_in_the_ranges(group: str) -> None:
     pinned = all_pins()
     for requirement in map(Requirement, GROUPS[group]):
         assert requirement.specifier.contains(pinned[canonicalize_name(requirement.name)]), requirement
@@ -57,14 +57,14 @@ def test_everything_the_predictor_needs_is_pinned_for_the_image_and_nothing_else
     assert set(pins(ROOT / "requirements.txt")) == needed
 
 
-def test_cogs_version_stands_in_cog_yaml() -> None:
+def test_cogs_version_is_pinned_in_cog_yaml() -> None:
     build = yaml.safe_load((ROOT / "cog.yaml").read_text())["build"]
-    # Cog warns of a second one among the image's requirements at every build.
+    # Cog warns at every build if the requirements of the image also name a version of cog.
     assert "cog" not in pins(ROOT / build["python_requirements"])
     assert pins(ROOT / "requirements-serve.txt")["cog"] == build["sdk_version"]
 
 
-def test_the_extras_and_what_they_need_go_together() -> None:
+def test_the_pinned_versions_satisfy_each_others_requirements() -> None:
     pinned, absent, seen = all_pins(), set(), set()
     listed = [Requirement(text) for group in GROUPS.values() for text in group]
     waiting = [("pyproject.toml", item) for item in listed if item.marker is None or item.marker.evaluate()]
@@ -82,11 +82,11 @@ def test_the_extras_and_what_they_need_go_together() -> None:
         except metadata.PackageNotFoundError:
             absent.add(name)
     if absent:
-        pytest.skip(f"not installed, and so not looked into: {', '.join(sorted(absent))}")
+        pytest.skip(f"not installed, so not checked: {', '.join(sorted(absent))}")
 
 
 def needs(requirement: Requirement) -> Iterator[Requirement]:
-    """What a requirement needs on this machine, by the metadata of what is installed."""
+    """The requirements of an installed package on this machine, from its metadata."""
     for text in metadata.requires(requirement.name) or ():
         needed = Requirement(text)
         extras = requirement.extras or {""}
@@ -95,7 +95,7 @@ def needs(requirement: Requirement) -> Iterator[Requirement]:
 
 
 def stub(folder: Path, name: str, version: tuple[int, int], *, works: bool = True) -> None:
-    """A command that answers as that version of Python would, and makes empty environments."""
+    """A command that behaves like the given version of Python and creates empty environments."""
     path = folder / name
     path.write_text(
         f"#!/bin/sh\n{'' if works else 'exit 127'}\n"
@@ -121,7 +121,7 @@ def stub(folder: Path, name: str, version: tuple[int, int], *, works: bool = Tru
         ({}, None),
     ],
 )
-def test_make_takes_the_first_python_that_will_do(
+def test_make_uses_the_first_suitable_python(
     tmp_path: Path, found: dict[str, tuple[int, int] | None], chosen: str | None
 ) -> None:
     commands, environment = tmp_path / "bin", tmp_path / "environment"
@@ -143,14 +143,14 @@ def test_make_takes_the_first_python_that_will_do(
 
 
 class Installed:
-    """The package in an environment of its own, run from a folder that is not the checkout."""
+    """The package installed in its own environment, run from a folder outside the checkout."""
 
     def __init__(self, folder: Path) -> None:
         self.environment, self.elsewhere, self.cache = folder / "venv", folder / "elsewhere", folder / "cache"
         self.elsewhere.mkdir()
 
     def run(self, command: str, *arguments: str) -> str:
-        """What a command of the environment prints."""
+        """Runs a command of the environment and returns its output."""
         variables = {
             name: value
             for name, value in os.environ.items()
@@ -167,7 +167,7 @@ class Installed:
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
-    """The wheel, installed beside the packages that the tests themselves run with."""
+    """The wheel, installed in addition to the packages that the tests run with."""
     folder = tmp_path_factory.mktemp("installed")
     package = Installed(folder)
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
@@ -188,7 +188,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
     return package
 
 
-def test_an_installed_package_brings_its_command_and_its_weights(installed: Installed) -> None:
+def test_an_installed_package_has_its_command_and_its_weights(installed: Installed) -> None:
     assert installed.run("codeformer", "--help").startswith("usage: codeformer ")
     listed = installed.run("codeformer", "weights", "list", "lite").splitlines()
     assert [line.split()[4] for line in listed[1:]] == ["verified", "verified"]
@@ -225,6 +225,6 @@ def test_an_installed_package_restores_its_sample_portrait(installed: Installed)
     before = shared.read_picture(ROOT / "data" / "1.jpg").astype(float)
     after = shared.read_picture(installed.elsewhere / "results" / "1.jpg").astype(float)
     assert before.shape == after.shape == (832, 640, 3)
-    # A face was restored, and not the picture's border.
+    # The face was restored, and the border of the picture was not changed.
     assert abs(after - before).max() > 30
     assert abs(after - before)[:, :20].mean() < 3

@@ -1,4 +1,4 @@
-"""Paste-back against upstream's pictures and against a full-frame version of the method."""
+"""Paste-back compared with upstream's pictures and with a full-frame implementation."""
 
 import cv2
 import numpy as np
@@ -14,7 +14,7 @@ from tests.compare import assert_pictures_close
 
 
 def similarity(scale: float, degrees: float, x: float, y: float) -> np.ndarray:
-    """Face frame to picture frame, the face's centre at (x, y)."""
+    """The transform from the face frame to the picture frame, with the centre of the face at (x, y)."""
     angle = np.deg2rad(degrees)
     rotation = scale * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     return np.column_stack([rotation, np.array([x, y]) - rotation @ [255.5, 255.5]])
@@ -62,7 +62,7 @@ PLACES = {
 
 @pytest.mark.parametrize("with_mask", [False, True])
 @pytest.mark.parametrize("place", PLACES)
-def test_the_region_of_interest_gives_the_full_frames_pixels(
+def test_the_region_of_interest_gives_the_same_pixels_as_the_full_frame(
     picture: np.ndarray, face: np.ndarray, place: str, with_mask: bool
 ) -> None:
     matrix = PLACES[place]
@@ -70,7 +70,7 @@ def test_the_region_of_interest_gives_the_full_frames_pixels(
     canvas = picture.copy()
     paste_face(canvas, face, matrix, mask)
     expected, soft = paste_full_frame(picture, face, matrix, mask)
-    # OpenCV rounds coordinates to 1/32 px or finer, from another origin in the region.
+    # OpenCV rounds coordinates to 1/32 px or finer, relative to a different origin in the region.
     assert_pictures_close(canvas, expected, mean=0.05, within=2, share=0.999)
     np.testing.assert_array_equal(canvas[soft == 0], picture[soft == 0])
     if place != "as small as faces get":
@@ -78,7 +78,7 @@ def test_the_region_of_interest_gives_the_full_frames_pixels(
 
 
 def test_the_face_fades_with_the_hard_mask_as_upstreams_does() -> None:
-    # White on white: where the soft mask reaches beyond the hard one, black is mixed in.
+    # White on white: black is blended in where the soft mask extends beyond the hard one.
     white, face = np.full((300, 420, 3), 255, np.uint8), np.full((512, 512, 3), 255, np.uint8)
     canvas = white.copy()
     paste_face(canvas, face, PLACES["cut by the left border"], None)
@@ -93,7 +93,7 @@ def test_a_face_outside_the_picture_changes_nothing(picture: np.ndarray, face: n
     np.testing.assert_array_equal(canvas, picture)
 
 
-def test_the_region_holds_every_touched_pixel() -> None:
+def test_the_region_contains_every_changed_pixel() -> None:
     for matrix in PLACES.values():
         left, top, right, bottom = region_of_interest(matrix, 420, 300)
         touched = cv2.warpAffine(np.ones((512, 512), np.float32), matrix, (420, 300)) > 0
@@ -101,7 +101,7 @@ def test_the_region_holds_every_touched_pixel() -> None:
         assert not touched.any()
 
 
-def test_an_identical_face_leaves_the_picture_as_it_is() -> None:
+def test_pasting_an_identical_face_changes_nothing() -> None:
     yy, xx = np.mgrid[0:600, 0:700]
     smooth = np.stack([xx * 255 / 700, yy * 255 / 600, (xx + yy) * 255 / 1300], axis=2).astype(np.uint8)
     face_to_picture = similarity(1.0, 7, 320, 300)

@@ -1,4 +1,4 @@
-"""The whole way of a picture: against upstream's pictures, and its promises one by one."""
+"""The whole pipeline: compared with upstream's pictures, and each property by itself."""
 
 import dataclasses
 import logging
@@ -33,7 +33,7 @@ from tests.conftest import CPU, all_finite, make_broken_restorer, make_tiny_rest
 
 
 class ReplayingDetector:
-    """Answers with what upstream found: float32 noise of another CPU would flip a close code."""
+    """Returns upstream's detections, because rounding on another CPU could change a code."""
 
     def __init__(self, name: str) -> None:
         golden = shared.geometry()[f"{name}.jpg"]
@@ -75,7 +75,7 @@ def photos() -> list[np.ndarray]:
 
 
 def four_photos() -> list[np.ndarray]:
-    """Four faces, one, none; and a picture smaller than the working copy."""
+    """Photos with four faces, one face and no face; and a picture smaller than the working copy."""
     return [
         pictures.group(),
         pictures.portrait(),
@@ -88,7 +88,7 @@ def images(results: Sequence[Any]) -> list[np.ndarray]:
     return [result.image_bgr for result in results]
 
 
-def test_results_tell_what_was_done(tiny_pipeline: Pipeline, photos: list[np.ndarray]) -> None:
+def test_results_describe_what_was_done(tiny_pipeline: Pipeline, photos: list[np.ndarray]) -> None:
     originals = [photo.copy() for photo in photos]
     results = tiny_pipeline.restore(photos)
     assert [len(result.faces) for result in results] == [4, 1, 0, 1]
@@ -113,7 +113,7 @@ def test_results_tell_what_was_done(tiny_pipeline: Pipeline, photos: list[np.nda
 
 
 @pytest.mark.parametrize("profile", ["baseline", "max_speed"])
-def test_outside_the_faces_every_pixel_is_the_inputs(
+def test_pixels_outside_the_faces_equal_the_input(
     tiny_pipeline: Pipeline, photos: list[np.ndarray], profile: str
 ) -> None:
     results = tiny_pipeline.restore(photos, plan=resolve_plan(profile, device=CPU))
@@ -123,7 +123,7 @@ def test_outside_the_faces_every_pixel_is_the_inputs(
             square = cv2.warpAffine(
                 np.ones((512, 512), np.float32), face.face_to_picture, (photo.shape[1], photo.shape[0])
             )
-            # An even kernel erodes one pixel less on two sides, so the soft mask may end a pixel outside.
+            # A kernel of even size erodes one pixel less on two sides: the soft mask may end a pixel outside.
             outside &= cv2.dilate(square, np.ones((3, 3), np.uint8)) == 0
             centre = face.landmarks_xy.mean(axis=0).round().astype(int)
             assert (result.image_bgr[centre[1], centre[0]] != photo[centre[1], centre[0]]).any()
@@ -131,7 +131,7 @@ def test_outside_the_faces_every_pixel_is_the_inputs(
         np.testing.assert_array_equal(result.image_bgr[outside], photo[outside])
 
 
-def test_faces_of_small_pictures_land_where_they_were(
+def test_faces_of_small_pictures_are_pasted_at_their_position(
     detector: FaceDetector, photos: list[np.ndarray]
 ) -> None:
     class Identity(CodeFormerRestorer):
@@ -140,7 +140,7 @@ def test_faces_of_small_pictures_land_where_they_were(
 
     pipeline = Pipeline(models_of(detector, Identity(make_tiny_restorer())), CPU)
     for photo, result in zip(photos, pipeline.restore(photos), strict=True):
-        # Half a pixel of displacement multiplies this error.
+        # A displacement by half a pixel would multiply this error.
         assert_pictures_close(result.image_bgr, photo, mean=0.2, within=12, share=0.998)
 
 
@@ -152,7 +152,7 @@ def test_fast_equals_baseline_on_a_cpu(tiny_pipeline: Pipeline, photos: list[np.
             assert_pictures_close(ours, theirs, mean=0.01, within=1)
 
 
-def test_profiles_take_their_own_path(
+def test_profiles_differ_in_batches_precision_and_parsing(
     tiny_pipeline: Pipeline, photos: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batches: list[int] = []
@@ -179,7 +179,7 @@ def test_profiles_take_their_own_path(
     monkeypatch.setattr(FaceDetector, "detect", spy_detect)
     gpu_like = {"micro_batch": 4, "half_dtype": torch.bfloat16}
     tiny_pipeline.restore(photos, plan=resolve_plan("baseline", device=CPU))
-    # What comes after is the second look at the picture without a face.
+    # Further calls are the second look at the picture without a face.
     assert (batches, parsed, detections[0]) == ([1] * 6, [1] * 6, False)
     assert set(half_dtypes) == {None}
     for profile, masked in (("fast", [4, 2]), ("max_speed", [])):
@@ -200,7 +200,7 @@ def test_max_speed_pastes_the_square_and_baseline_the_face(tiny_pipeline: Pipeli
     assert changed["max_speed"] > 1.2 * changed["baseline"]
 
 
-def test_fidelity_reaches_the_picture(tiny_pipeline: Pipeline) -> None:
+def test_fidelity_changes_the_picture(tiny_pipeline: Pipeline) -> None:
     photo = pictures.portrait()
     quality, fidelity = (tiny_pipeline.restore([photo], w)[0].image_bgr for w in (0.0, 1.0))
     assert np.abs(quality.astype(int) - fidelity).max() > 20
@@ -212,12 +212,12 @@ def test_a_grey_picture_stays_grey(tiny_pipeline: Pipeline) -> None:
     [result] = tiny_pipeline.restore([photo])
     assert len(result.faces) == 1
     assert (result.image_bgr != photo).any()
-    # The border's colour in the crop shifts the channels' statistics a little.
+    # The border colour in the crop changes the statistics of the channels a little.
     assert np.ptp(result.image_bgr.astype(int), axis=2).max() <= 2
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 20), (30, 40), (700, 513)])
-def test_without_a_face_the_picture_comes_back_as_it_is(
+def test_a_picture_without_a_face_is_returned_unchanged(
     blind_pipeline: Pipeline, shape: tuple[int, int]
 ) -> None:
     photo = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
@@ -299,7 +299,7 @@ def test_a_failure_names_picture_face_and_cause_and_the_next_request_works(
         ("", "RuntimeError: "),
     ],
 )
-def test_what_the_machine_says_is_told_without_its_paths(
+def test_errors_of_the_machine_are_reported_without_paths(
     detector: FaceDetector, caplog: pytest.LogCaptureFixture, said: str, heard: str
 ) -> None:
     restorer = FailingRestorer()
@@ -308,7 +308,7 @@ def test_what_the_machine_says_is_told_without_its_paths(
     with pytest.raises(InferenceError) as raised:
         pipeline.restore([pictures.portrait()])
     assert raised.value.cause == heard
-    assert said in caplog.text, "the operator's log has all of it"
+    assert said in caplog.text, "the operator's log has the whole message"
 
 
 class RestorerWithLittleMemory(CodeFormerRestorer):
@@ -327,7 +327,7 @@ class RestorerWithLittleMemory(CodeFormerRestorer):
         return super().restore(crops_bgr, fidelities, **options)
 
 
-def test_a_batch_that_does_not_fit_is_halved_and_nothing_is_lost(
+def test_a_batch_that_does_not_fit_is_halved_and_every_face_is_restored(
     detector: FaceDetector, photos: list[np.ndarray]
 ) -> None:
     restorer = RestorerWithLittleMemory()
@@ -352,7 +352,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_nothing_is_lost(
 def test_pixels_on_the_device_equal_those_on_the_host(
     photos: list[np.ndarray], profile: str, device: torch.device
 ) -> None:
-    # Trained networks: random ones turn a level's difference of a crop into many.
+    # With trained networks, because random ones amplify a difference of one level in a crop.
     pipeline = Pipeline.load("lite", device)
     plan = dataclasses.replace(resolve_plan(profile, device=device), half_dtype=None, device_pixels=False)
     before = [photo.copy() for photo in photos]
@@ -363,7 +363,7 @@ def test_pixels_on_the_device_equal_those_on_the_host(
         np.testing.assert_array_equal(photo, untouched)
 
 
-def test_results_come_as_soon_as_their_last_face_is_in(
+def test_results_are_returned_as_soon_as_their_last_face_is_pasted(
     detector: FaceDetector, photos: list[np.ndarray]
 ) -> None:
     restorer = RestorerWithLittleMemory()
@@ -373,7 +373,7 @@ def test_results_come_as_soon_as_their_last_face_is_in(
 
 
 @pytest.mark.parametrize("head", ["ClassHead", "BboxHead", "LandmarkHead"])
-def test_a_detector_that_answers_nan_has_not_found_that_there_is_no_face(head: str) -> None:
+def test_a_detector_that_returns_nan_is_a_failure(head: str) -> None:
     network: Any = build_retinaface("mobile0.25")
     load_into(network, load_weight_set("lite").detector)
     for level in getattr(network, head):
@@ -384,7 +384,7 @@ def test_a_detector_that_answers_nan_has_not_found_that_there_is_no_face(head: s
         pipeline.restore([pictures.portrait()])
 
 
-def test_optimized_networks_that_cannot_be_made_say_so_without_paths(
+def test_a_failure_to_optimize_the_networks_is_reported_without_paths(
     blind_pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> None:
@@ -406,7 +406,7 @@ def test_a_non_finite_face_is_a_failure(detector: FaceDetector) -> None:
 
 @pytest.fixture(scope="module")
 def restored_on_a_cpu() -> dict[str, list[RestoredImage]]:
-    """The photos by the profiles that differ in what they compute, one face at a time and in float32."""
+    """The results of the profiles that compute differently, one face at a time and in float32."""
     pipeline = Pipeline.load("lite", "cpu")
     plans = {profile: resolve_plan(profile, device=CPU) for profile in ("baseline", "max_speed")}
     return {
@@ -469,7 +469,7 @@ def test_a_half_precision_overflow_runs_again_in_float32(
     np.testing.assert_array_equal(result.image_bgr, expected.image_bgr)
 
 
-def test_requests_do_not_see_each_other(tiny_pipeline: Pipeline, photos: list[np.ndarray]) -> None:
+def test_requests_do_not_influence_each_other(tiny_pipeline: Pipeline, photos: list[np.ndarray]) -> None:
     def run(profile: str, mode: str, w: float) -> list[np.ndarray]:
         return images(tiny_pipeline.restore(photos[:2], w, resolve_plan(profile, mode, "none", device=CPU)))
 
@@ -506,7 +506,7 @@ def test_optimized_eager_restores_like_safe(tiny_pipeline: Pipeline) -> None:
     assert_pictures_close(optimized.image_bgr, safe.image_bgr, mean=0.2, within=2, share=0.999)
 
 
-def test_a_backend_that_cannot_compile_fails_and_does_not_bar_another(
+def test_a_backend_that_cannot_compile_fails_and_another_can_be_used(
     tiny_pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: Any, **__: Any) -> Any:
@@ -523,7 +523,7 @@ def test_a_backend_that_cannot_compile_fails_and_does_not_bar_another(
     assert len(result.faces) == 1
 
 
-def test_a_face_too_small_is_left_as_it_is_and_said_so(
+def test_a_face_that_is_too_small_is_skipped_and_logged(
     tiny_pipeline: Pipeline, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny = Detection(np.array([0, 0, 9, 9], np.float32), 0.9, np.full((5, 2), 4, np.float32))

@@ -1,4 +1,4 @@
-"""Options to plans."""
+"""Resolving options to plans."""
 
 import itertools
 import math
@@ -20,7 +20,7 @@ CUDA = torch.device("cuda")
 
 @pytest.fixture(params=[(7, 0), (7, 5), (8, 0), (8, 9), (9, 0), (6, 1)], ids=str)
 def capability(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A machine with a GPU of some compute capability that claims to know bfloat16."""
+    """A machine with a GPU of the given compute capability, for which torch reports bfloat16 support."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: request.param)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
     return request.param
@@ -50,7 +50,7 @@ def test_profiles(profile: str, micro_batch: int, parse_faces: bool, monkeypatch
         assert plan.batch_detection == (profile != "baseline")
 
 
-def test_safe_means_no_risky_optimisation() -> None:
+def test_safe_mode_has_no_risky_optimisation() -> None:
     for profile, backend in itertools.product(RUNTIME_PROFILES, COMPILE_BACKENDS):
         plan = resolve_plan(profile, "safe", backend, device=CPU)
         assert (plan.optimized, plan.compile_backend, plan.cudnn_benchmark) == (False, None, False)
@@ -100,7 +100,7 @@ def test_fidelity_out_of_range(value: object) -> None:
 
 
 def switches() -> tuple[str, str, bool]:
-    """Precision of convolutions and matrix products, and cuDNN's trials."""
+    """The switches for the precision of convolutions and matrix products, and for cuDNN's benchmarking."""
     cudnn: Any = torch.backends.cudnn
     return cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision, cudnn.benchmark
 
@@ -116,7 +116,7 @@ def _everything_on() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_everything_on")
-def test_torchs_switches_are_held_and_put_back() -> None:
+def test_torchs_switches_are_set_and_restored() -> None:
     with torch_switches(cudnn_benchmark=False):
         assert switches() == ("ieee", "ieee", False)
         with torch_switches(cudnn_benchmark=True):
@@ -131,7 +131,7 @@ def leave_with_an_error() -> None:
 
 
 @pytest.mark.usefixtures("_everything_on")
-def test_torchs_switches_are_put_back_after_an_error() -> None:
+def test_torchs_switches_are_restored_after_an_error() -> None:
     with pytest.raises(KeyError):
         leave_with_an_error()
     assert switches() == ("tf32", "tf32", True)
@@ -158,7 +158,7 @@ def test_other_devices_are_refused(device: str) -> None:
         available_device(device)
 
 
-def test_a_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert available_device() == CPU
     with pytest.raises(OptionError, match="no such GPU"):

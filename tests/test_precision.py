@@ -1,4 +1,4 @@
-"""Which precision a CPU gets: by its instructions, by trial, or by the environment."""
+"""The precision on a CPU: by its instructions, by a trial, or by the environment."""
 
 import math
 import threading
@@ -22,7 +22,7 @@ from tests.conftest import CPU, service_of
 
 
 class Timer:
-    """Stands in for the convolutions: what each precision takes, and how often it was asked."""
+    """Replaces the timing of convolutions: the time of each precision, and the number of calls."""
 
     def __init__(self, float32: float, bfloat16: float) -> None:
         self.seconds = {torch.float32: float32, torch.bfloat16: bfloat16}
@@ -30,7 +30,7 @@ class Timer:
 
     def __call__(self, dtype: torch.dtype) -> float:
         self.asked[dtype] += 1
-        # The first time is longer, as on a machine that has just begun.
+        # The first call takes longer, as on a cold machine.
         return self.seconds[dtype] * (1.2 if self.asked[dtype] == 1 else 1.0)
 
 
@@ -48,7 +48,7 @@ def use(
     instructions: str | None = "avx512_bf16",
     variable: str = "",
 ) -> Timer:
-    """A machine with such instructions, speed and environment."""
+    """Simulates a machine with the given instructions, speed and environment."""
     monkeypatch.undo()
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {instructions: True} if instructions else {})
     monkeypatch.setattr(precision, "time_convolutions", timer)
@@ -61,7 +61,7 @@ def use(
     ("bfloat16", "expected"),
     [(0.05, torch.bfloat16), (0.085, torch.bfloat16), (0.095, None), (0.1, None), (0.25, None)],
 )
-def test_a_cpu_computes_in_what_proved_faster(
+def test_a_cpu_uses_the_faster_precision(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     instructions: str,
@@ -78,19 +78,19 @@ def test_a_cpu_computes_in_what_proved_faster(
     assert ("it is used" in line) == (expected is not None)
 
 
-def test_a_clear_case_is_seen_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_clear_case_needs_only_one_round(monkeypatch: pytest.MonkeyPatch) -> None:
     timer = use(monkeypatch, Timer(0.1, 0.25))
     assert half_dtype_of(CPU) is None
     assert timer.asked == {torch.float32: 1, torch.bfloat16: 1}
 
 
-def test_many_threads_measure_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_concurrent_threads_measure_once(monkeypatch: pytest.MonkeyPatch) -> None:
     first_is_in, all_ask = threading.Event(), threading.Barrier(8)
 
     class SlowTimer(Timer):
         def __call__(self, dtype: torch.dtype) -> float:
             first_is_in.set()
-            # Long enough for the others to come, were nobody to hold them.
+            # Long enough for the other threads to arrive if they were not blocked.
             threading.Event().wait(0.02)
             return super().__call__(dtype)
 
@@ -106,7 +106,7 @@ def test_many_threads_measure_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert timer.asked == {torch.float32: 1, torch.bfloat16: 1}
 
 
-def test_baseline_tries_nothing(
+def test_baseline_needs_no_trial(
     monkeypatch: pytest.MonkeyPatch, blind_pipeline: Pipeline, tmp_path: Path
 ) -> None:
     timer = use(monkeypatch, Timer(0.1, 0.05))
@@ -116,7 +116,7 @@ def test_baseline_tries_nothing(
     assert set(timer.asked.values()) == {0}
 
 
-def test_a_cpu_without_the_instructions_tries_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cpu_without_the_instructions_needs_no_trial(monkeypatch: pytest.MonkeyPatch) -> None:
     timer = use(monkeypatch, Timer(0.1, 0.05), instructions=None)
     assert resolve_plan("fast", device=CPU).half_dtype is None
     assert set(timer.asked.values()) == {0}
@@ -127,7 +127,7 @@ def test_a_cpu_without_the_instructions_tries_nothing(monkeypatch: pytest.Monkey
 def test_the_environment_overrides_the_trial(
     monkeypatch: pytest.MonkeyPatch, instructions: str | None, variable: str, expected: torch.dtype | None
 ) -> None:
-    # The trial would say the opposite.
+    # The trial would decide the opposite.
     speed = Timer(0.1, 0.25 if expected else 0.05)
     timer = use(monkeypatch, speed, instructions=instructions, variable=variable)
     assert resolve_plan("fast", device=CPU).half_dtype == expected
@@ -136,10 +136,10 @@ def test_the_environment_overrides_the_trial(
 
 
 @pytest.mark.parametrize("variable", ["float16", "BFLOAT16", "1", "x" * 10_000])
-def test_a_wrong_value_stops_the_start(
+def test_an_invalid_value_stops_the_start(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, variable: str
 ) -> None:
-    # Before the weights, which are not there.
+    # It stops before the weights, which are missing, are loaded.
     monkeypatch.setenv("CODEFORMER_WEIGHTS", str(tmp_path))
     monkeypatch.setenv(CPU_PRECISION_VARIABLE, variable)
     expected = f"{CPU_PRECISION_VARIABLE}: expected one of auto, float32, bfloat16, got "
@@ -171,7 +171,7 @@ def test_what_is_timed_are_convolutions_in_that_precision(
         result: torch.Tensor = convolve(maps, weights, **options)
         is_last = result.is_contiguous(memory_format=torch.channels_last)
         found.append((result.dtype, is_last, maps.shape[1] * maps.shape[2]))
-        assert weights.dtype == torch.float32, "autocast is to do it"
+        assert weights.dtype == torch.float32, "autocast has to convert them"
         return result
 
     before = torch.get_rng_state()

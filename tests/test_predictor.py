@@ -1,4 +1,4 @@
-"""The Cog predictor: its interface, and what it does in process."""
+"""The Cog predictor: its interface, and its behaviour in process."""
 
 import ast
 import contextlib
@@ -39,7 +39,7 @@ def test_the_checked_in_schema_is_the_predictors() -> None:
     assert json.loads(PINNED_SCHEMA.read_text()) == build_schema(), "run: make schema"
 
 
-def test_the_interface_is_the_promised_one() -> None:
+def test_the_interface_is_as_specified() -> None:
     schemas = json.loads(PINNED_SCHEMA.read_text())["components"]["schemas"]
     properties = schemas["Input"]["properties"]
     assert list(properties) == [
@@ -78,7 +78,7 @@ def test_the_interface_is_the_promised_one() -> None:
 
 
 def test_cogs_static_parser_can_read_the_inputs() -> None:
-    # It takes the text between the first and the last quote, and no names: one plain literal each.
+    # The parser takes the text between the first and the last quote, so each must be one plain literal.
     source = (ROOT / "predict.py").read_text()
     calls = [
         node
@@ -205,7 +205,7 @@ def test_no_string_opens_another_file(blind_pipeline: Pipeline, name: object) ->
         serve(blind_pipeline, [name])
 
 
-def test_a_link_among_the_samples_leads_nowhere(
+def test_a_link_among_the_samples_is_refused(
     blind_pipeline: Pipeline, photo_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     samples = tmp_path / "data"
@@ -225,13 +225,13 @@ def predictor(blind_weights: Path, monkeypatch: pytest.MonkeyPatch) -> Predictor
 
 
 def run(predictor: Predictor, images: list[Path]) -> list[Path]:
-    """`run` with Cog's defaults, which Cog fills in from the schema."""
+    """Calls `run` with the defaults that Cog fills in from the schema."""
     properties = json.loads(PINNED_SCHEMA.read_text())["components"]["schemas"]["Input"]["properties"]
     defaults = {name: entry["default"] for name, entry in properties.items() if "default" in entry}
     return predictor.run(images=[cog.Path(path) for path in images], **defaults)
 
 
-def test_the_predictor_returns_jpg_files_and_removes_the_last_ones(
+def test_the_predictor_returns_jpg_files_and_removes_those_of_the_last_request(
     predictor: Predictor, photo_path: Path, picture: np.ndarray
 ) -> None:
     first = run(predictor, [photo_path, photo_path])
@@ -268,12 +268,12 @@ def test_outputs_that_cannot_be_written_are_a_clear_error_and_none_is_left(
             patch.setattr(Path, "write_bytes", refuse)
         with pytest.raises(OutputError, match="expected to write the restored pictures") as raised:
             run(predictor, [photo_path, photo_path])
-    assert tempfile.gettempdir() not in str(raised.value), "a client learns no path of the server"
+    assert tempfile.gettempdir() not in str(raised.value), "the message contains a path of the server"
     if fault == "no folder":
         folder.unlink()
     else:
         assert list(folder.iterdir()) == []
-    # Also where something has removed the folder.
+    # Also if another program has removed the folder.
     assert len(run(predictor, [photo_path])) == 1
 
 
@@ -281,7 +281,7 @@ def refuse(*_: object, **__: object) -> None:
     raise OSError(errno.ENOSPC, f"No space left in {tempfile.gettempdir()}")
 
 
-def test_a_failed_request_leaves_no_file_of_the_one_before(
+def test_a_failed_request_leaves_no_file_of_the_previous_one(
     predictor: Predictor, photo_path: Path, tmp_path: Path
 ) -> None:
     [output] = run(predictor, [photo_path])

@@ -19,7 +19,7 @@ from codeformer.options import Options, Recipe, Selection, Step
 from tests import pictures
 from tests.compare import assert_pictures_close
 from tests.conftest import CPU, models_of
-from tests.test_faces import Knowing, Negative
+from tests.test_faces import FixedDetector, Negative
 from tests.test_pasting import similarity
 from tests.toy import NegativeRestorer
 
@@ -113,7 +113,7 @@ def test_only_the_chosen_faces_are_restored_and_the_others_counted(
     selection: Selection, kept: list[int], reason: str | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     picture, faces_xy = crowd()
-    pipeline = Pipeline(models_of(Knowing(*faces_xy), Negative()), CPU, second_look=False)
+    pipeline = Pipeline(models_of(FixedDetector(*faces_xy), Negative()), CPU, second_look=False)
     with caplog.at_level(logging.WARNING):
         [result] = pipeline.restore([picture], selection=selection)
     assert [round(float(face.landmarks_xy[2, 0])) for face in result.faces] == [
@@ -132,7 +132,7 @@ def test_the_largest_face_is_the_one_that_shows_most() -> None:
     inside = transform_points(similarity(0.5, 0, 400, 300), FFHQ_TEMPLATE_XY)
     # Larger, and nearly all of it outside.
     cut = transform_points(similarity(1.2, 0, 1065, 300), FFHQ_TEMPLATE_XY)
-    pipeline = Pipeline(models_of(Knowing(cut, inside), Negative()), CPU, second_look=False)
+    pipeline = Pipeline(models_of(FixedDetector(cut, inside), Negative()), CPU, second_look=False)
     [result] = pipeline.restore([picture], selection=Selection("largest"))
     assert result.faces[0].landmarks_xy[2, 0] == pytest.approx(inside[2, 0], abs=1e-3)
 
@@ -143,7 +143,7 @@ def test_sizes_are_measured_in_the_picture_not_in_its_working_copy() -> None:
     assert working.scale == 4
     face_xy = transform_points(similarity(0.8, 0, 256, 256), FFHQ_TEMPLATE_XY)
     side = np.ptp(face_xy, axis=0).max()
-    pipeline = Pipeline(models_of(Knowing(face_xy), Negative()), CPU, second_look=False)
+    pipeline = Pipeline(models_of(FixedDetector(face_xy), Negative()), CPU, second_look=False)
     for smallest, faces in ((side / 4 - 1, 1), (side / 4 + 1, 0), (side - 1, 0)):
         [result] = pipeline.restore([small], selection=Selection("all", smallest))
         assert len(result.faces) == faces

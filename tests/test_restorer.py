@@ -1,4 +1,4 @@
-"""The restorer's and the parser's adapters."""
+"""The adapters of the restorer and the parser."""
 
 import itertools
 from typing import Any
@@ -21,7 +21,7 @@ from tests.conftest import (
     make_tiny_restorer,
 )
 
-# Faces of 16 px: a compiler's time hangs on the number of layers.
+# Faces of 16 px, because the time of compiling depends on the number of layers.
 SMALL_FACES: dict[str, Any] = {
     "n_layers": 1,
     "latent_size": 64,
@@ -53,7 +53,7 @@ def restored(
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_every_level_survives_the_way_to_the_network_and_back(channels_last: bool) -> None:
+def test_every_level_survives_the_conversion_to_the_network_and_back(channels_last: bool) -> None:
     levels = np.arange(256, dtype=np.uint8)
     picture = np.stack([levels, levels[::-1], np.roll(levels, 9)], axis=1).reshape(1, 16, 16, 3)
     batch = faces_to_batch(torch.from_numpy(picture), channels_last=channels_last)
@@ -121,7 +121,7 @@ def test_compiled_equals_eager_for_every_fidelity_and_batch(backend: str, channe
             share=0.999,
         )
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    assert graphs <= 8, f"{graphs} graphs for 5 requests: something compiles anew for each"
+    assert graphs <= 8, f"{graphs} graphs for 5 requests: something is compiled again for each"
 
 
 def test_grey_faces_take_their_statistics_from_the_crop() -> None:
@@ -161,7 +161,7 @@ def test_which_labels_are_face(label: int) -> None:
 
 
 @pytest.mark.slow
-def test_many_kinds_of_requests_do_not_exhaust_the_compiler(device: torch.device) -> None:
+def test_many_kinds_of_requests_stay_below_the_compilers_limit(device: torch.device) -> None:
     torch._dynamo.reset()
     network = make_tiny_restorer(**SMALL_FACES).to(device)
     compiled = CodeFormerRestorer(network, Execution(compile_backend="eager"))

@@ -91,7 +91,7 @@ def test_a_file_behind_an_address(server: CogServer, png: bytes, tmp_path: Path)
         answer = server.succeed(images=[f"{address}/photo.png", data_uri(png)])
         assert [picture_of(output).shape for output in answer["output"]] == [(90, 160, 3)] * 2
         assert "404" in server.fail(images=[f"{address}/missing.png"])
-        # Cog leaves these to us.
+        # Cog does not fetch these.
         shouted = address.replace("http", "HTTP")
         [output] = server.succeed(images=[f"{shouted}/photo.png"])["output"]
         assert picture_of(output).shape == (90, 160, 3)
@@ -100,7 +100,7 @@ def test_a_file_behind_an_address(server: CogServer, png: bytes, tmp_path: Path)
 
 
 class SecretAndWebhook(http.server.BaseHTTPRequestHandler):
-    """A host that only the server reaches; it also keeps what webhooks send."""
+    """A host that only the server can reach; it also records webhooks."""
 
     SECRET = b"key=7f3a9 of an internal page"
     received: ClassVar[queue.SimpleQueue[dict[str, Any]]]
@@ -121,7 +121,7 @@ class SecretAndWebhook(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def test_a_client_learns_nothing_of_what_lies_behind_an_address(server: CogServer) -> None:
+def test_a_client_gets_no_content_of_an_address_that_is_not_a_picture(server: CogServer) -> None:
     SecretAndWebhook.received = queue.SimpleQueue()
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), SecretAndWebhook) as host:
         threading.Thread(target=host.serve_forever, daemon=True).start()
@@ -142,12 +142,12 @@ def test_a_client_learns_nothing_of_what_lies_behind_an_address(server: CogServe
         host.shutdown()
     assert "Image 1: not a picture" in events[-1]["error"]
     assert "key=7f" not in json.dumps(events)
-    assert server.logs("key=7f"), "the operator cannot tell what came"
+    assert server.logs("key=7f"), "the operator's log does not show the data"
 
 
 def test_logs_name_no_path_of_the_server(server: CogServer) -> None:
     stream = io.BytesIO()
-    # Pillow warns of these, and Python begins a warning with the path of the module.
+    # Pillow warns about these files, and Python's warnings begin with the path of the module.
     Image.new("RGB", (64, 48)).save(stream, "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\x05\0")
     answer = server.succeed(images=[data_uri(stream.getvalue())])
     assert "site-packages" not in answer["logs"]
@@ -217,7 +217,7 @@ def test_faces_of_a_photo_are_restored(face_server: CogServer, profile: str) -> 
     assert restored.shape == original.shape
     changed = np.abs(restored.astype(int) - original).max(axis=2) > 30
     assert 0.01 < changed.mean() < 0.2
-    # The picture's lower edge holds no face.
+    # There is no face at the lower edge of the picture.
     assert_pictures_close(restored[-60:], original[-60:], mean=2, within=40)
 
 
@@ -229,11 +229,11 @@ def test_official_size_networks_restore_a_photo_as_upstream_does(filled_weights:
     assert answer["metrics"]["faces"]["restored"] == 4
     assert answer["metrics"]["timing"]["parse"] > 0
     golden = shared.golden_picture("pipeline_scene_00_large_parse").astype(np.uint8)
-    # Both went through the same JPEG encoder, which turns a level's difference into a few.
+    # The JPEG encoder amplifies a difference of one level.
     expected = decode_image(encode_jpeg(golden))
     assert_pictures_close(picture_of(answer["output"][0]), expected, mean=0.5, within=6, share=0.999)
 
 
-def test_setup_without_weights_says_so(tmp_path: Path) -> None:
+def test_setup_without_weights_fails_with_the_reason(tmp_path: Path) -> None:
     with pytest.raises(BenchmarkError, match="CODEFORMER_WEIGHTS"), running(tmp_path):
         pass

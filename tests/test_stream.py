@@ -28,7 +28,7 @@ from codeformer.imaging.geometry import FFHQ_TEMPLATE_XY, transform_points
 from codeformer.limits import Deadline, Limits
 from tests.compare import assert_pictures_close
 from tests.conftest import CPU, models_of
-from tests.test_faces import Knowing, Negative
+from tests.test_faces import FixedDetector, Negative
 from tests.test_pasting import similarity
 
 FACE_XY = transform_points(similarity(0.3, 0, 90, 90), FFHQ_TEMPLATE_XY)
@@ -36,7 +36,7 @@ FACE_XY = transform_points(similarity(0.3, 0, 90, 90), FFHQ_TEMPLATE_XY)
 
 def stubbed() -> Pipeline:
     """A pipeline whose restorer takes no time; each picture has one face."""
-    return Pipeline(models_of(Knowing(FACE_XY), Negative()), CPU, second_look=False)
+    return Pipeline(models_of(FixedDetector(FACE_XY), Negative()), CPU, second_look=False)
 
 
 def drawn(count: int, log: list[int]) -> Iterator[tuple[str, np.ndarray]]:
@@ -77,7 +77,7 @@ def test_two_hundred_pictures_flow_through_a_window(profile: str, micro_batch: i
 
 def test_faces_of_several_pictures_share_a_pass_and_stay_with_their_pictures() -> None:
     restorer = Negative()
-    pipeline = Pipeline(models_of(Knowing(FACE_XY), restorer), CPU, second_look=False)
+    pipeline = Pipeline(models_of(FixedDetector(FACE_XY), restorer), CPU, second_look=False)
     plan = dataclasses.replace(resolve_plan("fast", device=CPU), micro_batch=8)
     images = dict(drawn(20, []))
     results = dict(pipeline.stream(images.items(), plan=plan))
@@ -105,7 +105,7 @@ def test_a_failed_face_fails_its_picture_and_no_other() -> None:
             return super().restore(crops_bgr, fidelities, **options)
 
     pipeline = Pipeline(
-        models_of(Knowing(FACE_XY, FACE_XY + np.array([240, 240])), Failing()), CPU, second_look=False
+        models_of(FixedDetector(FACE_XY, FACE_XY + np.array([240, 240])), Failing()), CPU, second_look=False
     )
     plan = dataclasses.replace(resolve_plan("fast", device=CPU), micro_batch=4)
     results: dict[str, Any] = dict(pipeline.stream(drawn(6, []), plan=plan))
@@ -159,8 +159,8 @@ class Scarce:
 
 
 STAGES: dict[str, tuple[Any, str, dict[str, Any]]] = {
-    "detection of several": (Knowing, "detect", {"too_much": lambda images: len(images) > 1}),
-    "detection, once": (Knowing, "detect", {"times": 1}),
+    "detection of several": (FixedDetector, "detect", {"too_much": lambda images: len(images) > 1}),
+    "detection, once": (FixedDetector, "detect", {"times": 1}),
     "upload": (canvas.DeviceCanvas, "__init__", {"times": 1}),
     "crops": (canvas.DeviceCanvas, "crops", {"times": 1}),
     "restoration": (Negative, "restore", {"times": 1}),

@@ -1,4 +1,4 @@
-"""Training on tiny networks: it learns, it resumes, and what it writes can be served."""
+"""Training of tiny networks: it learns, resumes, and exports weight sets that can be served."""
 
 import dataclasses
 import json
@@ -36,7 +36,7 @@ from codeformer.training.restorer import (
     CorrectionStage,
     TransformationStage,
     positions_of,
-    start_idle,
+    zero_residual_branches,
 )
 from codeformer.training.scenes import SCENE_SIDE, Scenes
 from codeformer.training.scores import measure_detector, measure_restorer
@@ -59,7 +59,7 @@ SMALL: dict[str, Any] = {
 
 
 class Pairs(Dataset[tuple[Tensor, Tensor, Tensor]]):
-    """Smooth random pictures, and the same under noise; whole ones."""
+    """Pairs of smooth random pictures, with and without noise, as whole faces."""
 
     def __init__(self, length: int) -> None:
         self._length = length
@@ -113,10 +113,10 @@ def make_stage(name: str, options: Options) -> Any:
 
 
 @pytest.mark.parametrize("correction_blocks", [0, 2])
-def test_a_new_network_begins_with_idle_branches(correction_blocks: int) -> None:
+def test_residual_branches_of_a_new_network_output_zero(correction_blocks: int) -> None:
     torch.manual_seed(0)
     network = CodeFormer(**SMALL, correction_blocks=correction_blocks, correction_channels=8)
-    start_idle(network)
+    zero_residual_branches(network)
     block: Any = network.encoder.blocks[1]
     features = torch.randn(1, block.conv1.in_channels, 8, 8)
     assert torch.equal(block(features), features)
@@ -127,7 +127,7 @@ def test_a_new_network_begins_with_idle_branches(correction_blocks: int) -> None
     torch.testing.assert_close(half, (none + whole) / 2)
 
 
-def test_crops_take_their_positions_along() -> None:
+def test_crops_use_the_positions_of_their_cells() -> None:
     torch.manual_seed(0)
     network = CodeFormer(**SMALL)
     torch.nn.init.normal_(network.position_emb)
@@ -192,12 +192,12 @@ def test_a_resumed_training_ends_where_an_uninterrupted_one_does(
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_muon_turns_every_direction_of_a_kernel_alike(layout: Any) -> None:
+def test_muon_changes_every_direction_of_a_kernel_equally(layout: Any) -> None:
     torch.manual_seed(0)
     convolution: Any = nn.Conv2d(16, 8, 3)
     convolution = convolution.to(memory_format=layout)
     weight, bias = convolution.weight.detach().clone(), convolution.bias.detach().clone()
-    # Directions of very different strength, by singular values from 1 to 1e-3.
+    # A matrix with singular values from 1 to 1e-3.
     left, _, right = torch.linalg.svd(torch.randn(8, 16 * 9), full_matrices=False)
     gradient = left @ torch.diag(torch.logspace(0, -3, 8)) @ right
     convolution.weight.grad = gradient.view(8, 16, 3, 3).contiguous(memory_format=layout)
@@ -233,7 +233,7 @@ def test_another_configurations_checkpoint_is_refused(options: Options) -> None:
         train(make_stage("transform", options), Pairs, options, header={**SMALL, "n_layers": 2})
 
 
-def test_a_stage_is_not_resumed_on_another_network_than_it_began_with(options: Options) -> None:
+def test_a_stage_is_not_resumed_if_its_start_network_has_changed(options: Options) -> None:
     options = dataclasses.replace(options, steps=1, begun_from="one")
     train(make_stage("transform", options), Pairs, options, header=SMALL)
     train(make_stage("transform", options), Pairs, options, header=SMALL)
@@ -242,7 +242,7 @@ def test_a_stage_is_not_resumed_on_another_network_than_it_began_with(options: O
         train(make_stage("transform", other), Pairs, other, header=SMALL)
 
 
-def test_checkpoints_are_told_apart_by_any_number_in_them() -> None:
+def test_the_digest_depends_on_every_number_of_a_checkpoint() -> None:
     average = {"a": torch.arange(4.0), "steps": torch.tensor(3)}
     same = {name: tensor.clone() for name, tensor in average.items()}
     assert digest_of({"average": average}) == digest_of({"average": same})
@@ -263,18 +263,18 @@ def test_a_correction_of_another_network_is_not_exported(
 
 
 @pytest.mark.parametrize("stage_name", ["codes", "transform"])
-def test_a_generator_is_scored_by_its_own_faces(options: Options, stage_name: str) -> None:
+def test_a_generator_is_scored_without_the_correction(options: Options, stage_name: str) -> None:
     stage = make_stage(stage_name, options)
     scores = set()
     for seed in (0, 1):
         torch.manual_seed(seed)
         network = CodeFormer(**SMALL, **CORRECTING, colour_patch=16).to(options.device)
-        start_idle(network)
+        zero_residual_branches(network)
         scores.add(round(stage.score(network), 3))
     assert len(scores) == 2
 
 
-def test_codes_are_the_means_of_the_latents_that_fall_to_them(options: Options) -> None:
+def test_codes_are_the_means_of_their_latents(options: Options) -> None:
     codebook = make_stage("autoencoder", options)._codebook.cpu()
     source = torch.Generator().manual_seed(3)
     centres = torch.randn(40, 8, generator=source) * 2
@@ -306,13 +306,13 @@ def test_latents_begin_as_principal_components(options: Options) -> None:
     expected /= np.sqrt((expected.var(axis=0)).mean())
     stage.memory.cpu()
     components = stage._components(pictures_).flatten(2).transpose(1, 2).flatten(0, 1).numpy()
-    # A direction's sign is anyone's choice.
+    # The sign of a direction is arbitrary.
     signs = np.sign((components * expected).sum(axis=0))
     np.testing.assert_allclose(components, expected * signs, atol=2e-2)
     assert set(stage._codebook.nearest(stage._components(pictures_)).flatten().tolist()) == set(range(16))
 
 
-def test_only_codebook_and_generator_rest_in_stage_two(options: Options) -> None:
+def test_only_codebook_and_generator_are_frozen_in_stage_two(options: Options) -> None:
     stage = make_stage("codes", options)
     before = {name: value.clone() for name, value in stage.network.state_dict().items()}
     train(stage, Pairs, dataclasses.replace(options, steps=3), header=SMALL)
@@ -324,7 +324,7 @@ def test_only_codebook_and_generator_rest_in_stage_two(options: Options) -> None
     assert changed == {"encoder", "position_emb", "feat_emb", "ft_layers", "idx_pred_layer"}
 
 
-def test_only_the_correction_learns_in_stage_four(options: Options) -> None:
+def test_only_the_correction_is_trained_in_stage_four(options: Options) -> None:
     stage = make_stage("correction", options)
     before = {name: value.clone() for name, value in stage.network.state_dict().items()}
     train(stage, Pairs, dataclasses.replace(options, steps=2), header=SMALL)
@@ -335,24 +335,24 @@ def test_only_the_correction_learns_in_stage_four(options: Options) -> None:
         CorrectionStage(small_network(), [], options)
 
 
-def test_the_critic_is_told_right_from_wrong() -> None:
+def test_the_discriminator_loss_is_the_hinge_loss() -> None:
     sure, unsure = torch.full((2, 1, 4, 4), 3.0), torch.zeros(2, 1, 4, 4)
     assert float(discriminator_loss(sure, -sure)) == 0
     assert float(discriminator_loss(unsure, unsure)) == 2
     assert float(discriminator_loss(-sure, sure)) == 8
 
 
-def test_the_generator_gains_by_what_the_critic_takes_for_real(options: Options) -> None:
+def test_the_adversarial_loss_rewards_faces_that_look_real(options: Options) -> None:
     stage = make_stage("adversarial", options)
     critic = stage.memory["discriminator"]
     output = torch.zeros(2, 3, SIDE, SIDE, device=options.device, requires_grad=True)
     strength = torch.tensor([1.0, 0.0], device=options.device).view(2, 1, 1, 1)
-    gain = stage._fool(output, torch.ones_like(output), strength)
+    gain = stage._adversarial_term(output, torch.ones_like(output), strength)
     [gradient] = torch.autograd.grad(gain, output)
     better = (output - 0.05 * gradient / gradient.abs().max()).detach()
     with torch.no_grad():
         assert float(critic(better)[0].mean()) > float(critic(output)[0].mean())
-    # At w = 1 there is no adversarial term.
+    # At w = 1, the adversarial loss is zero.
     assert float(gradient[1].abs().max()) == 0
 
 
@@ -370,10 +370,10 @@ def test_ssim_is_scikit_images() -> None:
     ) == pytest.approx(1)
 
 
-def test_losses_vanish_at_the_truth_and_only_there() -> None:
+def test_losses_are_zero_only_for_the_target() -> None:
     clean = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
     assert float(picture_loss(clean, clean)) == pytest.approx(0, abs=1e-6)
-    # A tint of a tenth: three absolute terms of weight 1, 0.5 and 0.5, and what SSIM says of the brightness.
+    # A tint of 0.1: three absolute terms with weights 1, 0.5 and 0.5, and the brightness term of SSIM.
     flat = torch.full((1, 3, 64, 64), 0.2)
     brightness = 1 - (2 * 0.2 * 0.3 + 4e-4) / (0.2**2 + 0.3**2 + 4e-4)
     assert float(picture_loss(flat + 0.1, flat)) == pytest.approx(0.2 + 0.15 * brightness, abs=1e-3)
@@ -396,7 +396,7 @@ def face_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_pairs_hang_on_seed_and_index_alone(face_folder: Path) -> None:
+def test_pairs_depend_only_on_seed_and_index(face_folder: Path) -> None:
     files = sorted(face_folder.iterdir())
     pairs = FacePairs(files, 6, seed=1)
     for index in range(6):
@@ -410,7 +410,7 @@ def test_pairs_hang_on_seed_and_index_alone(face_folder: Path) -> None:
     assert not torch.equal(FacePairs(files, 6, seed=2)[0][1], pairs[0][1])
 
 
-def test_a_pair_is_one_face_before_and_after_its_degradation(face_folder: Path) -> None:
+def test_both_parts_of_a_pair_show_the_same_face(face_folder: Path) -> None:
     pairs = FacePairs(sorted(face_folder.iterdir()), 12, seed=3, crop=256)
     brightness, corners = set(), set()
     for index in range(12):
@@ -426,7 +426,7 @@ def test_a_pair_is_one_face_before_and_after_its_degradation(face_folder: Path) 
     assert all(0 <= start <= 256 and start % 32 == 0 for corner in corners for start in corner)
 
 
-def test_a_crop_is_the_window_of_the_face_that_its_place_says(tmp_path: Path) -> None:
+def test_a_crop_is_at_its_stated_position_in_the_face(tmp_path: Path) -> None:
     file = tmp_path / "slopes.png"
     yy, xx = np.mgrid[0:512, 0:512]
     cv2.imwrite(str(file), np.stack([xx // 2, yy // 2, (xx + yy) // 4], axis=2).astype(np.uint8))
@@ -438,13 +438,13 @@ def test_a_crop_is_the_window_of_the_face_that_its_place_says(tmp_path: Path) ->
         expected = whole[top : top + 192, left : left + 192]
         for part, tolerance in ((clean, 1e-3), (degraded, 12)):
             levels = (part.permute(1, 2, 0).numpy()[:, :, ::-1] + 1) * 127.5
-            # A degraded slope is the same slope on average, also beside the crop's border.
+            # Degradation keeps the mean of a gradient, also near the border of the crop.
             assert np.abs((levels - expected)[:16].mean(axis=(0, 1))).max() < tolerance
             assert np.abs((levels - expected)[:, -16:].mean(axis=(0, 1))).max() < tolerance
 
 
 @pytest.mark.parametrize("corner", [(0, 0), (128, 320), (256, 0)])
-def test_a_face_cut_by_the_border_is_cut_alike_in_every_part(corner: tuple[int, int]) -> None:
+def test_a_face_at_the_border_is_cut_off_alike_in_every_crop(corner: tuple[int, int]) -> None:
     face = np.full((512, 512, 3), 250, np.uint8)
     row, column = corner
     sides = set()
@@ -476,7 +476,7 @@ def test_pairs_are_rgb_and_degraded_only_where_asked(face_folder: Path) -> None:
     assert FacePairs(files, 1, seed=0, crop=128, mixture=None)[0][1].shape == (3, 128, 128)
 
 
-def test_the_validation_part_is_small_and_stays(face_folder: Path, tmp_path: Path) -> None:
+def test_the_validation_part_is_small_and_stable(face_folder: Path, tmp_path: Path) -> None:
     training, validation = split_pictures(face_folder)
     assert not set(training) & set(validation)
     assert len(training) + len(validation) == 90
@@ -513,7 +513,7 @@ def test_unusable_folders_and_faces_are_refused(tmp_path: Path) -> None:
             read(tmp_path / "text.jpg")
 
 
-def test_scenes_hang_on_seed_and_index_alone(face_folder: Path) -> None:
+def test_scenes_depend_only_on_seed_and_index(face_folder: Path) -> None:
     files = sorted(face_folder.iterdir())
     scenes = Scenes(files, files, 8, seed=1)
     for index in range(8):
@@ -524,7 +524,7 @@ def test_scenes_hang_on_seed_and_index_alone(face_folder: Path) -> None:
     assert not torch.equal(Scenes(files, files, 8, seed=2)[0][0], scenes[0][0])
 
 
-def test_a_student_that_equals_its_teacher_has_nothing_to_learn(
+def test_the_loss_of_a_student_that_equals_its_teacher_is_zero(
     detector: FaceDetector, face_folder: Path
 ) -> None:
     teacher: Any = detector.network
@@ -537,7 +537,7 @@ def test_a_student_that_equals_its_teacher_has_nothing_to_learn(
             ignorant = stage.losses(batch, progress)
             assert all(float(term) > 0.01 for term in ignorant.values())
         student.load_state_dict(teacher.state_dict())
-        # While the norms follow the batches, even an equal network answers otherwise.
+        # While batch norms use batch statistics, even an equal network gives different outputs.
         for progress in (0.5, 0.9):
             for name, term in stage.losses(batch, progress).items():
                 assert float(term) == pytest.approx(0, abs=1e-5), name
@@ -560,7 +560,7 @@ def test_overlaps_are_torchvisions() -> None:
     np.testing.assert_allclose(ours, expected, atol=1e-6)
 
 
-def test_agreement_counts_by_hand() -> None:
+def test_agreement_equals_counts_by_hand() -> None:
     agreement = Agreement()
     expected = [detection((0, 0, 100, 100)), detection((200, 0, 300, 100)), detection((0, 200, 20, 220))]
     found = [
@@ -575,7 +575,7 @@ def test_agreement_counts_by_hand() -> None:
     assert agreement.landmark_error == pytest.approx(3 * 2**0.5 / 40, rel=1e-4)
 
 
-def test_a_detector_agrees_with_itself_and_a_blind_one_with_nobody(
+def test_a_detector_agrees_with_itself_and_not_with_a_blind_one(
     detector: FaceDetector, tmp_path: Path
 ) -> None:
     for name, picture in (("group", pictures.group()), ("plain", pictures.plain())):
@@ -588,7 +588,7 @@ def test_a_detector_agrees_with_itself_and_a_blind_one_with_nobody(
     assert blind["recall"] == 0
 
 
-def test_restorer_scores_are_of_the_truth(tmp_path: Path) -> None:
+def test_restorer_scores_compare_with_the_original(tmp_path: Path) -> None:
     cv2.imwrite(str(tmp_path / "a.png"), pictures.portrait())
 
     class Cheat:
@@ -601,7 +601,7 @@ def test_restorer_scores_are_of_the_truth(tmp_path: Path) -> None:
     scores = measure_restorer(Cheat(), [tmp_path / "a.png"])  # type: ignore[arg-type]
     assert scores["clean"]["input"]["psnr_db"] == 100
     assert scores["heavy"]["w=0.0"]["ssim"] == pytest.approx(1)
-    # Bright pixels cannot get 10 levels brighter.
+    # Bright pixels are clipped when 10 levels are added.
     assert scores["moderate"]["blur alone"]["psnr_db"] > scores["moderate"]["input"]["psnr_db"] + 1
     assert "blur alone" not in scores["clean"]
     assert scores["moderate"]["w=1.0"]["colour_shift"] == pytest.approx(10, abs=0.5)
@@ -627,12 +627,12 @@ def test_an_exported_set_can_be_served(tmp_path: Path, detector: FaceDetector) -
         )
     [ours], [theirs] = models.detector.detect([pictures.portrait()]), detector.detect([pictures.portrait()])
     np.testing.assert_allclose(ours[0].landmarks_xy, theirs[0].landmarks_xy, atol=0.5)
-    # A second export of one network keeps the other's entry.
+    # A second export of one network keeps the entry of the other.
     write_manifest(tmp_path, "again", {"restorer": entries["restorer"]})
     assert json.loads((tmp_path / "manifest.json").read_text())["detector"] == entries["detector"]
 
 
-def test_a_set_can_borrow_its_detector(tmp_path: Path, tiny_weights: Path) -> None:
+def test_a_set_can_copy_the_detector_of_another(tmp_path: Path, tiny_weights: Path) -> None:
     state = {"header": TINY_CONFIG, "step": 0, "steps": 1, "average": make_tiny_restorer().state_dict()}
     (tmp_path / "run").mkdir()
     torch.save(state, tmp_path / "run" / "transform.pt")
@@ -646,7 +646,7 @@ def test_a_set_can_borrow_its_detector(tmp_path: Path, tiny_weights: Path) -> No
     load_models(load_weight_set(target), CPU)
 
 
-def test_numbers_too_large_for_half_precision_are_not_shipped(tmp_path: Path) -> None:
+def test_numbers_too_large_for_half_precision_are_not_exported(tmp_path: Path) -> None:
     state = {"average": {"kernel": torch.full((2, 2), 1e6)}, "header": {}}
     with pytest.raises(TrainingError, match=r"kernel.*float16"):
         export_network(state, "restorer", tmp_path, "MIT")
@@ -656,7 +656,7 @@ def test_numbers_too_large_for_half_precision_are_not_shipped(tmp_path: Path) ->
 
 def test_aligned_faces_lie_on_the_template(detector: FaceDetector, tmp_path: Path) -> None:
     cv2.imwrite(str(tmp_path / "group.png"), pictures.group())
-    # More than twice the size of an aligned face: it is halved before it is cut out.
+    # More than twice the size of an aligned face, so it is halved before it is cropped.
     large = cv2.resize(pictures.portrait()[:300, 80:380], None, fx=9, fy=9, interpolation=cv2.INTER_CUBIC)
     cv2.imwrite(str(tmp_path / "large.png"), large)
     faces = list(aligned_faces(detector, sorted(tmp_path.iterdir()), max_enlargement=10))
@@ -665,7 +665,7 @@ def test_aligned_faces_lie_on_the_template(detector: FaceDetector, tmp_path: Pat
         assert face.shape == (512, 512, 3)
         landmarks = detector.detect([face])[0][0].landmarks_xy
         np.testing.assert_allclose(landmarks, FFHQ_TEMPLATE_XY, atol=24)
-    # The faces of the group would have to be enlarged; the large one not.
+    # The faces of the group would have to be enlarged too much; the large one not.
     kept = list(aligned_faces(detector, sorted(tmp_path.iterdir())))
     assert [file.name for file, _ in kept] == ["large.png"]
 
@@ -677,7 +677,7 @@ def test_the_commands_say_what_is_missing(tmp_path: Path, capsys: pytest.Capture
     for index in range(3):
         cv2.imwrite(str(tmp_path / f"{index}.jpg"), np.zeros((512, 512, 3), np.uint8))
     assert main(["codes", "--run", run, "--faces", str(tmp_path)]) == 1
-    assert "run the stage that makes it first" in capsys.readouterr().err
+    assert "run the stage that writes it first" in capsys.readouterr().err
     assert main(["evaluate"]) == 1
     assert "expected --faces" in capsys.readouterr().err
     for wrong in (["--steps", "0"], ["--batch", "-1"], ["--config", "huge"]):

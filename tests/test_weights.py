@@ -17,7 +17,7 @@ from codeformer.weights.checkpoints import load_into, read_verified
 from codeformer.weights.manifest import WEIGHTS_ROOT, WeightSet, available_sets, load_weight_set
 from tests.conftest import CPU, TINY_CONFIG, describe_file, make_tiny_restorer
 
-# From the release pages, typed in a second time.
+# Copied from the release pages, independently of the manifest.
 OFFICIAL = {
     "restorer": (
         "codeformer.pth",
@@ -132,7 +132,7 @@ def test_a_loaded_pipeline_has_the_files_values(blind_weights: Path) -> None:
 
 @pytest.mark.parametrize("wrapped", [False, True])
 @pytest.mark.parametrize("prefix", ["", "module."])
-def test_the_published_wrappings_are_taken_off(tmp_path: Path, wrapped: bool, prefix: str) -> None:
+def test_the_wrappings_of_published_files_are_removed(tmp_path: Path, wrapped: bool, prefix: str) -> None:
     source = make_tiny_restorer(seed=1)
     state = {prefix + name: tensor.half() for name, tensor in source.state_dict().items()}
     path = tmp_path / "restorer.pth"
@@ -171,7 +171,7 @@ def damage_altered(path: Path) -> None:
     [(damage_missing, "no such file"), (damage_short, "bytes"), (damage_altered, "sha256")],
 )
 @pytest.mark.parametrize("role", ["restorer", "detector"])
-def test_a_file_that_is_not_the_described_one_is_never_loaded(
+def test_a_file_that_differs_from_its_manifest_is_not_loaded(
     blind_weights: Path, tmp_path: Path, role: str, damage: Any, actual: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weight_set = load_weight_set(copy_with(blind_weights, tmp_path / "set", lambda m: None))
@@ -226,7 +226,7 @@ def test_garbage_under_a_safetensors_name_is_refused(tmp_path: Path) -> None:
         ({**TINY_CONFIG, "latent_size": 64, "connect_list": ("32",)}, "512 px faces, got 256 px"),
     ],
 )
-def test_a_config_that_is_not_the_networks_is_refused(
+def test_a_config_that_does_not_fit_the_network_is_refused(
     blind_weights: Path, tmp_path: Path, config: dict[str, Any], message: str
 ) -> None:
     folder = copy_with(blind_weights, tmp_path / "set", lambda m: m["restorer"].update(config=config))
@@ -234,7 +234,7 @@ def test_a_config_that_is_not_the_networks_is_refused(
         load_models(load_weight_set(folder), CPU)
 
 
-def test_an_unreadable_file_is_an_error_of_ours(blind_weights: Path, tmp_path: Path) -> None:
+def test_an_unreadable_file_gives_a_weight_file_error(blind_weights: Path, tmp_path: Path) -> None:
     weight_set: WeightSet = load_weight_set(copy_with(blind_weights, tmp_path / "set", lambda m: None))
     weight_set.detector.path.unlink()
     weight_set.detector.path.mkdir()

@@ -1,4 +1,4 @@
-"""The thread in which a server works."""
+"""The working thread of a server."""
 
 import contextvars
 import gc
@@ -31,7 +31,7 @@ def in_new_thread(call: Callable[[], object]) -> object:
     return results[0]
 
 
-def test_all_calls_run_in_one_thread_whoever_asks() -> None:
+def test_calls_from_all_threads_run_in_one_thread() -> None:
     worker = Worker()
 
     def name(*, stop: threading.Event) -> int:
@@ -122,7 +122,7 @@ class Picture:
 
 
 @pytest.mark.parametrize("ending", ["result", "failure"])
-def test_a_call_that_has_ended_holds_nothing(ending: str) -> None:
+def test_a_finished_call_releases_its_objects(ending: str) -> None:
     worker = Worker()
     seen: list[weakref.ref[Picture]] = []
 
@@ -138,7 +138,7 @@ def test_a_call_that_has_ended_holds_nothing(ending: str) -> None:
             worker.run(work, Picture(), stop=threading.Event())
         except ValueError:
             assert ending == "failure"
-        # The worker lets go a moment after it has answered.
+        # The worker releases the call shortly after it has answered.
         deadline = time.monotonic() + 20
         while seen[0]() is not None and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -155,11 +155,11 @@ def test_a_cancelled_request_ends_before_its_next_stage(blind_pipeline: Pipeline
     stop.set()
     with pytest.raises(CancelledError, match="cancelled before detect of image 1"):
         serve(blind_pipeline, [photo], stop=stop)
-    # Bad input is still called bad.
+    # Invalid input is still reported as such.
     with pytest.raises(ImageError):
         serve(blind_pipeline, [tmp_path], stop=stop)
     assert len(serve(blind_pipeline, [photo]).jpegs) == 1
 
 
-def test_a_deadline_without_a_stop_is_one_of_time_alone() -> None:
+def test_a_deadline_without_a_stop_event_depends_only_on_time() -> None:
     Deadline(1000).check("anything")

@@ -1,7 +1,7 @@
-"""The command line: restore photos and manage weights, without Docker or a server.
+"""The command line: restores photos and manages weights, without Docker or a server.
 
-What takes long to import - torch, OpenCV - is imported where it is needed, so that help and refusals come at
-once.
+torch and OpenCV take long to import. They are imported inside the functions that need them, so that the help
+and messages about invalid arguments appear at once.
 """
 
 import argparse
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 _COMPARE_GAP: Final = 8
 _NO_FACE: Final = "no face found; pixels unaltered, encoded as JPG"
-# How a shell reports a program that a signal ended.
+# Shells report this number plus the signal's number for a program that a signal ended.
 _ENDED_BY_SIGNAL: Final = 128
 
 logger = logging.getLogger(__name__)
@@ -49,8 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command.
 
     Returns:
-        0 when everything succeeded, 1 when something failed, 2 for a wrong call, 130 after Ctrl-C, 141 when
-        whoever read the output has gone.
+        0 if everything succeeded, 1 if something failed, 2 for wrong usage, 130 after Ctrl-C, 141 if the
+        program that reads the output has closed it.
     """
     try:
         with _flushed_output():
@@ -86,10 +86,10 @@ def _run(arguments: Sequence[str] | None) -> int:
 
 @contextlib.contextmanager
 def _flushed_output() -> Iterator[None]:
-    """Writes out what is printed before the program ends, also where argparse ends it."""
+    """Flushes standard output before the program ends, also if argparse ends it."""
     is_open = hasattr(sys.stdout, "flush")
     if hasattr(sys.stdout, "reconfigure"):
-        # A name may hold characters that the terminal's encoding lacks.
+        # File names may contain characters that the encoding of the terminal lacks.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield
@@ -99,7 +99,7 @@ def _flushed_output() -> Iterator[None]:
 
 
 def _discard_output() -> None:
-    """Keeps Python from writing, and failing, once more at its end."""
+    """Redirects both streams to nowhere, so that Python's own flush at exit does not fail again."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
@@ -144,38 +144,42 @@ def _parser() -> argparse.ArgumentParser:
         help="leave out faces that are smaller, default 0",
     )
     restore.add_argument("--weights", metavar="SET", help=_set_help())
-    restore.add_argument("--device", help="cuda or cpu; default: cuda where there is one")
+    restore.add_argument("--device", help="cuda or cpu; default: cuda if there is a GPU")
     restore.add_argument(
         "--no-second-look",
         dest="second_look",
         action="store_const",
         const=False,
-        help="take every detection for an upright face, as upstream does",
+        help="skip the second detection pass: take every detection for an upright face, as upstream does",
     )
     restore.add_argument("--compare", action="store_true", help="also write before/after pictures")
-    restore.add_argument("-r", "--recursive", action="store_true", help="go through folders in folders")
+    restore.add_argument("-r", "--recursive", action="store_true", help="include subfolders")
     restore.add_argument(
         "--skip-existing",
         action="store_true",
-        help="leave out photos whose result of an earlier run is there",
+        help="leave out photos that already have a result of an earlier run",
     )
     restore.add_argument(
-        "--overwrite", action="store_true", help="replace files in DIR that are no results of this program"
+        "--overwrite", action="store_true", help="replace files in DIR that are not results of this program"
     )
     restore.add_argument("-v", "--verbose", action="store_true", help="log faces and stage times")
     restore.set_defaults(command=_restore)
 
-    compiling = commands.add_parser("compile", help="fill a folder with what inductor compiles")
-    compiling.add_argument("folder", type=Path, metavar="DIR", help=f"for {COMPILE_CACHE_VARIABLE}")
+    compiling = commands.add_parser(
+        "compile", help="compile ahead of time for the backend inductor, into a folder"
+    )
+    compiling.add_argument(
+        "folder", type=Path, metavar="DIR", help=f"the folder to name in {COMPILE_CACHE_VARIABLE}"
+    )
     compiling.add_argument("--weights", metavar="SET", help=_set_help())
-    compiling.add_argument("--device", help="cuda or cpu; default: cuda where there is one")
+    compiling.add_argument("--device", help="cuda or cpu; default: cuda if there is a GPU")
     compiling.set_defaults(command=_compile, verbose=True)
 
     weights = commands.add_parser("weights", help="list, fetch or verify weight files")
     actions = weights.add_subparsers(required=True, metavar="ACTION")
     for name, command, text in (
         ("list", _list_weights, "show the sets, their files, licences and state"),
-        ("fetch", _fetch_weights, "download what is missing or wrong"),
+        ("fetch", _fetch_weights, "download files that are missing or wrong"),
         ("verify", _verify_weights, "check every file's size and hash"),
     ):
         action = actions.add_parser(name, help=text)
@@ -185,7 +189,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _program_name() -> str:
-    """What is called: the command of an installed package, or the module."""
+    """How the program was called: as the command of an installed package, or as a module."""
     return "codeformer" if Path(sys.argv[0]).stem == "codeformer" else "python -m codeformer"
 
 
@@ -214,7 +218,7 @@ def _restore(options: argparse.Namespace) -> int:
     if options.skip_existing:
         existing = {photo: target for photo in photos if (target := results.existing(photo)) is not None}
         for photo, target in existing.items():
-            skip(photo.path, f"its result {_shown(target)} is there.")
+            skip(photo.path, f"its result {_shown(target)} already exists.")
         photos = [photo for photo in photos if photo not in existing]
     asked = len(photos) + len(failed)
     if photos:
@@ -230,7 +234,7 @@ def _restore_all(
     options: argparse.Namespace,
     fail: "Callable[[Path, str], None]",
 ) -> None:
-    """Restores photos one after another, and says of each what became of it."""
+    """Restores photos one after another and reports the outcome of each."""
     from tqdm import tqdm
     from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -258,7 +262,7 @@ def _restore_all(
 
 
 def _load(options: argparse.Namespace, *, second_look: bool | None = None) -> "Pipeline":
-    """The networks, in a process that is ready for them."""
+    """Prepares the process and loads the networks."""
     from codeformer.engine.pipeline import Pipeline
     from codeformer.engine.plan import available_device
     from codeformer.process import tune_process
@@ -294,7 +298,7 @@ def _restore_one(
 
 @contextlib.contextmanager
 def _photo_in_log() -> "Iterator[Callable[[str], None]]":
-    """Puts the name of the photo in work before each log line; gives what sets it."""
+    """Prefixes each log line with the name of the current photo; yields a function that sets the name."""
     name = ""
 
     def set_name(new: str) -> None:
@@ -303,7 +307,7 @@ def _photo_in_log() -> "Iterator[Callable[[str], None]]":
 
     def add_name(record: logging.LogRecord) -> bool:
         if not hasattr(record, "photo"):
-            # Each handler comes by here.
+            # The filter runs once per handler; the prefix is added only once.
             record.photo = name
             record.msg, record.args = f"{name}: {record.getMessage()}", ()
         return True
@@ -319,7 +323,7 @@ def _photo_in_log() -> "Iterator[Callable[[str], None]]":
 
 
 def _shown(path: Path) -> str:
-    """A path on one line, whatever characters it holds."""
+    """A path on one line, with non-printable characters escaped."""
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in str(path))
 
 
@@ -332,7 +336,7 @@ def _compile(options: argparse.Namespace) -> int:
 
 
 def _pair(before_bgr: "ImageU8", after_bgr: "ImageU8") -> "ImageU8":
-    """Both pictures side by side; one above the other where a JPEG cannot be that wide."""
+    """Both pictures side by side, or one above the other if a JPEG cannot be that wide."""
     import numpy as np
 
     from codeformer.imaging.files import MAX_SIDE
@@ -365,7 +369,7 @@ def _fetch_weights(options: argparse.Namespace) -> int:
 
     weight_set = load_weight_set(options.set)
     fetch_set(weight_set, replace=True)
-    print(f"{weight_set.name}: every file is there and verified.")
+    print(f"{weight_set.name}: all files are present and verified.")
     return 0
 
 

@@ -1,7 +1,7 @@
-"""What the command line's results say of themselves, so that a later run knows its own.
+"""Marks in the results of the command line, by which a later run recognises them.
 
-A comment names the source, by a hash, and the file itself, by another: a result that was edited or cut short
-since is told from one that is as it was written.
+A mark is a JPEG comment with two hashes: one of the source's path, one of the file's content. The latter
+shows whether a result was edited or cut short since it was written.
 """
 
 import hashlib
@@ -21,13 +21,13 @@ _HEAD_BYTES: Final = 4096
 
 @dataclass(frozen=True)
 class Mark:
-    """What a file says of itself.
+    """The mark of a result.
 
     Attributes:
-        role: what it is of its source.
-        source: the hash of that.
-        is_intact: whether it is what was written, to the byte.
-        is_cut: whether its end is missing.
+        role: "result" or "comparison".
+        source: the hash of the source's path.
+        is_intact: whether the file is byte for byte as it was written.
+        is_cut: whether the end of the file is missing.
     """
 
     role: str
@@ -37,7 +37,7 @@ class Mark:
 
 
 def marked(data: bytes, role: Role, source: str) -> bytes:
-    """A JPEG with the comment that says what it is, behind its first segment (JFIF's has to be the first)."""
+    """A JPEG with the mark as a comment after its first segment (the JFIF segment has to be the first)."""
     at = 4 + int.from_bytes(data[4:6])
     text = f"codeformer {role} of {source}, {hash_of(data)}".encode()
     comment = bytes([0xFF, jpeg.COMMENT]) + (len(text) + 2).to_bytes(2) + text
@@ -45,7 +45,7 @@ def marked(data: bytes, role: Role, source: str) -> bytes:
 
 
 def read_mark(path: Path) -> Mark | None:
-    """The mark of a file, None for one that has none or cannot be read."""
+    """The mark of a file; None if it has none or cannot be read."""
     try:
         if not path.is_file():
             return None
@@ -57,7 +57,7 @@ def read_mark(path: Path) -> Mark | None:
             data = head + stream.read()
     except OSError:
         return None
-    # The comment's marker and length come before its text.
+    # The 4 bytes before the text are the marker and the length of the comment.
     unmarked = data[: found.start() - 4] + data[found.end() :]
     role, source, content = (part.decode() for part in found.groups())
     return Mark(role, source, hash_of(unmarked) == content, not data.endswith(_END))

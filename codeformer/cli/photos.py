@@ -1,4 +1,4 @@
-"""The photos that a command names: files, and what lies in folders, by what it is and not by its name."""
+"""Finds the photos that a command names: files, and files in folders, recognised by their content."""
 
 import os
 import stat
@@ -13,7 +13,7 @@ from codeformer.imaging.kinds import UNKNOWN, kind_of
 # Called with a path and a reason.
 Report = Callable[[Path, str], None]
 
-# What macOS, Windows and others keep in folders for themselves, beside all whose names begin with a dot.
+# Files of macOS, Windows and other systems, in addition to names that begin with a dot.
 _HIDDEN: Final = frozenset(
     {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx", "$recycle.bin"}
     | {"system volume information", "@eadir"}
@@ -25,8 +25,8 @@ class Photo:
     """A file to restore.
 
     Attributes:
-        path: as it was named, or found below a folder that was.
-        folder: where its result goes, below the output folder; "." but for what lies in folders of folders.
+        path: as it was named, or as found in a folder that was named.
+        folder: where its result goes, relative to the output folder; "." unless it comes from a subfolder.
     """
 
     path: Path
@@ -34,12 +34,12 @@ class Photo:
 
     @property
     def place(self) -> Path:
-        """Its absolute path; a link is a photo of its own."""
+        """Its absolute path; a link to a photo counts as a photo of its own."""
         return self.path.parent.resolve() / self.path.name
 
     @property
     def source(self) -> str:
-        """What its results' marks call it."""
+        """The hash that identifies it in the marks of its results."""
         return hash_of(os.fsencode(self.place))
 
 
@@ -48,10 +48,10 @@ class PhotoFinder:
     """Finds photos.
 
     Attributes:
-        output: the folder of the results, which is no source of photos.
-        recursive: go through folders in folders.
-        skip: told of each file that is passed over, other than hidden ones.
-        fail: told of each that was asked for and is not one to restore.
+        output: the folder of the results, which is not searched for photos.
+        recursive: search subfolders, too.
+        skip: called for each file that is skipped, except hidden ones.
+        fail: called for each path that was named and cannot be restored.
     """
 
     output: Path
@@ -60,7 +60,7 @@ class PhotoFinder:
     fail: Report
 
     def find(self, paths: Sequence[Path]) -> list[Photo]:
-        """The photos that are named or lie in the named folders, each once; only heads of files are read."""
+        """The photos among the named files and in the named folders, each once; reads heads of files only."""
         found: dict[Path, Photo] = {}
         for path in paths:
             if _is_folder(path):
@@ -83,25 +83,25 @@ class PhotoFinder:
         for path in paths:
             if _is_folder(path):
                 if path.resolve() == output:
-                    self.skip(path, "the folder of the results.")
+                    self.skip(path, "it is the output folder.")
                 elif not self.recursive:
-                    self.skip(path, "a folder; --recursive goes through it.")
+                    self.skip(path, "it is a folder; --recursive includes it.")
                 elif path.is_symlink():
-                    self.skip(path, "a link to a folder; name it to have it restored.")
+                    self.skip(path, "it is a link to a folder; name it on the command line to include it.")
                 else:
                     yield from self._in_folder(path, below / path.name)
             elif is_among_results and read_mark(path) is not None:
-                self.skip(path, "a result of an earlier run.")
+                self.skip(path, "it is a result of an earlier run.")
             elif path.is_symlink() and not path.exists():
-                self.skip(path, "a link that leads nowhere.")
+                self.skip(path, "it is a broken link.")
             else:
                 yield from self._file(path, below, self.skip)
 
     def _file(self, path: Path, below: Path, refuse: Report) -> Iterator[Photo]:
         try:
-            reason = why_not(path)
+            reason = refusal_reason(path)
         except OSError as cause:
-            # It may well be a photo.
+            # It may be a photo, so this is a failure.
             self.fail(path, f"the file cannot be read ({cause.strerror}).")
             return
         if reason is None:
@@ -110,11 +110,11 @@ class PhotoFinder:
             refuse(path, reason)
 
 
-def why_not(path: Path) -> str | None:
-    """Why a file is none to restore, by its kind; None if it may be one. Its head is read.
+def refusal_reason(path: Path) -> str | None:
+    """Why a file cannot be restored, judged by its head; None if it may be a photo.
 
     Raises:
-        OSError: it cannot be.
+        OSError: the file cannot be read.
     """
     if not stat.S_ISREG(path.stat().st_mode):
         return "expected a file, got a folder or a device."

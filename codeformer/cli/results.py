@@ -1,4 +1,4 @@
-"""The folder of the command line's results: no file takes the place of another photo's, or of an original."""
+"""Names and writes the results of the command line; never overwrites originals or other photos' results."""
 
 import contextlib
 import errno
@@ -17,9 +17,9 @@ from codeformer.cli.photos import Photo
 from codeformer.errors import DiskFullError, InputError
 
 _NUMBERED: Final = re.compile(r"(.*)_(\d+)\.jpg", re.DOTALL)
-# From here on a name may have to be shortened, on any file system.
+# A longer name may have to be shortened, depending on the file system.
 _LONG_STEM_BYTES: Final = 100
-# Where the system does not say how long a name may be.
+# Assumed if the system does not report how long a name may be.
 _NAME_BYTES: Final = 255
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 
@@ -27,18 +27,19 @@ _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 class ResultFolder:
     """Names and writes the results of one run.
 
-    A photo's result is `STEM.jpg`, or `STEM_2.jpg` and so on where that is taken: by another photo's result,
-    of this run or an earlier one, or by a file of another origin. The result that an earlier run made of a
-    photo is replaced, unless it was edited since.
+    A photo's result is `STEM.jpg`, or `STEM_2.jpg` and so on if that name is taken by another photo's result
+    (of this run or an earlier one) or by a file of another origin. A photo's result of an earlier run is
+    replaced, unless it was edited since.
 
     Args:
-        folder: made when it is first written to.
-        photos: all of this run.
-        compare: whether each has a comparison as well, `STEM_compare.jpg`.
-        overwrite: files of another origin may be replaced; never photos of this run or other photos' results.
+        folder: the output folder; created when it is first written to.
+        photos: all photos of this run.
+        compare: whether each photo also gets a comparison, `STEM_compare.jpg`.
+        overwrite: replace files of another origin; photos of this run and other photos' results are never
+            replaced.
 
     Raises:
-        InputError: a file in a photo's own folder, which may be an original, is in the way.
+        InputError: a result would overwrite a file in the folder of a photo that may be an original.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class ResultFolder:
         self._numbers: dict[Path, dict[str, list[int]]] = {}
         self._reserved: set[str] = set()
         self._files: dict[Photo, list[Path]] = {}
-        # Those that have a result keep its name, and those whose own name it is come before others.
+        # First choice: photos that have an earlier result; second: photos whose own name equals the result's.
         for numbers_of in (self._earlier_numbers, self._own_number, lambda _: count(1)):
             for photo in photos:
                 if photo not in self._files and (files := self._choose(photo, numbers_of(photo))):
@@ -61,7 +62,7 @@ class ResultFolder:
                     self._reserved.update(map(_key, files))
 
     def existing(self, photo: Photo) -> Path | None:
-        """The whole result of an earlier run; None where it, or its comparison, is not there."""
+        """The result of an earlier run; None if it or its comparison is missing or incomplete."""
         for role, file in zip(self._roles, self._files[photo], strict=True):
             mark = read_mark(file)
             if mark is None or not mark.is_intact or (mark.role, mark.source) != (role, photo.source):
@@ -69,11 +70,11 @@ class ResultFolder:
         return self._files[photo][0]
 
     def check(self) -> None:
-        """Makes the folder, and tries whether files can be written there.
+        """Creates the folder and checks that files can be written there.
 
         Raises:
-            InputError: they cannot.
-            DiskFullError: it is full.
+            InputError: files cannot be written there.
+            DiskFullError: the disk is full.
         """
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -84,18 +85,18 @@ class ResultFolder:
             raise InputError(f"--output {self._folder}: cannot be written ({cause.strerror}).") from cause
 
     def write(self, photo: Photo, *jpegs: bytes) -> Path:
-        """Writes a photo's result, and its comparison if there is one; whole files, or none.
+        """Writes a photo's result, and its comparison if there is one: complete files or none.
 
         Args:
-            photo: one of this run.
-            jpegs: a file for each role.
+            photo: a photo of this run.
+            jpegs: one JPEG file for each role.
 
         Returns:
-            Where the result is.
+            The path of the result.
 
         Raises:
             DiskFullError: the disk is full.
-            OSError: it cannot be written for another reason.
+            OSError: the files cannot be written for another reason.
         """
         folder = self._files[photo][0].parent
         try:
@@ -107,7 +108,7 @@ class ResultFolder:
                 ]
                 stack.enter_context(_locked(folder))
                 files = self._files_now(photo)
-                # The result last: where it is, its comparison is.
+                # The result comes last: if it exists, its comparison does, too.
                 for path, file in reversed(list(zip(partial, files, strict=True))):
                     path.replace(file)
         except OSError as cause:
@@ -116,7 +117,7 @@ class ResultFolder:
         return files[0]
 
     def _files_now(self, photo: Photo) -> list[Path]:
-        """The planned names, or others where a run beside this one has taken them meanwhile."""
+        """The planned names, or other names if a parallel run has taken them in the meantime."""
         planned = self._files[photo]
         self._reserved.difference_update(map(_key, planned))
         self._listings.pop(planned[0].parent, None)
@@ -127,10 +128,10 @@ class ResultFolder:
         return self._files[photo]
 
     def _earlier_numbers(self, photo: Photo) -> list[int]:
-        """The number of the result that an earlier run made, if there is one."""
+        """The number of this photo's result from an earlier run, if there is one."""
         numbers = self._numbers_in(self._folder / photo.folder)
         stem = _folded(photo.path.stem)
-        # A name that had to be shortened begins as the photo's does.
+        # A shortened name is a prefix of the photo's name.
         shortest = len(stem) if len(os.fsencode(stem)) < _LONG_STEM_BYTES else 1
         candidates = {n for length in range(shortest, len(stem) + 1) for n in numbers.get(stem[:length], ())}
         for number in sorted({1} | candidates):
@@ -140,7 +141,7 @@ class ResultFolder:
         return []
 
     def _own_number(self, photo: Photo) -> list[int]:
-        """1 where the photo has its result's name itself."""
+        """1 if the photo itself has the name of its result."""
         return [1] if _folded(self._named(photo, 1)[0].name) == _folded(photo.path.name) else []
 
     def _choose(self, photo: Photo, numbers: Iterable[int]) -> list[Path] | None:
@@ -156,7 +157,7 @@ class ResultFolder:
         return None
 
     def _may_be_original(self, file: Path) -> bool:
-        """Whether it is a photo of this run, or a file of unknown origin beside one."""
+        """Whether a file is a photo of this run, or a file of unknown origin in the folder of one."""
         actual = self._actual(file)
         if actual is None or _real(file.parent) not in self._albums or _key(file) in self._reserved:
             return False
@@ -172,34 +173,34 @@ class ResultFolder:
         if actual is None or self._is_own(photo, actual, role):
             return True
         mark = read_mark(actual)
-        # Another photo's result stays in any case.
+        # Another photo's result is never replaced.
         is_replaceable = actual.is_file() and (mark is None or mark.source == photo.source)
         return self._overwrite and is_replaceable and _real(actual) not in self._originals
 
     def _is_own(self, photo: Photo, file: Path, role: Role) -> bool:
-        """Whether a file is the photo's own earlier one: as it was written, or cut short since."""
+        """Whether a file is the photo's own earlier result: unchanged, or cut short."""
         if _real(file) in self._originals:
             return False
         mark = read_mark(file)
         if mark is None:
-            # An empty file is nobody's picture.
+            # An empty file contains no picture to protect.
             return file.is_file() and not file.is_symlink() and file.stat().st_size == 0
         return (mark.role, mark.source) == (role, photo.source) and (mark.is_intact or mark.is_cut)
 
     def _actual(self, file: Path) -> Path | None:
-        """The file that is there under this name, or under one that differs in capital letters only."""
+        """The existing file with this name, or with a name that differs only in case."""
         name = self._listing(file.parent).get(_folded(file.name))
         return None if name is None else file.parent / name
 
     def _listing(self, folder: Path) -> dict[str, str]:
-        """The names in a folder by their folded forms."""
+        """The names in a folder, indexed by their case-folded forms."""
         if folder not in self._listings:
             names = [file.name for file in folder.iterdir()] if folder.is_dir() else []
             self._listings[folder] = {_folded(name): name for name in names}
         return self._listings[folder]
 
     def _numbers_in(self, folder: Path) -> dict[str, list[int]]:
-        """The numbers that stand behind each stem in a folder."""
+        """The numbers that follow each stem in the names of a folder."""
         if folder not in self._numbers:
             self._numbers[folder] = {}
             for name in self._listing(folder):
@@ -208,7 +209,7 @@ class ResultFolder:
         return self._numbers[folder]
 
     def _named(self, photo: Photo, number: int) -> list[Path]:
-        """The names of a photo's files; a stem that would make one too long is cut at its end."""
+        """The paths of a photo's files; the stem is shortened if a name would be too long."""
         folder = self._folder / photo.folder
         longest = _longest_name(folder)
         files = []
@@ -221,12 +222,12 @@ class ResultFolder:
 
 
 def _folded(name: str) -> str:
-    """The same for names that one file system or another holds for the same."""
+    """A form that is equal for names that some file systems treat as equal."""
     return unicodedata.normalize("NFC", name).casefold()
 
 
 def _real(path: Path) -> Path:
-    """As Path.resolve, which fails on links that lead to themselves."""
+    """Like Path.resolve, which however fails on links that refer to themselves."""
     return Path(os.path.realpath(path))
 
 
@@ -235,7 +236,7 @@ def _key(file: Path) -> str:
 
 
 def _longest_name(folder: Path) -> int:
-    """In bytes."""
+    """The longest file name that a folder allows, in bytes."""
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     try:
@@ -246,7 +247,7 @@ def _longest_name(folder: Path) -> int:
 
 @contextlib.contextmanager
 def _temporary(folder: Path, data: bytes) -> Iterator[Path]:
-    """A file of a name of its own, gone afterwards if it was not renamed."""
+    """A file with a unique name, removed afterwards unless it was renamed."""
     path = folder / f".codeformer-{secrets.token_hex(8)}.part"
     try:
         with path.open("xb") as stream:
@@ -258,7 +259,7 @@ def _temporary(folder: Path, data: bytes) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Holds off other runs that write there; only where the file system can do that."""
+    """Locks a folder against parallel runs, if the file system supports locks."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):

@@ -1,7 +1,7 @@
-"""The only door to basicsr, which nothing but NIQE and its registry of networks needs.
+"""The only module that imports basicsr, which is needed for NIQE and for its registry of networks.
 
-basicsr 1.4.2 can be installed on Python 3.11 and 3.12 only. It imports a torchvision module that newer
-torchvision no longer has, and its import pulls in training code. The serving path therefore never comes here.
+basicsr 1.4.2 can be installed on Python 3.11 and 3.12 only. It imports a module that newer versions of
+torchvision no longer have, and it imports training code. So the serving code never imports this module.
 """
 
 import importlib
@@ -22,10 +22,10 @@ def has_basicsr() -> bool:
 
 
 def import_basicsr(name: str) -> types.ModuleType:
-    """Imports `basicsr.<name>` under current torchvision.
+    """Imports `basicsr.<name>` with current versions of torchvision.
 
     Raises:
-        ModuleNotFoundError: basicsr, or that module of it, is not installed.
+        ModuleNotFoundError: basicsr is not installed, or has no such module.
     """
     if _REMOVED_MODULE not in sys.modules:
         replacement = types.ModuleType(_REMOVED_MODULE)
@@ -35,7 +35,7 @@ def import_basicsr(name: str) -> types.ModuleType:
 
 
 def register_codeformer() -> None:
-    """Enters our network in basicsr's ARCH_REGISTRY as "CodeFormer"; a second call does nothing."""
+    """Registers our network in basicsr's ARCH_REGISTRY as "CodeFormer"; a second call does nothing."""
     registry = import_basicsr("utils.registry").ARCH_REGISTRY
     if "CodeFormer" not in registry:
         registry.register(CodeFormer)

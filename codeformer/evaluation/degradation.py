@@ -1,8 +1,7 @@
 """Seeded degradation of clean pictures: blur, down-sampling, noise, JPEG.
 
-y = resize(jpeg(resize(x * blur) + noise)), the order of the CodeFormer paper (Zhou et al., 2022) and of
-the GFPGAN paper before it. For training, measuring and making data;
-the serving path never comes here.
+y = resize(jpeg(resize(x * blur) + noise)), in the order of the CodeFormer paper (Zhou et al., 2022) and the
+earlier GFPGAN paper. Used for training, evaluation and test pictures, never for serving.
 """
 
 import math
@@ -23,16 +22,16 @@ _INTERPOLATIONS: Final = {"linear": cv2.INTER_LINEAR, "cubic": cv2.INTER_CUBIC}
 
 @dataclass(frozen=True)
 class Degradation:
-    """One way to spoil a picture.
+    """The parameters of one degradation.
 
     Attributes:
         blur_kernel: side of the Gaussian kernel in px, odd.
         blur_sigma: standard deviation of the Gaussian in px.
-        downsampling: factor, at least 1.
+        downsampling: down-sampling factor, at least 1.
         noise_sigma: standard deviation of the additive Gaussian noise in 8-bit levels.
         jpeg_quality: 1 to 100.
-        enlarged_by: the interpolation that brings the picture back to its size. Linear averages noise away
-            that cubic keeps.
+        enlarged_by: the interpolation with which the picture is enlarged to its size again. Linear
+            interpolation removes more noise than cubic.
     """
 
     blur_kernel: int
@@ -43,11 +42,11 @@ class Degradation:
     enlarged_by: Interpolation = "linear"
 
     def apply(self, image_bgr: ImageU8, rng: np.random.Generator) -> ImageU8:
-        """Spoils a picture (H, W, 3) uint8 BGR; the result has its size.
+        """Degrades a picture (H, W, 3) uint8 BGR; the result has the same size.
 
         Args:
             image_bgr: the clean picture.
-            rng: where the noise comes from.
+            rng: the generator of the noise.
         """
         height, width = image_bgr.shape[:2]
         kernel = gaussian_kernel(self.blur_kernel, self.blur_sigma)
@@ -65,7 +64,7 @@ class Degradation:
 
 
 def gaussian_kernel(side: int, sigma: float) -> npt.NDArray[np.float64]:
-    """A Gaussian sampled at whole px, (side, side), of sum 1; `side` in px is odd, `sigma` in px."""
+    """A Gaussian kernel (side, side) with sum 1; `side` in px is odd, `sigma` in px."""
     offsets = np.arange(side) - side // 2
     weights = np.exp(-0.5 * (offsets[:, None] ** 2 + offsets**2) / sigma**2)
     return np.asarray(weights / weights.sum())
@@ -73,11 +72,11 @@ def gaussian_kernel(side: int, sigma: float) -> npt.NDArray[np.float64]:
 
 @dataclass(frozen=True)
 class DegradationRange:
-    """Where degradations are drawn from, uniformly and independently.
+    """The ranges from which degradations are drawn, uniformly and independently.
 
     Attributes:
         blur: bounds of the kernel's side, or of its standard deviation, in px.
-        blur_unit: which of the two.
+        blur_unit: which of the two `blur` means.
         downsampling: bounds of the factor.
         noise_sigma: bounds in 8-bit levels.
         jpeg_quality: bounds, inclusive.
@@ -95,7 +94,7 @@ class DegradationRange:
         """Draws one degradation."""
         if self.blur_unit == "kernel":
             kernel = 2 * int(rng.integers(int(self.blur[0]) // 2, int(self.blur[1]) // 2, endpoint=True)) + 1
-            # The standard deviation OpenCV gives a kernel of that side.
+            # OpenCV's default standard deviation for a kernel of this side.
             sigma = 0.3 * ((kernel - 1) * 0.5 - 1) + 0.8
         else:
             sigma = float(rng.uniform(*self.blur))
@@ -110,7 +109,7 @@ class DegradationRange:
         )
 
     def _choose_interpolation(self, rng: np.random.Generator) -> Interpolation:
-        # Nothing is drawn where there is no choice: seeds keep their meaning.
+        # Without a choice, do not draw a number, so that results for a given seed stay the same.
         if len(self.enlarged_by) == 1:
             return self.enlarged_by[0]
         return self.enlarged_by[int(rng.integers(len(self.enlarged_by)))]
@@ -120,10 +119,10 @@ MODERATE: Final = DegradationRange((3, 11), "kernel", (2, 4), (5, 30), (15, 60))
 """A small, noisy, badly compressed web picture."""
 
 MODERATE_CUBIC: Final = replace(MODERATE, enlarged_by=("cubic",))
-"""The same, enlarged as picture editors and browsers do it."""
+"""The same, enlarged with cubic interpolation, as picture editors and browsers do."""
 
 HEAVY: Final = DegradationRange((1, 15), "sigma", (1, 30), (0, 20), (30, 90))
-"""The range the CodeFormer paper trains on."""
+"""The range that the CodeFormer paper uses for training."""
 
 MILD: Final = DegradationRange((0.1, 1), "sigma", (1, 1.5), (0, 5), (70, 98))
-"""A picture that hardly needs restoring."""
+"""A picture that hardly needs restoration."""

@@ -1,4 +1,4 @@
-"""What a number was measured with: commit, device, versions, load."""
+"""The conditions of a measurement: commit, device, versions, load."""
 
 import os
 import platform
@@ -13,18 +13,18 @@ import torch
 from codeformer.locations import checkout
 
 _PACKAGES: Final = ("torch", "torchvision", "numpy", "opencv-python", "cog", "facexlib", "basicsr")
-# Results are written one after another, and are no reason to distrust the next.
+# Changes to these paths do not mark a commit as changed; results are written one after another.
 _NOT_CODE: Final = (":!benchmarks/results", ":!docs", ":!*.md", ":!weights/*/scores.json")
 NOT_INSTALLED: Final = "not installed"
 _CPU_INFO: Final = Path("/proc/cpuinfo")
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
-    """Everything that must stand beside a measured number, JSON types only.
+    """The conditions of a measurement, to be stored with its results; JSON types only.
 
     Returns:
         time (UTC), commit (with a + if files were changed since), device (name, driver and memory on CUDA),
-        cpu, cores, threads torch uses, load average when asked, python, versions of the packages.
+        cpu, cores, number of torch's threads, current load average, python, versions of the packages.
     """
     described: dict[str, Any] = {"name": cpu_name(), "type": device.type}
     if device.type == "cuda":
@@ -52,7 +52,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    """The processor's own name where the system tells it, else its architecture."""
+    """The name of the processor if the system reports it, otherwise its architecture."""
     if _CPU_INFO.is_file():
         for line in _CPU_INFO.read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith("model name"):
@@ -61,7 +61,7 @@ def cpu_name() -> str:
 
 
 def commit() -> str:
-    """The commit of the code, with a + if code has been changed since; "unknown" without one."""
+    """The commit of the code, with a + if code was changed since; "unknown" outside a checkout."""
     folder = str(checkout() or "")
     if not folder:
         return "unknown"

@@ -1,4 +1,4 @@
-"""How well one detector's faces agree with another's."""
+"""Agreement of two detectors on the same pictures."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,13 +14,13 @@ MATCH_IOU: Final = 0.5
 
 @dataclass
 class Agreement:
-    """Counts over pictures; the teacher's faces are taken for the truth.
+    """Counts over pictures; the teacher's faces are the ground truth.
 
     Attributes:
-        expected: the teacher's faces of at least the smallest size asked for.
-        recalled: those of them that were found.
-        found: faces found, of at least that size.
-        confirmed: those of them that the teacher found as well, at any size.
+        expected: number of the teacher's faces of at least the minimum size.
+        recalled: number of expected faces that the tested detector found.
+        found: number of faces of at least the minimum size that the tested detector found.
+        confirmed: number of found faces that the teacher found as well, at any size.
         landmark_errors: for each recalled face, the mean distance of its landmarks from the teacher's, in
             units of the teacher's eye distance.
     """
@@ -44,7 +44,7 @@ class Agreement:
         return float(np.mean(self.landmark_errors)) if self.landmark_errors else 0.0
 
     def add(self, found: Sequence[Detection], expected: Sequence[Detection], min_side: float) -> None:
-        """Counts one picture's faces; sizes are the shorter sides of boxes, in px."""
+        """Adds the faces of one picture; `min_side` is compared with the shorter side of boxes, in px."""
         for truth in expected:
             if _shorter_side(truth) < min_side:
                 continue

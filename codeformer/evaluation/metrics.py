@@ -1,4 +1,4 @@
-"""How near a picture is to another, and how natural it looks. For training and benchmarks."""
+"""Image quality metrics, with and without a reference, for training and benchmarks."""
 
 import math
 from typing import Final
@@ -10,27 +10,27 @@ from codeformer.evaluation.basicsr_compat import has_basicsr, import_basicsr
 from codeformer.imaging.files import ImageU8
 
 IDENTICAL_DB: Final = 100.0
-# SSIM looks through a window of 11 px.
+# The window of SSIM is 11 px.
 SMALLEST_FOR_SSIM: Final = 11
-# NIQE works on blocks of 96 px, and wants a few of them.
+# NIQE needs several blocks of 96 px.
 SMALLEST_FOR_NIQE: Final = 192
 
 
 def psnr_db(result: ImageU8, truth: ImageU8) -> float:
     """Peak signal-to-noise ratio of two pictures (H, W, 3) uint8, in dB; `IDENTICAL_DB` at most.
 
-    The bound keeps means finite: an error of one level in one pixel is as good as none.
+    The upper bound keeps means over several pictures finite.
     """
     error = float(np.mean((result.astype(np.float64) - truth) ** 2))
     return min(10 * math.log10(255**2 / error), IDENTICAL_DB) if error else IDENTICAL_DB
 
 
 def ssim(result: ImageU8, truth: ImageU8) -> float:
-    """Structural similarity (Wang et al., 2004) of two pictures (H, W, 3) uint8, 1 for equal ones.
+    """Structural similarity (Wang et al., 2004) of two pictures (H, W, 3) uint8; 1 for equal pictures.
 
-    Sides have to be at least `SMALLEST_FOR_SSIM`.
+    Each side must be at least `SMALLEST_FOR_SSIM`.
     """
-    # Gaussian weights with a sigma of 1.5 px, within 11 px; borders are left out.
+    # Gaussian weights with a sigma of 1.5 px in a window of 11 px; borders are excluded.
     similarity = structural_similarity(
         result, truth, data_range=255, channel_axis=2, gaussian_weights=True, use_sample_covariance=False
     )  # type: ignore[no-untyped-call]
@@ -45,11 +45,11 @@ def colour_shift(result: ImageU8, truth: ImageU8) -> float:
 def niqe(picture: ImageU8) -> float | None:
     """Naturalness (NIQE, lower is better) of a picture (H, W, 3) uint8 BGR, without a reference.
 
-    The statistics of natural pictures that it compares with come with basicsr.
+    The statistics of natural pictures for the comparison come with basicsr.
 
     Returns:
-        None for a picture with a side below `SMALLEST_FOR_NIQE`, for a flat one, which has no statistics, and
-        where basicsr is not installed.
+        The score; None if a side is below `SMALLEST_FOR_NIQE`, if the picture is uniform and thus has no
+        statistics, or if basicsr is not installed.
     """
     if min(picture.shape[:2]) < SMALLEST_FOR_NIQE or not has_basicsr():
         return None

@@ -1,7 +1,7 @@
-"""Picture files to arrays and back.
+"""Decodes picture files to arrays and encodes arrays as JPEG.
 
-Files are judged by their bytes, never by their names. An array is (H, W, 3) uint8 in OpenCV's BGR
-order, upright. The limits are checked from the header, before a pixel is decoded.
+The format of a file is recognised by its content, never by its name. Arrays are upright, (H, W, 3) uint8 in
+OpenCV's BGR order. The limits are checked against the header, before a pixel is decoded.
 """
 
 import io
@@ -26,13 +26,13 @@ logger = logging.getLogger(__name__)
 ImageU8 = npt.NDArray[np.uint8]
 
 FORMATS: Final = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
-# Beyond this shape a picture holds no face the detector could see, and copies of it outgrow memory.
+# In a narrower picture, the detector could not find a face, and the enlarged copy would need too much memory.
 MAX_ASPECT_RATIO: Final = 20
 # The largest side a JPEG can have.
 MAX_SIDE: Final = 65_500
 JPEG_QUALITY: Final = 95
 
-_VOID_ALPHA: Final = "the alpha channel is zero everywhere; the picture is taken as opaque"
+_ZERO_ALPHA: Final = "the alpha channel is zero everywhere; the picture is taken as opaque"
 _EXIF_ORIENTATION: Final = 0x0112
 _TIFF_BITS_PER_SAMPLE: Final = 258
 _TIFF_EXTRA_SAMPLES: Final = 338
@@ -45,15 +45,15 @@ _TIFF_PLANAR_CONFIGURATION: Final = 284
 _INTERLEAVED: Final = 1
 _TIFF_SAMPLES_PER_PIXEL: Final = 277
 _PNG_BIT_DEPTH_OFFSET: Final = 24
-# Each scan costs a pass over the whole picture, however small it is. Progressive JPEGs have about ten.
+# Decoding each scan is a pass over the whole picture. Progressive JPEGs have about ten.
 _MAX_SCANS: Final = 100
-# The exponent of PNG's gAMA chunk that a display undoes by itself, and those that make sense.
+# The gAMA value that displays expect, and the range of plausible values.
 _DISPLAY_GAMMA: Final = 0.45455
 _GAMMAS: Final = (0.05, 10.0)
 _GAMMA_TOLERANCE: Final = 0.05
-# Rows that are converted at a time: float copies of a whole large picture would outgrow memory.
+# Rows that are converted at a time, because a float copy of a whole large picture needs too much memory.
 _BAND: Final = 256
-# Profiles that change no colour by more than this, in levels, are sRGB under whatever name.
+# A profile that changes no colour by more than this, in levels, counts as sRGB, whatever its name.
 _SRGB_TOLERANCE: Final = 2
 # Per EXIF orientation: mirror left-right first, then quarter turns counter-clockwise (EXIF 2.3, 4.6.4).
 _MIRROR_AND_TURNS: Final = {
@@ -70,13 +70,13 @@ _DECODER_ERRORS: Final = (
 
 
 def lift_pillow_limits() -> None:
-    """Lets `decode_image` read all that it can.
+    """Raises Pillow's limits above those of `Limits`, and registers a TIFF mode.
 
-    For the start of a process: Pillow's settings hold for all of its threads.
+    Call it at the start of a process, because Pillow's settings hold for all threads.
     """
-    # `Limits` are looked at before anything is decoded; Pillow's own would override larger ones.
+    # `Limits` are checked before anything is decoded; Pillow's own limit could be the lower one.
     Image.MAX_IMAGE_PIXELS = None
-    # Programs that make pictures write how they did it into them, often more than the 1 MiB Pillow admits.
+    # Image generators store their settings in text chunks, often larger than the 1 MiB that Pillow allows.
     PngImagePlugin.MAX_TEXT_CHUNK = 16 * 2**20
     # Grey with premultiplied alpha, 8 bits each: Pillow 12 has a decoder for it, but only Pillow 13 lists it.
     for order in (TiffImagePlugin.II, TiffImagePlugin.MM):
@@ -87,20 +87,20 @@ def lift_pillow_limits() -> None:
 def decode_image(data: bytes, index: int | None = None, limits: Limits = DEFAULT_LIMITS) -> ImageU8:
     """Decodes a JPEG, PNG, WebP, BMP, TIFF or GIF file.
 
-    EXIF orientation is applied; transparency is laid over white; grey, palette and CMYK become BGR; colours
-    with an ICC profile become sRGB; 16-bit samples are scaled to 8 bits; of several frames the first is
-    taken.
+    EXIF orientation is applied. Transparent pictures are put on white. Grey, palette and CMYK become BGR,
+    colours with an ICC profile become sRGB, and 16-bit samples are scaled to 8 bits. The first of several
+    frames is decoded.
 
     Args:
-        data: the file's bytes.
-        index: the picture's place in the request, from 1, for error messages.
-        limits: its pixels are counted before they are decoded.
+        data: the bytes of the file.
+        index: the number of the picture in the request, from 1, for error messages.
+        limits: checked before pixels are decoded.
 
     Returns:
         (H, W, 3) uint8 BGR.
 
     Raises:
-        ImageError: not such a file, damaged, or over a limit.
+        ImageError: the file has another format, is damaged or exceeds a limit.
     """
     if not data:
         raise ImageError("the file is empty.", index)
@@ -124,7 +124,7 @@ def decode_image(data: bytes, index: int | None = None, limits: Limits = DEFAULT
     except UnidentifiedImageError as cause:
         if data.startswith(tiff.MAGIC):
             raise _unsupported("of this TIFF", index) from cause
-        # A file may come from an address that the client itself cannot reach.
+        # The file may come from an address that the client cannot read itself.
         operator_logger.warning("image %s: the data begins with %r", index or "", data[:12])
         raise ImageError(f"{UNKNOWN}.", index) from cause
     except _DECODER_ERRORS as cause:
@@ -132,22 +132,22 @@ def decode_image(data: bytes, index: int | None = None, limits: Limits = DEFAULT
 
 
 def _decode(data: bytes, index: int | None, limits: Limits) -> ImageU8:
-    """A file of one of the formats, whose main image is its first."""
+    """Decodes a file of a supported format whose main image is the first one."""
     with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
         check_size(picture.width, picture.height, index, limits)
         if not _check_scans(data, index):
-            # Decoders differ in whether they notice, and fill up what is missing.
+            # Decoders differ in whether they report a missing end, and fill missing rows.
             whole = jpeg.with_end(data)
             if whole is None:
                 raise ImageError(
                     "the file is damaged or cut short (no end marker); use an intact copy.", index
                 )
-            logger.warning("image %s lacks its end marker; all of its rows are there", index or "")
+            logger.warning("image %s lacks its end marker, but no rows are missing", index or "")
             return _decode(whole, index, limits)
-        # Strictly, also where OpenCV decodes after it: OpenCV passes over some damage.
+        # Pillow decodes strictly. Needed also before OpenCV decodes, which ignores some damage.
         picture.load()
         if _frames_of(picture, data) > 1:
-            logger.info("image %s has several frames; the first is taken", index or "")
+            logger.info("image %s has several frames; the first is used", index or "")
         samples = _decode_16_bit(picture, data) if _has_16_bits(picture, data, index) else None
         bgr = _decode_8_bit(picture, data, index) if samples is None else samples
         return _turn_upright(_to_srgb(bgr, picture), picture)
@@ -163,7 +163,7 @@ def size_of(data: bytes) -> tuple[int, int]:
 
 
 def _frames_of(picture: Image.Image, data: bytes) -> int:
-    """How many there are, if not exactly; reduced copies of a picture are none."""
+    """The number of frames (2 for any larger number in formats other than TIFF), without reduced copies."""
     if picture.format == "TIFF":
         return len(tiff.Directories(io.BytesIO(data)).full_pages)
     return 2 if getattr(picture, "is_animated", False) else 1
@@ -174,7 +174,7 @@ def encode_jpeg(image_bgr: ImageU8, index: int | None = None) -> bytes:
 
     Args:
         image_bgr: the picture.
-        index: its place in the request, from 1, for error messages.
+        index: its number in the request, from 1, for error messages.
 
     Raises:
         ImageError: OpenCV's encoder refused the picture, or had too little memory for it.
@@ -189,18 +189,18 @@ def encode_jpeg(image_bgr: ImageU8, index: int | None = None) -> bytes:
 
 
 def lacks_memory(failure: cv2.error) -> bool:
-    """Whether OpenCV failed for want of memory."""
+    """Whether OpenCV failed because of too little memory."""
     return getattr(failure, "code", None) == cv2.Error.StsNoMem
 
 
 def _damaged(cause: BaseException, index: int | None) -> ImageError:
-    # Decoders quote the file, such as the name of a PNG's broken chunk.
+    # The decoder's message may quote the file, such as the name of a broken PNG chunk.
     operator_logger.warning("image %s: the decoder found %r", index or "", cause)
     return ImageError("the file is damaged or cut short; use an intact copy.", index)
 
 
 def _unsupported(samples: str, index: int | None) -> ImageError:
-    return ImageError(f"unsupported samples ({samples}); convert it to 8 bits, grey or RGB.", index)
+    return ImageError(f"unsupported samples ({samples}); convert the picture to 8 bits, grey or RGB.", index)
 
 
 def _unwritable(image_bgr: ImageU8, index: int | None) -> ImageError:
@@ -217,19 +217,19 @@ def check_size(width: int, height: int, index: int | None = None, limits: Limits
         )
     if max(width, height) > MAX_SIDE:
         raise ImageError(
-            f"expected sides of at most {MAX_SIDE} px, the limit of a JPEG, got {shape}; use a smaller one.",
+            f"expected sides of at most {MAX_SIDE} px, the limit of a JPEG, got {shape}; use a smaller copy.",
             index,
         )
     if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
         raise ImageError(
             f"expected a long side of at most {MAX_ASPECT_RATIO} times the short one, got {shape}; "
-            "cut the picture around its faces.",
+            "crop the picture around its faces.",
             index,
         )
 
 
 def _check_scans(data: bytes, index: int | None) -> bool:
-    """Refuses a JPEG whose scans would keep a decoder busy for ever; no signal reaches it meanwhile.
+    """Refuses a JPEG with so many scans that decoding, which cannot be interrupted, would take too long.
 
     Returns:
         False for a JPEG without an end marker.
@@ -240,17 +240,19 @@ def _check_scans(data: bytes, index: int | None) -> bool:
     for marker, _ in jpeg.segments(data):
         scans += marker == jpeg.SCAN
         if scans > _MAX_SCANS:
-            raise ImageError(f"expected a JPEG of at most {_MAX_SCANS} scans, got more; save it anew.", index)
+            raise ImageError(
+                f"expected a JPEG of at most {_MAX_SCANS} scans, got more; save it again.", index
+            )
         if marker == jpeg.END:
             return True
     return False
 
 
 def _has_16_bits(picture: Image.Image, data: bytes, index: int | None) -> bool:
-    """Whether OpenCV has to decode it.
+    """Whether the picture has 16-bit samples that OpenCV has to decode.
 
     Raises:
-        ImageError: neither library reads it.
+        ImageError: neither Pillow nor OpenCV can decode it.
     """
     if picture.format == "PNG":
         return data[_PNG_BIT_DEPTH_OFFSET] == 16
@@ -262,9 +264,9 @@ def _has_16_bits(picture: Image.Image, data: bytes, index: int | None) -> bool:
             and max(_tiff_tag(picture, _TIFF_SAMPLES_PER_PIXEL), default=1) > 1
         )
         if in_planes:
-            # OpenCV leaves memory as it was, and Pillow takes low bytes for pixels of their own.
+            # OpenCV returns uninitialised memory, and Pillow takes low bytes for further pixels.
             raise _unsupported("16 bits in separate planes", index)
-        # OpenCV takes inks for colours.
+        # OpenCV would take CMYK inks for RGB colours.
         return max(_tiff_tag(picture, _TIFF_PHOTOMETRIC), default=_RGB) <= _RGB
     return False
 
@@ -275,9 +277,9 @@ def _tiff_tag(picture: Image.Image, tag: int) -> tuple[int, ...]:
 
 
 def _decode_16_bit(picture: Image.Image, data: bytes) -> ImageU8 | None:
-    """16-bit PNG and TIFF through OpenCV: Pillow would keep only the high byte, or nothing at all.
+    """Decodes 16-bit PNG and TIFF with OpenCV, because Pillow keeps only the high byte or fails.
 
-    None where OpenCV cannot, and Pillow's high byte must do.
+    None if OpenCV cannot decode it; then Pillow's high byte is used.
     """
     decoded = _decode_with_opencv(data)
     if decoded is None or decoded.dtype != np.uint16:
@@ -286,7 +288,7 @@ def _decode_16_bit(picture: Image.Image, data: bytes) -> ImageU8 | None:
     if picture.format == "TIFF" and _tiff_tag(picture, _TIFF_PHOTOMETRIC) == (_WHITE_IS_ZERO,):
         samples = ~samples
     if samples.shape[2] == 4 and not samples[:, :, 3].any() and np.ptp(samples[:, :, :3], (0, 1)).any():
-        logger.info(_VOID_ALPHA)
+        logger.info(_ZERO_ALPHA)
         samples = samples[:, :, :3]
     bgr = np.empty((*samples.shape[:2], 3), np.uint8)
     for top in range(0, len(samples), _BAND):
@@ -295,14 +297,14 @@ def _decode_16_bit(picture: Image.Image, data: bytes) -> ImageU8 | None:
 
 
 def _decode_with_opencv(data: bytes) -> npt.NDArray[Any] | None:
-    """Samples as they are stored, (H, W) or (H, W, C) in BGR order; None where OpenCV cannot."""
+    """Samples as they are stored, (H, W) or (H, W, C) in BGR order; None if OpenCV cannot decode them."""
     flags = cv2.IMREAD_UNCHANGED | cv2.IMREAD_IGNORE_ORIENTATION
     decoded: npt.NDArray[Any] | None = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     return decoded
 
 
 def _to_8_bits(samples: npt.NDArray[np.uint16], picture: Image.Image) -> ImageU8:
-    """Rows of 16-bit samples (H, W, 1 to 4), transparency laid over white."""
+    """Rows of 16-bit samples (H, W, 1 to 4) to (H, W, 3) BGR; transparent pixels are put on white."""
     scaled = samples.astype(np.float32) / 257.0
     bgr = scaled[:, :, :3] if scaled.shape[2] >= 3 else scaled[:, :, :1].repeat(3, axis=2)
     if (exponent := _exponent_of(picture)) != 1:
@@ -326,37 +328,37 @@ def _decode_8_bit(picture: Image.Image, data: bytes, index: int | None) -> Image
     if picture.mode == "CMYK" and (profile := _icc_profile(picture, "CMYK")) is not None:
         rgb = _convert(picture, profile)
     if picture.has_transparency_data:
-        # There is no direct way from premultiplied grey.
+        # Pillow has no direct conversion from premultiplied grey.
         rgba = (picture.convert("LA") if picture.mode == "La" else picture).convert("RGBA")
-        if (opaque := _without_void_alpha(rgba, picture, data)) is None:
-            rgba = _displayed(rgba, picture)
+        if (opaque := _without_zero_alpha(rgba, picture, data)) is None:
+            rgba = _apply_gamma(rgba, picture)
             opaque = Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255, 255)), rgba)
             return np.asarray(opaque.convert("RGB"))[:, :, ::-1]
         rgb = opaque
-    return np.asarray(_displayed(rgb.convert("RGB"), picture))[:, :, ::-1]
+    return np.asarray(_apply_gamma(rgb.convert("RGB"), picture))[:, :, ::-1]
 
 
-def _without_void_alpha(rgba: Image.Image, picture: Image.Image, data: bytes) -> Image.Image | None:
-    """The colours where alpha is zero everywhere, which programs write that know no alpha.
+def _without_zero_alpha(rgba: Image.Image, picture: Image.Image, data: bytes) -> Image.Image | None:
+    """The colours of a picture whose alpha is zero everywhere, as written by programs without alpha support.
 
-    None where some of it is not, or where there is one colour only: that picture is blank.
+    None if alpha is not zero everywhere, or if there is only one colour: then the picture is blank.
     """
     if rgba.getchannel("A").getextrema() != (0, 0):
         return None
     rgb = rgba.convert("RGB")
     if picture.format == "TIFF" and _PREMULTIPLIED_ALPHA in _tiff_tag(picture, _TIFF_EXTRA_SAMPLES):
-        # Pillow has divided by zero.
+        # Pillow has divided the colours by zero, so decode them again.
         raw = _decode_with_opencv(data)
         if raw is not None and raw.dtype == np.uint8 and raw.shape[2:] == (4,):
             rgb = Image.fromarray(np.ascontiguousarray(raw[:, :, 2::-1].astype(np.uint8)))
     if rgb.getcolors(maxcolors=1) is not None:
         return None
-    logger.info(_VOID_ALPHA)
+    logger.info(_ZERO_ALPHA)
     return rgb
 
 
-def _displayed(pixels: Image.Image, picture: Image.Image) -> Image.Image:
-    """RGB or RGBA as a display shows it, if the file's gAMA chunk says that its colours are others."""
+def _apply_gamma(pixels: Image.Image, picture: Image.Image) -> Image.Image:
+    """Applies the gAMA chunk of the file, if there is one, to RGB or RGBA pixels."""
     exponent = _exponent_of(picture)
     if exponent == 1:
         return pixels
@@ -365,22 +367,22 @@ def _displayed(pixels: Image.Image, picture: Image.Image) -> Image.Image:
 
 
 def _exponent_of(picture: Image.Image) -> float:
-    """What a PNG's samples, in [0, 1], are to be raised to for a display; 1 for all other pictures.
+    """The exponent that converts a PNG's samples, in [0, 1], for a display; 1 for all other pictures.
 
-    An ICC profile and the sRGB chunk go before it (PNG 3rd edition, 4.3).
+    An ICC profile and the sRGB chunk take precedence over gAMA (PNG 3rd edition, 4.3).
     """
     gamma = picture.info.get("gamma")
     named = {"icc_profile", "srgb"} & picture.info.keys()
     if picture.format != "PNG" or named or gamma is None or not _GAMMAS[0] <= gamma <= _GAMMAS[1]:
         return 1
     exponent = _DISPLAY_GAMMA / gamma
-    # Less can hardly be seen, and libpng leaves it as well.
+    # A smaller change is hardly visible, and libpng ignores it, too.
     return 1 if abs(exponent - 1) < _GAMMA_TOLERANCE else float(exponent)
 
 
 def _to_srgb(bgr: ImageU8, picture: Image.Image) -> ImageU8:
-    """Colours of a picture with a profile of its own, as every display without one shows them."""
-    # A profile says nothing about pictures of another colour space than its own.
+    """Converts the colours of a picture with an ICC profile to sRGB."""
+    # A profile applies only to pictures of its own colour space.
     space, mode = ("GRAY", "L") if picture.mode.startswith(("1", "L", "I")) else ("RGB", "RGB")
     profile = _icc_profile(picture, space)
     if profile is None:
@@ -390,14 +392,14 @@ def _to_srgb(bgr: ImageU8, picture: Image.Image) -> ImageU8:
 
 
 def _icc_profile(picture: Image.Image, colour_space: str) -> ImageCms.ImageCmsProfile | None:
-    """The picture's profile, if it is one for this colour space and not sRGB anyway."""
+    """The picture's ICC profile, if it is for this colour space and is not sRGB."""
     data = picture.info.get("icc_profile")
     if not data:
         return None
     try:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(data))
     except (ImageCms.PyCMSError, OSError, ValueError) as cause:
-        logger.warning("the ICC profile cannot be read (%s); the colours are taken as they are", cause)
+        logger.warning("the ICC profile cannot be read (%s); the colours are not converted", cause)
         return None
     if profile.profile.xcolor_space.strip() != colour_space or _is_srgb(profile):
         return None
@@ -405,7 +407,7 @@ def _icc_profile(picture: Image.Image, colour_space: str) -> ImageCms.ImageCmsPr
 
 
 def _is_srgb(profile: ImageCms.ImageCmsProfile) -> bool:
-    """Whether a profile leaves colours as they are; names tell too little."""
+    """Whether a profile leaves colours unchanged; its name is not reliable."""
     if profile.profile.xcolor_space.strip() != "RGB":
         return False
     steps = np.linspace(0, 255, 9).astype(np.uint8)
@@ -415,17 +417,17 @@ def _is_srgb(profile: ImageCms.ImageCmsProfile) -> bool:
 
 
 def _convert(pixels: Image.Image, profile: ImageCms.ImageCmsProfile) -> Image.Image:
-    """Pixels of the profile's colour space to sRGB; as they are where the profile does not serve."""
+    """Converts pixels of the profile's colour space to sRGB; not converted if the profile is unusable."""
     try:
         converted = ImageCms.profileToProfile(pixels, profile, _SRGB, outputMode="RGB")
     except ImageCms.PyCMSError as cause:
-        logger.warning("the ICC profile cannot be applied (%s); the colours are taken as they are", cause)
+        logger.warning("the ICC profile cannot be applied (%s); the colours are not converted", cause)
         return pixels.convert("RGB")
     return pixels.convert("RGB") if converted is None else converted
 
 
 def _turn_upright(bgr: ImageU8, picture: Image.Image) -> ImageU8:
-    """Applies the EXIF orientation, once: both libraries turn a TIFF themselves."""
+    """Applies the EXIF orientation, except for a TIFF, which both libraries have already turned."""
     mirror, turns = False, 0
     if picture.format != "TIFF":
         mirror, turns = _MIRROR_AND_TURNS.get(_exif_orientation(picture), (False, 0))
@@ -436,7 +438,7 @@ def _exif_orientation(picture: Image.Image) -> int:
     try:
         value = picture.getexif().get(_EXIF_ORIENTATION)
     except _DECODER_ERRORS as cause:
-        # Damaged notes are no reason to refuse an intact picture.
-        operator_logger.warning("EXIF data cannot be read (%r); the picture is taken as it is", cause)
+        # Damaged metadata is no reason to refuse an intact picture.
+        operator_logger.warning("EXIF data cannot be read (%r); the picture is not turned", cause)
         return 1
     return value if isinstance(value, int) else 1

@@ -1,9 +1,9 @@
-"""Where a face lies: working copy, landmarks, similarity transforms, aligned crops.
+"""The geometry of faces: working copy, landmarks, similarity transforms, aligned crops.
 
-Frames. *picture*: pixels of the upright decoded picture. *working*: pixels of the enlarged copy that
-pictures under 512 px are detected and cropped in; elsewhere the same as picture. *face*: pixels of the
-512 x 512 aligned crop. A point is (x, y), the centre of the first pixel is (0, 0); a transform is a
-(2, 3) float64 matrix A with [x', y'] = A @ [x, y, 1], named from_to_to.
+Coordinate frames. *picture*: pixels of the upright decoded picture. *working*: pixels of the working copy,
+which is enlarged for pictures under 512 px and otherwise the picture itself. *face*: pixels of the 512 x 512
+aligned crop. A point is (x, y), and (0, 0) is the centre of the first pixel. A transform is a (2, 3) float64
+matrix A with [x', y'] = A @ [x, y, 1], named by its frames, such as working_to_face.
 """
 
 import sys
@@ -22,15 +22,15 @@ FloatArray = npt.NDArray[np.float64]
 FACE_SIZE: Final = 512
 MIN_WORKING_SIDE: Final = 512
 MIN_EYE_DISTANCE: Final = 5.0
-# Mean distance of landmarks in eye distances; neighbours in a crowd are at least two apart.
+# Mean distance of landmarks in units of the eye distance; neighbours in a crowd differ by at least two.
 _SAME_FACE: Final = 0.5
-# A score that is lower by a tenth weighs as much as half the size.
+# A score that is lower by 0.1 counts as much as half the size.
 _SCORE_FOR_SIZE: Final = 10 * np.log(2)
-# Below this the transform squeezes the whole picture into a point.
+# Below this, the transform maps the whole picture to a point.
 _MIN_DETERMINANT: Final = 1e-12
-# Pixels around a warped face square, so that filters meet only zeros at the region's edge.
+# Pixels around a warped face square, so that the region's border contains only zeros for the filters.
 _MARGIN: Final = 3
-# A similarity of exactly one half, as computed.
+# Tolerance for a computed scale, such as exactly one half.
 _ROUNDING: Final = 1e-9
 # The colour outside the picture in a crop, BGR.
 BORDER_BGR: Final = (135, 133, 132)
@@ -69,11 +69,11 @@ class Detection:
 
 @dataclass(frozen=True)
 class WorkingCopy:
-    """The picture that detection and cropping see.
+    """The picture that faces are detected in and cropped from.
 
     Attributes:
         image_bgr: (H, W, 3) uint8 BGR, in the working frame.
-        scale: working pixels per picture pixel; 1.0 when the picture was large enough.
+        scale: working pixels per picture pixel; 1.0 if the picture was large enough.
     """
 
     image_bgr: ImageU8
@@ -81,7 +81,7 @@ class WorkingCopy:
 
     @property
     def working_to_picture(self) -> FloatArray:
-        """(2, 3): resizing keeps the corners of pixels in place, not their centres."""
+        """(2, 3) transform. Resizing keeps the corners of pixels in place, not their centres."""
         offset = 0.5 / self.scale - 0.5
         return np.array([[1.0 / self.scale, 0.0, offset], [0.0, 1.0 / self.scale, offset]])
 
@@ -107,14 +107,14 @@ class Face:
 
 @dataclass(frozen=True)
 class AlignedFace:
-    """A face and where its crop is cut: a (2, 3) float64 transform from the working copy."""
+    """A face and the (2, 3) float64 transform from the working copy to its crop."""
 
     face: Face
     working_to_face: FloatArray
 
 
 def make_working_copy(image_bgr: ImageU8) -> WorkingCopy:
-    """Enlarges a picture (bilinear) whose shorter side is under 512 px to 512 px; keeps others."""
+    """Enlarges a picture whose shorter side is under 512 px to 512 px (bilinear); keeps larger ones."""
     shorter = min(image_bgr.shape[:2])
     if shorter >= MIN_WORKING_SIDE:
         return WorkingCopy(image_bgr, 1.0)
@@ -126,15 +126,15 @@ def make_working_copy(image_bgr: ImageU8) -> WorkingCopy:
 def align_faces(
     working: WorkingCopy, detections: Sequence[Detection], at_most: int = sys.maxsize
 ) -> tuple[list[AlignedFace], list[str]]:
-    """Finds the place of every alignable face's crop.
+    """Computes the crop of each face that can be aligned.
 
     Args:
-        working: the copy the detections come from.
+        working: the copy in which the faces were detected.
         detections: faces in the working frame.
-        at_most: faces to align; the rest is not looked at.
+        at_most: largest number of faces to align; further detections are ignored.
 
     Returns:
-        The aligned faces in the detections' order, and for each face left out the reason.
+        The aligned faces in the order of the detections, and for each skipped face the reason.
     """
     aligned: list[AlignedFace] = []
     skipped: list[str] = []
@@ -160,9 +160,9 @@ def align_faces(
 
 
 def from_far_to_near(faces: Sequence[AlignedFace]) -> list[AlignedFace]:
-    """The order to paste in: where faces overlap, the nearer one comes last and lies on top.
+    """Sorts faces in the order of pasting: where faces overlap, the nearest one is pasted last, on top.
 
-    Nearer is the larger and more certain one: a face that another covers in part has a lower score.
+    The nearer face is the larger one with the higher score, because a partly covered face has a lower score.
     """
     return sorted(faces, key=lambda aligned: _nearness(aligned.face))
 
@@ -173,10 +173,10 @@ def _nearness(face: Face) -> float:
 
 
 def estimate_similarity(landmarks_xy: npt.NDArray[np.floating]) -> FloatArray | None:
-    """The similarity from landmarks (5, 2) to the FFHQ template, by least median of squares.
+    """The similarity transform from landmarks (5, 2) to the FFHQ template, by least median of squares.
 
     Returns:
-        (2, 3) float64, or None when the landmarks determine no such transform.
+        (2, 3) float64, or None if the landmarks do not determine a transform.
     """
     if not np.isfinite(landmarks_xy).all():
         return None
@@ -187,9 +187,9 @@ def estimate_similarity(landmarks_xy: npt.NDArray[np.floating]) -> FloatArray | 
 
 
 def _is_among(landmarks_xy: npt.NDArray[np.float32], others_xy: npt.NDArray[np.float32]) -> bool:
-    """Whether landmarks (5, 2) lie nearly on some of the others (N, 5, 2), whatever their boxes do.
+    """Whether landmarks (5, 2) nearly coincide with one of the others (N, 5, 2).
 
-    Suppression by boxes leaves two detections of one face whose boxes differ much in size.
+    Non-maximum suppression keeps two detections of one face if their boxes differ much in size.
     """
     distances = np.linalg.norm(others_xy - landmarks_xy, axis=2).mean(axis=1)
     eyes = np.linalg.norm(others_xy[:, 0] - others_xy[:, 1], axis=1)
@@ -198,9 +198,9 @@ def _is_among(landmarks_xy: npt.NDArray[np.float32], others_xy: npt.NDArray[np.f
 
 
 def crop_face(image_bgr: ImageU8, image_to_face: FloatArray) -> ImageU8:
-    """Warps a picture (H, W, 3) uint8 BGR into the face frame (512, 512, 3): bilinear, grey outside.
+    """Warps a picture (H, W, 3) uint8 BGR into the face frame (512, 512, 3), bilinear, with a grey border.
 
-    Faces that fill at least twice that many pixels are reduced first, see `reduction_for`.
+    Faces of at least 1024 px are reduced first, see `reduction_for`.
     """
     if reduction := reduction_for(image_to_face, image_bgr.shape[1], image_bgr.shape[0]):
         left, top, right, bottom = reduction.region
@@ -223,12 +223,13 @@ def crop_face(image_bgr: ImageU8, image_to_face: FloatArray) -> ImageU8:
 
 @dataclass(frozen=True)
 class Reduction:
-    """How a large face's part of a picture is made smaller before it is warped.
+    """How the region of a large face is reduced before it is warped.
 
     Attributes:
         region: left, top, right, bottom (exclusive) in px of the picture.
-        padding: copies of the last column and of the last row, so that `factor` divides the region.
-        factor: squares of so many px become one.
+        padding: number of copies of the last column and of the last row, which make the size of the region a
+            multiple of `factor`.
+        factor: each square of `factor` x `factor` px becomes one pixel.
         reduced_to_face: (2, 3) float64, from the reduced region's pixels to the face.
     """
 
@@ -239,15 +240,15 @@ class Reduction:
 
 
 def reduction_for(image_to_face: FloatArray, width: int, height: int) -> Reduction | None:
-    """The area filter a face needs before bilinear sampling, which sees 2 x 2 px and would skip the others.
+    """The area filter that a large face needs before bilinear sampling, which reads only 2 x 2 px per point.
 
     Args:
         image_to_face: (2, 3) float64, a similarity.
-        width: of the picture in px.
-        height: of the picture in px.
+        width: width of the picture in px.
+        height: height of the picture in px.
 
     Returns:
-        None for a face under 2 x 512 px, which is sampled as upstream does it, and for one that lies outside.
+        None for a face under 1024 px, which is sampled as upstream does, and for a face outside the picture.
     """
     factor = int(1 / np.sqrt(np.linalg.det(image_to_face[:, :2])) + _ROUNDING)
     left, top, right, bottom = region = region_of_interest(invert(image_to_face), width, height)
@@ -289,7 +290,7 @@ def transform_points(matrix: FloatArray, points_xy: npt.NDArray[np.floating]) ->
 
 
 def region_of_interest(face_to_picture: FloatArray, width: int, height: int) -> tuple[int, int, int, int]:
-    """The part of a picture that a warped face can touch: left, top, right, bottom (exclusive)."""
+    """The part of a picture that a warped face can change: left, top, right, bottom (exclusive)."""
     # Bilinear interpolation spreads the border pixels by one.
     outer = np.array([[-1, -1], [FACE_SIZE, -1], [FACE_SIZE, FACE_SIZE], [-1, FACE_SIZE]], np.float64)
     corners = transform_points(face_to_picture, outer)

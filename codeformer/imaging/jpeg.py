@@ -1,4 +1,4 @@
-"""The structure of a JPEG file: what its markers say, and whether all of its picture is there."""
+"""The structure of a JPEG file: its markers, and whether its picture is complete."""
 
 import hashlib
 import io
@@ -14,33 +14,33 @@ SCAN: Final = 0xDA
 END: Final = 0xD9
 
 _RESTART_INTERVAL: Final = 0xDD
-# The frame header, with a size and the samples' precision: all of C0 to CF but DHT, JPG and DAC. And JPEG-LS.
+# Frame headers, with size and precision: C0 to CF except DHT, JPG and DAC, and that of JPEG-LS.
 _FRAMES: Final = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC} | {0xF7}
 _PROGRESSIVE: Final = frozenset({0xC2, 0xC6, 0xCA, 0xCE})
 _ALONE: Final = frozenset({0x01, *range(0xD0, 0xD9)})
-# Neither a stuffed byte of a scan, nor one of the markers that stand alone, nor padding.
+# Excludes stuffed bytes of a scan, markers without a segment, and padding.
 _MARKER: Final = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])")
 _COEFFICIENTS: Final = 64
-# What a decoder may find in the place of missing data: which of them must not change a pixel.
+# Random bytes to append to a file: if it is complete, the choice of bytes does not change a pixel.
 _FILLINGS: Final = tuple(
     hashlib.shake_128(seed).digest(512).replace(b"\xff", b"\xfe") for seed in (b"one", b"two", b"three")
 )
 
 
 def segments(data: bytes) -> Iterator[tuple[int, int]]:
-    """Gives the markers of a JPEG, each with the place behind it, up to its end marker if there is one."""
+    """Yields the markers of a JPEG, each with the offset after it, up to the end marker if there is one."""
     position = len(MAGIC) - 1
     while found := _MARKER.search(data, position):
         marker, position = found[1][0], found.end()
         yield marker, position
         if marker == END:
             return
-        # Every other marker is followed by a length, which counts itself.
+        # All other markers are followed by a length, which includes its own two bytes.
         position += max(2, int.from_bytes(data[position : position + 2]))
 
 
 def frame_of(stream: BinaryIO) -> tuple[int, int] | None:
-    """The frame header's marker and the bits of a sample, or None; reads segments' heads only."""
+    """The marker of the frame header and the bits per sample, or None; reads only the heads of segments."""
     stream.seek(len(MAGIC) - 1)
     while stream.read(1) == b"\xff":
         marker = 0xFF
@@ -58,10 +58,11 @@ def frame_of(stream: BinaryIO) -> tuple[int, int] | None:
 
 
 def with_end(data: bytes) -> bytes | None:
-    """A JPEG that lacks its end marker and nothing else, with that marker; None where more is missing.
+    """Adds the end marker to a JPEG that lacks only this marker; None if more is missing.
 
-    All coefficients must have come in full precision, and the last scan must be complete: whatever
-    follows it, the pixels stay the same. Decodes the picture three to five times.
+    A picture is complete if all coefficients are present in full precision and its last scan is complete.
+    The latter is tested by appending different bytes, which must not change a pixel. The picture is
+    decoded three to five times.
     """
     is_progressive, restarts, last_scan = False, False, 0
     missing = dict[int, set[int]]()
@@ -80,14 +81,14 @@ def with_end(data: bytes) -> bytes | None:
             first, last, precision = body[-3:] if is_progressive else (0, _COEFFICIENTS - 1, 0)
             sent = set(range(first, last + 1))
             for component in body[1:-3:2]:
-                # Bits that a later scan is to refine.
+                # With a precision above 0, a later scan has to add the low bits.
                 refined = missing.get(component, set())
                 missing[component] = refined | sent if precision & 0x0F else refined - sent
     if not missing or any(missing.values()):
         return None
     tails = list(_FILLINGS)
     if restarts:
-        # Up to the marker that is due, a decoder passes over everything.
+        # A decoder skips everything up to the next restart marker, so append that marker as well.
         due = bytes([0xFF, 0xD0 + _restarts_in(picture, last_scan) % 8])
         tails += [due + filling for filling in _FILLINGS[1:]]
     end = bytes([0xFF, END])
@@ -100,22 +101,22 @@ def with_end(data: bytes) -> bytes | None:
 
 
 def _without_padding(data: bytes) -> bytes:
-    """The file without the zeros that some programs fill it up with, and without half an end marker."""
+    """The file without trailing zeros, which some programs add, and without half an end marker."""
     picture = data.rstrip(b"\0")
     if len(data) - len(picture) == 1 or picture.endswith(b"\xff"):
-        # A single zero, or the one after a byte of 255, belongs to the picture.
+        # A single zero, or a zero after a byte of 255, belongs to the picture.
         picture = data[: len(picture) + 1]
     return picture.rstrip(b"\xff")
 
 
 def _restarts_in(data: bytes, start: int) -> int:
-    """The number of the last restart marker, from 1 on; 0 if there is none."""
+    """The number of the last restart marker, from 1; 0 if there is none."""
     last = max(range(8), key=lambda number: data.rfind(bytes([0xFF, 0xD0 + number]), start))
     return last + 1 if data.find(bytes([0xFF, 0xD0 + last]), start) >= 0 else 0
 
 
 def _pixels_of(data: bytes) -> bytes:
     with Image.open(io.BytesIO(data), formats=("JPEG",)) as picture:
-        # Colours beyond what RGB can hold would be cut off.
+        # Compare in YCbCr, because the conversion to RGB clips colours.
         picture.draft("YCbCr", None)
         return hashlib.blake2b(picture.tobytes()).digest()

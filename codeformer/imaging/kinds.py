@@ -1,4 +1,4 @@
-"""What a file is, by its first bytes: pictures that are read, and those that are refused by their kind."""
+"""Recognises the kind of a file by its first bytes: formats that are read, and kinds that are refused."""
 
 import re
 from dataclasses import dataclass
@@ -8,8 +8,8 @@ from codeformer.imaging import jpeg, tiff
 
 _HEAD_BYTES: Final = 4096
 _NO_PICTURE: Final = "not a picture that can be read here"
-# Of a file whose kind is not known.
-UNKNOWN: Final = f"{_NO_PICTURE}; take a JPEG, PNG, WebP, BMP, TIFF or GIF"
+# The refusal of a file of unknown kind.
+UNKNOWN: Final = f"{_NO_PICTURE}; use a JPEG, PNG, WebP, BMP, TIFF or GIF"
 
 
 @dataclass(frozen=True)
@@ -17,8 +17,8 @@ class Kind:
     """A kind of file.
 
     Attributes:
-        name: of a format that is read, as Pillow calls it; else of the kind, in words.
-        remedy: what to do with a file of a kind that is not read; None for one that is.
+        name: Pillow's name of a format that is read; otherwise a description of the kind.
+        remedy: what to do with a file of a kind that is not read; None for a format that is read.
     """
 
     name: str
@@ -26,13 +26,13 @@ class Kind:
 
     @property
     def refusal(self) -> str | None:
-        """Why such a file is refused and what to do; None if it is not."""
+        """Why such a file is refused and what to do; None if it is read."""
         return None if self.remedy is None else f"{_NO_PICTURE}, but {self.name}; {self.remedy}."
 
 
 _CONVERT: Final = "convert it to JPEG or PNG"
 _EIGHT_BITS: Final = "save it as an ordinary JPEG of 8 bits"
-_NO_PHOTO: Final = "take a photo instead"
+_NO_PHOTO: Final = "use a photo instead"
 
 
 def _raw(of: str) -> Kind:
@@ -43,7 +43,7 @@ _BMP_HEADERS: Final = frozenset({12, 40, 52, 56, 64, 108, 124})
 _VIDEO: Final = Kind("a video", "save one of its frames as JPEG")
 _JPEG_2000: Final = Kind("JPEG 2000", _CONVERT)
 _JPEG_XL: Final = Kind("JPEG XL", _CONVERT)
-_ARCHIVE: Final = Kind("an archive", "unpack it and take the photos in it")
+_ARCHIVE: Final = Kind("an archive", "unpack it and use the photos in it")
 _PDF: Final = Kind("a PDF document", "export its pages as JPEG")
 _FTYP: Final = {
     b"avif": Kind("AVIF", _CONVERT), b"avis": Kind("AVIF", _CONVERT),
@@ -55,7 +55,7 @@ _FTYP: Final = {
     **dict.fromkeys((b"jp2 ", b"jpx ", b"jpm ", b"jph "), _JPEG_2000),
     b"jxl ": _JPEG_XL,
 }  # fmt: skip
-# Each at the very beginning of a file.
+# Signatures at the very beginning of a file.
 _MAGIC: Final = (
     (b"\x89PNG\r\n\x1a\n", Kind("PNG")),
     (b"GIF87a", Kind("GIF")),
@@ -97,8 +97,8 @@ _MAGIC: Final = (
     (b"\x1f\x8b", _ARCHIVE),
     (b"7z\xbc\xaf\x27\x1c", _ARCHIVE),
     (b"Rar!\x1a\7", _ARCHIVE),
-    (b"\0\5\x16\7", Kind("a sidecar of macOS (AppleDouble)", "take the photo it belongs to")),
-    (b"\0\5\x16\0", Kind("a sidecar of macOS (AppleSingle)", "take the photo it belongs to")),
+    (b"\0\5\x16\7", Kind("a sidecar of macOS (AppleDouble)", "use the photo it belongs to")),
+    (b"\0\5\x16\0", Kind("a sidecar of macOS (AppleSingle)", "use the photo it belongs to")),
 )  # fmt: skip
 _RIFF: Final = {b"WEBP": Kind("WEBP"), b"AVI ": _VIDEO}
 _PORTABLE: Final = re.compile(rb"P(?:[1-7]|[Ff])[\s#]")
@@ -110,10 +110,10 @@ _JPEG_LS: Final = 0xF7
 
 
 def kind_of(stream: BinaryIO) -> Kind | None:
-    """The kind of a file, None for one that is not known.
+    """The kind of a file; None if it is unknown.
 
     Args:
-        stream: the file, open for seeking; its head and, of JPEG and TIFF, a few other places are read.
+        stream: the file, seekable. Its head is read, and for JPEG and TIFF a few other parts.
     """
     stream.seek(0)
     head = stream.read(_HEAD_BYTES)
@@ -160,7 +160,7 @@ def _kind_of_tiff(stream: BinaryIO) -> Kind:
 
 
 def _kind_of_boxes(head: bytes) -> Kind:
-    """By the major brand of an ISO media file, and for files of several kinds by the compatible ones."""
+    """The kind of an ISO media file, by its major brand or, for generic brands, its compatible brands."""
     size = min(max(16, int.from_bytes(head[:4])), len(head))
     brands = [head[8:12], *(head[at : at + 4] for at in range(16, size - 3, 4))]
     if brands[0] in {b"mif1", b"msf1", b"mif2"} and any(brand in {b"avif", b"avis"} for brand in brands):

@@ -1,7 +1,7 @@
-"""Paste-back: restored faces into the picture, seamlessly.
+"""Paste-back: blends restored faces into the picture.
 
-Only the face's region of interest is touched; inside it the pixels are those that warping, eroding
-and blurring the whole picture would give.
+Only the region of interest of a face is computed. Its pixels are the same as if the whole picture had been
+warped, eroded and blurred.
 """
 
 from typing import Final
@@ -15,7 +15,7 @@ from codeformer.imaging.geometry import FACE_SIZE, FloatArray, region_of_interes
 
 MaskF32 = npt.NDArray[np.float32]
 
-# OpenCV's default element, which an empty kernel, i.e. a tiny face, selects in upstream's erosion.
+# In upstream's erosion, a tiny face gives an empty kernel, for which OpenCV uses its default of 3 x 3.
 _SMALLEST_ELEMENT: Final = 3
 
 
@@ -29,10 +29,11 @@ def paste_face(
     """Blends one restored face into the picture, in place.
 
     Args:
-        canvas_bgr: (H, W, 3) uint8 BGR picture; changed only under the soft mask.
+        canvas_bgr: (H, W, 3) uint8 BGR picture; changed only inside the soft mask.
         face_bgr: (512, 512, 3) uint8 BGR restored face.
         face_to_picture: (2, 3) float64.
-        face_mask: (512, 512) float32, 0 to 1, in the face frame, from parsing; None for the square alone.
+        face_mask: (512, 512) float32, 0 to 1, in the face frame, from parsing; None to use
+            only the soft square.
         strength: scales the soft mask: 1 for the restored face, 0 for the picture as it is, bit by bit.
     """
     left, top, right, bottom = region_of_interest(face_to_picture, canvas_bgr.shape[1], canvas_bgr.shape[0])
@@ -55,13 +56,13 @@ def paste_face(
 
 
 def soften_square(hard: MaskF32) -> MaskF32:
-    """Shrinks and blurs a warped square mask (H, W) by a twentieth of its side, to (H, W) float32."""
+    """Erodes and blurs a warped square mask (H, W) by a twentieth of its side; returns (H, W) float32."""
     element, kernel = erosion_sizes(float(hard.sum(dtype=np.float64)))
     return np.asarray(cv2.GaussianBlur(_erode(hard, element), (kernel, kernel), 0), dtype=np.float32)
 
 
 def erosion_sizes(area: float) -> tuple[int, int]:
-    """Sides in px of the erosion element and of the Gaussian kernel for a warped square of this area."""
+    """Sizes in px of the erosion element and of the Gaussian kernel for a warped square of this area."""
     edge = int(area**0.5) // 20
     return 2 * edge or _SMALLEST_ELEMENT, 2 * edge + 1
 

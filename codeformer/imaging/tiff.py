@@ -1,4 +1,4 @@
-"""The directories of a TIFF file: which image is the picture, and whether it is one to read. No pixels."""
+"""The directories of a TIFF file: finds the main image and whether it can be read. Decodes no pixels."""
 
 import io
 import struct
@@ -24,9 +24,9 @@ _WANTED: Final = frozenset(
 # Reduced copies and transparency masks.
 _NO_FULL_IMAGE: Final = 0b101
 _OLD_REDUCED: Final = 2
-# A sensor's colour filter array, and the same already interpolated.
+# Colour filter array of a sensor, and linear RAW (already interpolated).
 _RAW_PHOTOMETRIC: Final = frozenset({32803, 34892})
-# Of Sony, Epson, Samsung, Nikon, Kodak and Pentax.
+# Those of Sony, Epson, Samsung, Nikon, Kodak and Pentax.
 _RAW_COMPRESSION: Final = frozenset({32767, 32769, 32770, 34713, 65000, 65535})
 _READ_COMPRESSION: Final = frozenset(
     {1, 2, 3, 4, 5, 6, 7, 8, 32771, 32773, 32809, 32946, 34676, 34677, 34925, 50000}
@@ -39,7 +39,7 @@ _COMPRESSION_NAMES: Final = {
 }  # fmt: skip
 
 _INTEGERS: Final = {1: "B", 3: "H", 4: "I", 13: "I", 16: "Q", 18: "Q"}
-# Files with more of them are read as far as this.
+# Further directories, entries and values are ignored.
 _MAX_DIRECTORIES: Final = 256
 _MAX_ENTRIES: Final = 4096
 _MAX_VALUES: Final = 64
@@ -50,9 +50,9 @@ class Directory:
     """One image of a file.
 
     Attributes:
-        offset: where its directory lies.
-        tags: those of interest, integers only.
-        nested: the images that its SubIFDs tag names.
+        offset: offset of its directory in the file.
+        tags: the values of the tags that are used here, integers only.
+        nested: the images that its SubIFDs tag refers to.
     """
 
     offset: int
@@ -68,14 +68,14 @@ class Directory:
 
     @property
     def is_full(self) -> bool:
-        """Whether it is a picture of its own: no reduced copy and no mask of another."""
+        """Whether it is a picture of its own, not a reduced copy or a mask of another."""
         return (
             not self.value(_NEW_SUBFILE_TYPE) & _NO_FULL_IMAGE and self.value(_SUBFILE_TYPE) != _OLD_REDUCED
         )
 
     @property
     def is_raw(self) -> bool:
-        """Whether it holds, or goes with, a sensor's samples."""
+        """Whether it contains, or accompanies, the samples of a sensor."""
         return (
             self.value(_PHOTOMETRIC) in _RAW_PHOTOMETRIC
             or self.value(_COMPRESSION) in _RAW_COMPRESSION
@@ -84,7 +84,7 @@ class Directory:
 
 
 class Directories:
-    """The directories of a TIFF, classic or BigTIFF; as many as can be read of a damaged one.
+    """The directories of a TIFF or BigTIFF; for a damaged file, as many as can be read.
 
     Args:
         stream: the file; parts of it are read.
@@ -95,7 +95,7 @@ class Directories:
         head = self._read(0, 16)
         self._order = "<" if head.startswith(b"II") else ">"
         self._is_big = 43 in head[2:4]
-        # Canon's and Phase One's formats say so behind the header.
+        # The formats of Canon and Phase One have their own signature after the header.
         self._has_raw_magic = head[8:10] == b"CR" or head[8:12] in {b"IIII", b"MMMM"}
         self._seen: set[int] = set()
         first = self._number("Q", head[8:16]) if self._is_big else self._number("I", head[4:8])
@@ -103,19 +103,19 @@ class Directories:
 
     @property
     def is_raw(self) -> bool:
-        """Whether it is a camera's RAW file: what else lies there are thumbnails."""
+        """Whether it is a RAW file of a camera; its other images are then thumbnails."""
         return self._has_raw_magic or any(
             directory.is_raw for page in self.pages for directory in (page, *page.nested)
         )
 
     @property
     def full_pages(self) -> list[Directory]:
-        """The pictures of the file, without reduced copies and masks of them."""
+        """The pictures of the file, excluding reduced copies and masks."""
         return [page for page in self.pages if page.is_full]
 
     @property
     def main(self) -> Directory | None:
-        """The picture to take: the first full one, else the largest there is."""
+        """The picture to decode: the first full one, otherwise the largest one."""
         if not self.pages:
             return None
         page = next(iter(self.full_pages), None) or max(self.pages, key=lambda page: page.pixels)
@@ -124,14 +124,14 @@ class Directories:
 
     @property
     def unread_compression(self) -> str | None:
-        """The main image's compression, in words, if no decoder here reads it."""
+        """The name of the main image's compression, if no decoder here can read it; otherwise None."""
         compression = 1 if self.main is None else self.main.value(_COMPRESSION, 1)
         if compression in _READ_COMPRESSION:
             return None
         return _COMPRESSION_NAMES.get(compression, f"number {compression}")
 
     def with_main_first(self, data: bytes) -> bytes:
-        """The file's bytes changed so that its main image is the first, which all decoders take."""
+        """The bytes of the file, changed so that its main image is the first, which decoders use."""
         if self.main is None or self.main is self.pages[0]:
             return data
         if self._is_big:
@@ -172,7 +172,7 @@ class Directories:
         return struct.unpack_from(f"{self._order}{count}{code}", field_bytes)
 
     def _number(self, code: str, data: bytes) -> int:
-        """0 where the file ends before it."""
+        """Unpacks a number; 0 if the file ends before it."""
         if len(data) < struct.calcsize(code):
             return 0
         return int(struct.unpack_from(f"{self._order}{code}", data)[0])

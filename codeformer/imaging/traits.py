@@ -1,4 +1,4 @@
-"""What is read from a face's pixels before it is restored: has it colour, does its crop lose detail?
+"""Properties of a face before it is restored: whether it has colour, and whether its crop loses detail.
 
 Pictures are (H, W, 3) uint8 BGR.
 """
@@ -15,34 +15,35 @@ from codeformer.imaging.geometry import FACE_SIZE, FloatArray, transform_points
 Area = tuple[slice, slice]
 
 WHOLE_CROP: Final[Area] = (slice(None), slice(None))
-# Forehead to chin and ear to ear, without what lies around the face.
+# From forehead to chin and from ear to ear, excluding the surroundings of the face.
 INNER_FACE: Final[Area] = (slice(110, 430), slice(110, 400))
 
 _GRAY_VARIANCE: Final = 10.0
-# Mean distance of the channels from their mean, in levels, of a face without a tint.
+# Largest mean distance of the channels from their mean, in levels, of a face without a tint.
 _NEUTRAL: Final = 3.0
-# A face darker than this mean level is judged as if it were brighter, by so much at most: noise grows too.
+# A face with a lower mean level than _BRIGHT is judged as if brightened to it, by a factor of at most
+# _MAX_GAIN, because brightening amplifies noise, too.
 _BRIGHT: Final = 100.0
 _MAX_GAIN: Final = 3.0
-# A crop this much smaller tells as much about colours.
+# Colours are measured in a crop that is smaller by this factor.
 _REDUCED: Final = 4
-# Strength in levels of the detail that a crop cannot hold. A sharp photograph has 3 and more.
+# Standard deviation, in levels, of the detail that a crop cannot hold. Sharp photographs have 3 and more.
 _DETAIL: Final = 2.0
-# Where detail is looked for: from the eyes to the mouth, but in no more px of the picture than this.
+# Detail is measured from the eyes to the mouth, in a window of at most so many px of the picture.
 _MIDDLE_XY: Final = (256.0, 290.0)
 _WINDOW: Final = 256
 _WINDOW_IN_PICTURE: Final = 512
 
 
 def is_gray(image_bgr: ImageU8, threshold: float = _GRAY_VARIANCE) -> bool:
-    """Whether a picture has no colour to speak of, or one tint everywhere.
+    """Whether a picture is nearly without colour, or has the same tint everywhere.
 
     True when the mean of the variances of B-G, G-R and R-B over all pixels is at most `threshold`.
     """
     b, g, r = cv2.split(image_bgr)
     variances = 0.0
     for one, other in ((b, g), (g, r), (r, b)):
-        # OpenCV's pass needs no float64 copy of a large picture, as numpy's variance does.
+        # Unlike numpy's variance, OpenCV's needs no float64 copy of a large picture.
         difference = cv2.subtract(one, other, dtype=cv2.CV_16S)
         variances += cv2.meanStdDev(difference)[1].item() ** 2
         if variances / 3 > threshold:
@@ -51,10 +52,10 @@ def is_gray(image_bgr: ImageU8, threshold: float = _GRAY_VARIANCE) -> bool:
 
 
 def gray_area(image_bgr: ImageU8, picture_to_face: FloatArray, *, picture_is_gray: bool) -> Area | None:
-    """Where a face in black and white has its tones, None for one in colour.
+    """The area of a black-and-white face in its crop; None for a face in colour.
 
-    The face alone decides, not the page it lies on. In a picture with colour it also has to be neutral: the
-    tint of a sepia print varies too little within a face to count as colour, and is to stay.
+    Only the face itself decides, not its surroundings. If the picture has colour, the face must also be
+    neutral: the tint of a sepia print varies too little within a face to count as colour, and must be kept.
 
     Args:
         image_bgr: the picture.
@@ -62,7 +63,7 @@ def gray_area(image_bgr: ImageU8, picture_to_face: FloatArray, *, picture_is_gra
         picture_is_gray: whether the whole picture `is_gray`.
 
     Returns:
-        The part of the face's crop that has no colour: all of it, or the face alone.
+        The part of the face's crop that has no colour: the whole crop, or only the face.
     """
     reduced = cv2.warpAffine(
         image_bgr,
@@ -75,7 +76,7 @@ def gray_area(image_bgr: ImageU8, picture_to_face: FloatArray, *, picture_is_gra
     face = crop[rows, columns]
     if picture_is_gray:
         return _area_without_colour(crop) if is_gray(face) else None
-    # In the dark, colours are close to each other.
+    # Dark colours differ less from each other.
     gain = float(np.clip(_BRIGHT / max(face.mean(), 1.0), 1.0, _MAX_GAIN))
     tint = np.abs(face - face.mean(axis=2, keepdims=True)).mean()
     if not is_gray(face, _GRAY_VARIANCE / gain**2) or tint * gain > _NEUTRAL:
@@ -88,9 +89,9 @@ def _area_without_colour(crop_bgr: ImageU8) -> Area:
 
 
 def loses_detail(image_bgr: ImageU8, face_to_picture: FloatArray) -> bool:
-    """Whether a face is larger than its crop and sharp: the crop then holds less than the picture.
+    """Whether a face is sharp and larger than its crop, so that the crop loses detail.
 
-    Measured in the middle of the face, as the strength of what is finer than two pixels of the crop.
+    Measured at the centre of the face, as the energy of details finer than two pixels of the crop.
 
     Args:
         image_bgr: the picture.

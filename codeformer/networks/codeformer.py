@@ -1,7 +1,7 @@
 """CodeFormer: blind face restoration by predicting codes of a learned codebook.
 
 Method: Zhou et al., "Towards Robust Blind Face Restoration with Codebook Lookup Transformer"
-(NeurIPS 2022). Written from the published description; parameter names are those of the official
+(NeurIPS 2022). Written from the published description. The parameter names are those of the official
 checkpoint, so that it loads with `strict=True`.
 """
 
@@ -32,13 +32,13 @@ FACTS: Final = RestorerFacts(
 )
 
 COLOURS: Final = 3
-# Where the encoder's features keep the input; no feature has this size.
+# Key of the input among the encoder's features, which are keyed by their size; no feature has this size.
 INPUT: Final = 0
 CORRECTION_FACTOR: Final = 4
 
 
 class TransformerLayer(nn.Module):
-    """Pre-norm self-attention and MLP; the position embedding joins queries and keys in every layer."""
+    """Pre-norm self-attention and MLP; each layer adds the position embedding to queries and keys."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class ControllableFeatureTransform(nn.Module):
 
 
 class CorrectionBlock(nn.Module):
-    """One norm and two 3 x 3 convolutions beside the identity; (B, C, H, W) to the same."""
+    """A residual block with one norm and two 3 x 3 convolutions; (B, C, H, W) to the same shape."""
 
     def __init__(self, channels: int, norm_groups: int) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ class CorrectionBlock(nn.Module):
 
 
 class InputCorrection(nn.Module):
-    """Adds to a picture what residual blocks at a quarter of its resolution find to be wrong with it."""
+    """Adds a correction to a picture, computed by residual blocks at a quarter of its resolution."""
 
     def __init__(self, channels: int, blocks: int, norm_groups: int) -> None:
         super().__init__()
@@ -100,24 +100,24 @@ class InputCorrection(nn.Module):
         self.leave = conv3x3(channels, COLOURS * CORRECTION_FACTOR**2)
 
     def forward(self, picture: Tensor) -> Tensor:
-        """(B, 3, H, W) to the same."""
+        """(B, 3, H, W) to the same shape."""
         features = self.blocks(self.enter(F.pixel_unshuffle(picture, CORRECTION_FACTOR)))
         return picture + F.pixel_shuffle(self.leave(self.norm(features)), CORRECTION_FACTOR)
 
 
 def take_colours(face: Tensor, picture: Tensor, patch: int) -> Tensor:
-    """Gives a face the colours of a picture and leaves it its details.
+    """Gives a face the colours of a picture and keeps the details of the face.
 
-    What StableSR (Wang et al., 2023) does with wavelets: noise, blocks and blur hardly touch the lowest
-    frequencies of an input, so the truth's are known better from there than from any guess.
+    StableSR (Wang et al., 2023) does the same with wavelets. Noise, JPEG blocks and blur hardly change the
+    lowest frequencies of an input, so these are taken from the input and not from the generated face.
 
     Args:
         face: (B, 3, H, W), in any range.
-        picture: likewise, in the same range.
-        patch: side in px of the patches whose means are taken over; roughly, if no divisor of H and W.
+        picture: (B, 3, H, W), in the same range.
+        patch: side in px of the patches whose means are used; approximate if it does not divide H and W.
 
     Returns:
-        The face, plus the difference of the means, interpolated between the centres of the patches.
+        The face plus the difference of the patch means, interpolated between the centres of the patches.
     """
     height, width = face.shape[2:]
     difference = F.adaptive_avg_pool2d(picture - face, (max(1, height // patch), max(1, width // patch)))
@@ -125,7 +125,7 @@ def take_colours(face: Tensor, picture: Tensor, patch: int) -> Tensor:
 
 
 class CodeFormer(nn.Module):
-    """The restoration network, parametric in width, depth and codebook.
+    """The restoration network, with configurable width, depth and codebook.
 
     The defaults are the official configuration (94.1 M parameters, 512 px faces).
 
@@ -137,19 +137,19 @@ class CodeFormer(nn.Module):
         latent_size: number of tokens, the square of the latent map's side.
         connect_list: feature sizes in px at which the encoder's features guide the generator.
         base_channels: channels at full resolution.
-        channel_multipliers: channels of each level, in units of `base_channels`; each level but the
+        channel_multipliers: channels of each level, in units of `base_channels`; each level except the
             last halves the resolution.
         code_dim: length of one code.
         norm_groups: groups of the group norms; a network with fewer than 64 base channels should have
             fewer, see `group_norm`.
         correction_blocks: residual blocks of a branch that corrects the input itself, see
-            `InputCorrection`; w then blends between the generator's face and the corrected input. 0 for none.
-            Not part of the published method: a small network that has to carry the whole picture through
-            its codes and guides has little left to restore it with.
-        correction_channels: of that branch.
-        colour_patch: side in px of patches whose mean colours the generator's face takes from the input,
-            corrected if inputs are, see `take_colours`; 0 to leave its colours alone. Not part of the
-            published model either: few codes hit the colours of a face only roughly.
+            `InputCorrection`; w then blends the generated face with the corrected input. 0 for no such
+            branch. Not part of the published method: without this branch, a small network needs nearly all of
+            its capacity to encode the picture in codes and features.
+        correction_channels: channels of that branch.
+        colour_patch: side in px of the patches whose mean colours the generated face takes from the input
+            (or the corrected input), see `take_colours`; 0 to keep its colours. Not part of the published
+            method: with few codes, the colours of a face are only roughly right.
 
     Raises:
         ValueError: the sizes contradict each other.
@@ -226,12 +226,13 @@ class CodeFormer(nn.Module):
 
         Args:
             x: (B, 3, resolution, resolution) RGB in [-1, 1].
-            positions: for parts of faces, as in training, the embeddings of their tokens, (B, T, dim_embd).
+            positions: position embeddings (B, T, dim_embd) of the tokens, for crops of faces in training;
+                None for whole faces.
 
         Returns:
             Code logits (B, side * side, codebook_size), the latent feature `lq_feat`
-            (B, code_dim, side, side), and the encoder's feature for each connected size; where `generate`
-            needs it, the input as well, under `INPUT`.
+            (B, code_dim, side, side), and the encoder's feature for each connected size; also the input,
+            under the key `INPUT`, if `generate` needs it.
         """
         lq_feat, features = self.encode(x)
         tokens = self.feat_emb(lq_feat.flatten(2).transpose(1, 2))
@@ -262,9 +263,9 @@ class CodeFormer(nn.Module):
         Args:
             logits: from `predict`; the best code of each token is taken.
             lq_feat: from `predict`; the source of statistics under `adain`.
-            features: from `predict`; the encoder's are unused at w = 0.
-            w: fidelity in [0, 1]; one for all, or (B, 1, 1, 1) float32 with one for each face. The number 0
-                leaves the guided branches out altogether.
+            features: from `predict`; those of the encoder are unused at w = 0.
+            w: fidelity in [0, 1]; one for all faces, or (B, 1, 1, 1) float32 with one for each. With the
+                number 0, the guided branches are not computed.
             adain: give the looked-up codes the channel statistics of `lq_feat`.
 
         Returns:

@@ -1,9 +1,10 @@
 """Networks rewritten for inference: the same functions, up to rounding, in fewer operations.
 
-Batch norms become part of the convolution before them. A convolution after doubling by repetition becomes
-the transposed convolution it is, at 4/9 of the work: each doubled pixel occurs in four neighbouring windows,
-whose weights can be added up beforehand (Shi et al., "Is the deconvolution layer the same as a convolutional
-layer?", 2016). Layers that do nothing, and copy everything, are dropped.
+- Batch norms are folded into the preceding convolutions.
+- Nearest-neighbour up-sampling by two followed by a convolution becomes one transposed convolution, with 4/9
+  of the work: the weights that apply to the copies of one pixel are added up beforehand (Shi et al., "Is the
+  deconvolution layer the same as a convolutional layer?", 2016).
+- Layers that only copy their input are removed.
 """
 
 import copy
@@ -21,7 +22,7 @@ NetworkT = TypeVar("NetworkT", bound=nn.Module)
 
 
 def for_inference(network: NetworkT) -> NetworkT:
-    """A channels-last copy with the same answers, for evaluation only; the original stays as it is.
+    """A channels-last copy with the same outputs, for inference only; the original is not changed.
 
     Args:
         network: a CodeFormer, a RetinaFace or a face parser, in evaluation mode.
@@ -35,11 +36,11 @@ def for_inference(network: NetworkT) -> NetworkT:
 
 
 class TransposedUpsample(nn.Module):
-    """Doubles height and width and convolves, as `Upsample` does, in one transposed convolution.
+    """Doubles height and width and convolves, like `Upsample`, in one transposed convolution.
 
     Args:
-        convolution: 3 x 3, with a bias or without.
-        reflect: the doubled picture is padded by its reflection, not by zeros.
+        convolution: the 3 x 3 convolution after the up-sampling, with or without a bias.
+        reflect: the enlarged picture is padded by reflection instead of zeros.
     """
 
     def __init__(self, convolution: nn.Conv2d, *, reflect: bool = False) -> None:
@@ -51,13 +52,13 @@ class TransposedUpsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to (B, C', 2 H, 2 W)."""
         if self._reflect:
-            # The doubled picture's second row is its first once more: to reflect is to repeat the edge.
+            # The first two rows of the enlarged picture are equal, so reflection repeats the edge.
             x = F.pad(x, (1, 1, 1, 1), mode="replicate")
         return F.conv_transpose2d(x, self.weight, self.bias, stride=2, padding=3 if self._reflect else 1)
 
 
 class _ParserLayer(nn.Module):
-    """facexlib's ConvLayer without its copies: pad by reflection, convolve, and activate in place."""
+    """facexlib's ConvLayer without copies: pads by reflection, convolves, and activates in place."""
 
     def __init__(self, layer: Any) -> None:
         super().__init__()
@@ -78,7 +79,7 @@ class _ParserLayer(nn.Module):
 
 
 def _rewrite(parent: nn.Module) -> None:
-    """Replaces children that have a shorter form, all the way down."""
+    """Replaces, recursively, child modules that have a faster equivalent."""
     before: tuple[str, nn.Module] | None = None
     for name, child in list(parent.named_children()):
         if isinstance(child, Upsample):
@@ -86,7 +87,7 @@ def _rewrite(parent: nn.Module) -> None:
         elif isinstance(child, ConvLayer):
             setattr(parent, name, _ParserLayer(child))
         elif isinstance(child, nn.BatchNorm2d) and before is not None and isinstance(before[1], nn.Conv2d):
-            # In facexlib's and torchvision's modules a norm is declared after the convolution it follows.
+            # In facexlib's and torchvision's modules, a norm is declared right after its convolution.
             setattr(parent, before[0], fuse_conv_bn_eval(before[1], child))
             setattr(parent, name, nn.Identity())
         else:
@@ -95,11 +96,11 @@ def _rewrite(parent: nn.Module) -> None:
 
 
 def _doubled_kernel(weight: Tensor) -> Tensor:
-    """The kernel (C, C', 4, 4) of a transposed convolution that doubles, from one (C', C, 3, 3) that follows.
+    """The kernel (C, C', 4, 4) of the transposed convolution, from the one (C', C, 3, 3) after up-sampling.
 
-    A source pixel reaches every output pixel whose window holds one of its four repetitions.
+    A source pixel contributes to every output pixel whose window contains one of its four copies.
     """
-    # Flipped, since a transposed convolution writes through its kernel instead of reading through it.
+    # Flipped, because a transposed convolution scatters with its kernel instead of gathering.
     flipped = weight.flip(2, 3)
     taps = torch.stack([F.pad(flipped, (x, 1 - x, y, 1 - y)) for x in (0, 1) for y in (0, 1)]).sum(dim=0)
     return taps.transpose(0, 1).contiguous()

@@ -10,14 +10,14 @@ from facexlib.parsing.parsenet import ParseNet
 from torch import Tensor, nn
 
 CLASSES: Final = 19
-# 0 background, 14 neck, 16 cloth, 17 hair and 18 hat are not face.
+# Excludes 0 background, 14 neck, 16 clothes, 17 hair and 18 hat.
 FACE_LABELS: Final = (*range(1, 14), 15)
 
 
 class FaceParsingNetwork(nn.Module):
     """Label logits for aligned faces.
 
-    The wrapped network keeps the checkpoint's parameter names; load weights into `parsenet`.
+    The wrapped network has the parameter names of the checkpoint; load weights into `parsenet`.
     """
 
     def __init__(self, resolution: int = 512) -> None:

@@ -1,4 +1,4 @@
-"""RetinaFace: facexlib's network, entered without facexlib's anchors, decoding or downloads.
+"""RetinaFace: facexlib's network only, without facexlib's anchors, decoding or downloads.
 
 Method: Deng et al., "RetinaFace: Single-shot Multi-level Face Localisation in the Wild" (2020).
 """
@@ -13,8 +13,8 @@ from torch import nn
 Backbone = Literal["resnet50", "mobile0.25"]
 BACKBONES: Final[tuple[str, ...]] = get_args(Backbone)
 
-# What the published weights were trained with: the channel means of the input, and for each stride in px the
-# sides of its anchors; VARIANCES scale the network's offsets of centres and of sizes.
+# Constants of the published weights: the channel means of the input, and for each stride in px the sides of
+# its anchors. VARIANCES scale the network's offsets of centres and of sizes.
 MEAN_BGR: Final = (104.0, 117.0, 123.0)
 STRIDES: Final = (8, 16, 32)
 ANCHOR_SIZES: Final = ((16, 32), (64, 128), (256, 512))
@@ -25,7 +25,7 @@ LANDMARKS: Final = 5
 def build_retinaface(backbone: Backbone) -> nn.Module:
     """An untrained RetinaFace on the CPU, in evaluation mode.
 
-    Its `forward` takes (B, 3, H, W) BGR minus the channel means and gives box offsets (B, A, 4),
+    Its `forward` takes (B, 3, H, W) BGR minus the channel means and returns box offsets (B, A, 4),
     softmax scores (B, A, 2) and landmark offsets (B, A, 10) for A anchors.
 
     Raises:
@@ -34,7 +34,7 @@ def build_retinaface(backbone: Backbone) -> nn.Module:
     if backbone not in BACKBONES:
         raise ValueError(f"RetinaFace backbone: expected one of {BACKBONES}, got {backbone!r}.")
     with warnings.catch_warnings():
-        # torchvision deprecates the way facexlib asks for an untrained ResNet.
+        # torchvision deprecates the arguments with which facexlib creates an untrained ResNet.
         warnings.filterwarnings("ignore", category=UserWarning, module="torchvision.models._utils")
         network: nn.Module = RetinaFace(network_name=backbone, device=torch.device("cpu"))
     return network.eval()

@@ -1,9 +1,9 @@
-"""Encoder and generator of the vector-quantised autoencoder under CodeFormer.
+"""Encoder and generator of the vector-quantised autoencoder that CodeFormer builds on.
 
 Method: Esser et al., "Taming Transformers for High-Resolution Image Synthesis" (2021), as
 configured by Zhou et al., "Towards Robust Blind Face Restoration with Codebook Lookup
-Transformer" (2022). Parameter names follow the published checkpoints: both halves are one flat
-list of `blocks`, so a block's index is part of its parameters' names.
+Transformer" (2022). Parameter names are those of the published checkpoints: encoder and generator are
+each one flat list of `blocks`, so the index of a block is part of its parameters' names.
 """
 
 import math
@@ -17,10 +17,10 @@ RESIDUAL_BLOCKS_PER_LEVEL = 2
 
 
 def group_norm(channels: int, groups: int) -> nn.GroupNorm:
-    """The normalisation used throughout, in `groups` groups or as many of them as divide the channels.
+    """The normalisation used everywhere, in `groups` groups or their greatest common divisor with `channels`.
 
-    A group of one channel forgets that channel's mean: a network whose last layer has such groups gives
-    every picture the same mean colour.
+    A group of one channel removes the mean of that channel. A network whose last layer has such groups
+    gives every picture the same mean colour.
     """
     return nn.GroupNorm(math.gcd(groups, channels), channels, eps=1e-6)
 
@@ -31,12 +31,12 @@ def conv3x3(in_channels: int, out_channels: int) -> nn.Conv2d:
 
 
 def _silu(x: Tensor) -> Tensor:
-    """In place where no gradient needs the input: half the memory traffic."""
+    """SiLU, in place if no gradient needs the input, which halves the memory traffic."""
     return F.silu(x, inplace=not torch.is_grad_enabled())
 
 
 class ResidualBlock(nn.Module):
-    """Two normalised 3 x 3 convolutions beside a (projected) identity; (B, C, H, W) to (B, C', H, W)."""
+    """Two normalised 3 x 3 convolutions plus the (projected) input; (B, C, H, W) to (B, C', H, W)."""
 
     def __init__(self, in_channels: int, out_channels: int, norm_groups: int) -> None:
         super().__init__()
@@ -72,12 +72,12 @@ class AttentionBlock(nn.Module):
 
 
 def _project(positions: Tensor, layer: nn.Conv2d) -> Tensor:
-    """A 1 x 1 convolution of positions (B, H * W, C): on small maps a matrix product is much faster."""
+    """A 1 x 1 convolution of positions (B, H * W, C) as a matrix product, much faster on small maps."""
     return F.linear(positions, layer.weight.flatten(1), layer.bias)
 
 
 class Downsample(nn.Module):
-    """Halves height and width; the picture is padded on the right and at the bottom only."""
+    """Halves height and width, with padding only on the right and at the bottom."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles height and width by repetition, then convolves."""
+    """Doubles height and width by nearest-neighbour up-sampling, then convolves."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ class Encoder(nn.Module):
     """(B, 3, S, S) to (B, code_dim, s, s), where s = S / 2 ** (levels - 1).
 
     `tap_blocks` maps a feature size to the index of the block after which the feature of that size
-    is complete, i.e. the level's second residual block (with its attention, where it has one).
+    is complete: the second residual block of the level, or its attention block if it has one.
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class Encoder(nn.Module):
 
 
 class Generator(nn.Module):
-    """(B, code_dim, s, s) to (B, 3, S, S): the encoder's mirror image.
+    """(B, code_dim, s, s) to (B, 3, S, S), the mirror image of the encoder.
 
     `tap_blocks` maps a feature size to the index of the first residual block of that size.
     """
@@ -189,8 +189,8 @@ class Codebook(nn.Module):
     def lookup(self, codes: Tensor, side: int) -> Tensor:
         """Codes (B, side * side) int64 in row-major order to features (B, code_dim, side, side)."""
         features: Tensor = self.embedding(codes)
-        # Contiguous: on other strides torch 2.11's ahead-of-time tracing predicts a convolution's
-        # output layout wrongly, and compiled faces come out as noise.
+        # Contiguous, because for other strides torch 2.11's ahead-of-time tracing predicts a wrong output
+        # layout of the next convolution, and compiled faces come out as noise.
         return features.transpose(1, 2).reshape(codes.shape[0], -1, side, side).contiguous()
 
     def nearest(self, features: Tensor) -> Tensor:
@@ -200,7 +200,7 @@ class Codebook(nn.Module):
 
 def nearest_codes(vectors: Tensor, codes: Tensor) -> Tensor:
     """For vectors (..., code_dim) the indices (...) int64 of the closest of the codes (size, code_dim)."""
-    # The squared distance without the part that all codes share.
+    # The squared distance without its part that is equal for all codes.
     return (codes.square().sum(dim=1) - 2 * vectors @ codes.T).argmin(dim=-1)
 
 

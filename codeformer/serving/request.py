@@ -53,7 +53,7 @@ class Outcome:
         results: what the pipeline made of each.
         jpegs: the results as JPEG files, in order.
         metrics: dotted names to values; times in milliseconds. timing.decode and timing.encode are the times
-            the request waited for files; encoding goes on beside the restoration of the next picture.
+            the request waited for files; one picture is encoded while the next one is restored.
     """
 
     images_bgr: list[ImageU8]

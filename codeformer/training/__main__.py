@@ -43,7 +43,7 @@ from codeformer.training.restorer import (
     CorrectionStage,
     Pairs,
     TransformationStage,
-    start_idle,
+    zero_residual_branches,
 )
 from codeformer.training.scenes import Scenes
 from codeformer.training.scores import measure_detector, measure_restorer
@@ -74,12 +74,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command.
 
     Returns:
-        0 on success, 1 when something failed, 2 for a wrong call.
+        0 on success, 1 if something failed, 2 for wrong usage.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     options = _parser().parse_args(arguments)
     lift_pillow_limits()
-    # OpenCV's threads do not survive the fork of a worker, and the workers need none.
+    # OpenCV's threads do not survive forking a worker process, and the workers do not need them.
     cv2.setNumThreads(1)
     try:
         options.command(options)
@@ -101,9 +101,9 @@ def _parser() -> argparse.ArgumentParser:
             1e-3,
             "stage 1: encoder, codebook and generator, on clean faces",
         ),
-        ("codes", _codes, 1000, 2, 1e-3, "stage 2: the codes of degraded faces"),
+        ("codes", _codes, 1000, 2, 1e-3, "stage 2: prediction of codes from degraded faces"),
         ("transform", _transform, 5000, 3, 1e-3, "stage 3: restoration at every fidelity"),
-        ("correction", _correction, 10000, 4, 1e-3, "stage 4: what is wrong with the input"),
+        ("correction", _correction, 10000, 4, 1e-3, "stage 4: the branch that corrects the input"),
     ):
         stage = commands.add_parser(name, help=text)
         _add_loop_options(stage, steps=steps, batch=batch, rate=rate, optimiser="muon")
@@ -115,8 +115,12 @@ def _parser() -> argparse.ArgumentParser:
             metavar="NAME",
             help=f"{' or '.join(CONFIGURATIONS)}, or a JSON file of CodeFormer's arguments; default: lite",
         )
-        stage.add_argument("--half", action="store_true", help="bfloat16 where autocast allows")
-        stage.add_argument("--compiled", action="store_true", help="compile: minutes at first, then faster")
+        stage.add_argument("--half", action="store_true", help="use bfloat16 where autocast allows it")
+        stage.add_argument(
+            "--compiled",
+            action="store_true",
+            help="compile the networks: takes minutes, then steps are faster",
+        )
         stage.set_defaults(command=command)
         if name in {"transform", "correction"}:
             side = 256 if name == "transform" else 192
@@ -125,9 +129,15 @@ def _parser() -> argparse.ArgumentParser:
             )
         if name == "transform":
             stage.add_argument(
-                "--adversarial", type=float, default=0.0, metavar="WEIGHT", help="of the adversarial term"
+                "--adversarial",
+                type=float,
+                default=0.0,
+                metavar="WEIGHT",
+                help="weight of the adversarial loss",
             )
-    detector = commands.add_parser("detector", help="a small detector from a trained one of the same build")
+    detector = commands.add_parser(
+        "detector", help="train a detector from a trained one of the same architecture"
+    )
     _add_loop_options(detector, steps=4000, batch=4, rate=1e-2, optimiser="muon")
     detector.add_argument(
         "--teacher", type=Path, required=True, metavar="FILE", help="RetinaFace mobile0.25 checkpoint"
@@ -136,28 +146,30 @@ def _parser() -> argparse.ArgumentParser:
     detector.add_argument("--faces", type=Path, required=True, metavar="DIR", help="aligned faces")
     detector.set_defaults(command=_detector)
 
-    export = commands.add_parser("export", help="trained networks to a weight set")
+    export = commands.add_parser("export", help="write trained networks to a weight set")
     export.add_argument("--run", type=Path, required=True, metavar="DIR", help="where checkpoints are kept")
-    export.add_argument("--to", type=Path, required=True, metavar="DIR", help="the weight set's folder")
+    export.add_argument("--to", type=Path, required=True, metavar="DIR", help="the folder of the weight set")
     export.add_argument("--detector-from", metavar="SET", help="copy the detector of another weight set")
     export.add_argument("--description", required=True, help="one sentence for the manifest")
     export.add_argument("--licence", required=True, help="the terms of the weights")
     export.set_defaults(command=_export)
 
-    evaluate = commands.add_parser("evaluate", help="scores of a weight set on pictures kept from training")
+    evaluate = commands.add_parser("evaluate", help="score a weight set on held-out pictures")
     evaluate.add_argument("--weights", metavar="SET", help="default: CODEFORMER_WEIGHTS, else official")
     evaluate.add_argument("--faces", type=Path, metavar="DIR", help="aligned faces, to score the restorer")
     evaluate.add_argument("--photographs", type=Path, metavar="DIR", help="to score the detector, with:")
     evaluate.add_argument("--teacher", type=Path, metavar="FILE", help="RetinaFace mobile0.25 checkpoint")
-    evaluate.add_argument("--device", help="cuda or cpu; default: cuda where there is one")
+    evaluate.add_argument("--device", help="cuda or cpu; default: cuda if there is a GPU")
     evaluate.add_argument("--output", type=Path, metavar="FILE", help="also write the scores as JSON")
     evaluate.set_defaults(command=_evaluate)
 
-    align = commands.add_parser("align", help="photographs to aligned faces to train on")
+    align = commands.add_parser("align", help="extract aligned faces from photographs")
     align.add_argument("photographs", type=Path, metavar="DIR")
     align.add_argument("--to", type=Path, required=True, metavar="DIR")
-    align.add_argument("--weights", metavar="SET", help="whose detector; default: the one in use")
-    align.add_argument("--device", help="cuda or cpu; default: cuda where there is one")
+    align.add_argument(
+        "--weights", metavar="SET", help="set with the detector to use; default: as for evaluate"
+    )
+    align.add_argument("--device", help="cuda or cpu; default: cuda if there is a GPU")
     align.set_defaults(command=_align)
     return parser
 
@@ -166,30 +178,34 @@ def _add_loop_options(
     parser: argparse.ArgumentParser, *, steps: int, batch: int, rate: float, optimiser: str = "adamw"
 ) -> None:
     parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="where checkpoints are kept")
-    parser.add_argument("--steps", type=_positive, default=steps, help=f"of the whole stage, default {steps}")
+    parser.add_argument(
+        "--steps", type=_positive, default=steps, help=f"steps of the whole stage, default {steps}"
+    )
     parser.add_argument("--batch", type=_positive, default=batch, help=f"default {batch}")
     parser.add_argument("--learning-rate", type=float, default=rate, help=f"default {rate:g}")
     parser.add_argument(
         "--optimiser", choices=["adamw", "muon"], default=optimiser, help=f"default {optimiser}"
     )
     parser.add_argument("--seed", type=_count, default=0)
-    parser.add_argument("--device", help="cuda or cpu; default: cuda where there is one")
+    parser.add_argument("--device", help="cuda or cpu; default: cuda if there is a GPU")
     parser.add_argument("--workers", type=_count, default=1, help="processes that prepare samples, default 1")
     parser.add_argument("--save-every", type=_positive, default=200, metavar="STEPS")
-    parser.add_argument("--patience", type=_count, default=0, help="stop after as many validations in vain")
+    parser.add_argument(
+        "--patience", type=_count, default=0, help="stop after so many validations without a better score"
+    )
 
 
 def _count(text: str) -> int:
     number = int(text)
     if number < 0:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 0 on, got {text}")
+        raise argparse.ArgumentTypeError(f"expected a whole number, at least 0, got {text}")
     return number
 
 
 def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text}")
+        raise argparse.ArgumentTypeError(f"expected a whole number, at least 1, got {text}")
     return number
 
 
@@ -213,7 +229,7 @@ def _config(text: str) -> dict[str, Any]:
 
 
 def _loop_options(options: argparse.Namespace, stage: str, *after: str) -> Options:
-    """How to run a stage that begins with the networks of others."""
+    """The options of a stage that starts from the networks of earlier stages."""
     begun_from = " ".join(digest_of(read_checkpoint(options.run / f"{earlier}.pt")) for earlier in after)
     return Options(
         begun_from=begun_from,
@@ -237,7 +253,7 @@ def _autoencoder(options: argparse.Namespace) -> None:
     training, validation = split_faces(options.faces)
     torch.manual_seed(options.seed)
     network = _network(options, loop)
-    start_idle(network)
+    zero_residual_branches(network)
     start = FacePairs(training, START_FACES, options.seed + 3, mixture=None)
     stage = AutoencoderStage(
         network,
@@ -337,15 +353,15 @@ def _export(options: argparse.Namespace) -> None:
     if options.detector_from:
         entries["detector"] = copy_network(options.detector_from, "detector", options.to)
     write_manifest(options.to, options.description, entries)
-    # Says what is missing, --detector-from for example.
+    # Reports what is missing, for example a detector (--detector-from).
     load_models(load_weight_set(options.to), torch.device("cpu"))
 
 
 def _check_begun_from(path: Path, checkpoint: Mapping[str, Any], earlier: Path) -> None:
     if digest_of(read_checkpoint(earlier)) != checkpoint["recipe"].get("begun_from"):
         raise TrainingError(
-            f"{path}: expected a stage that began with the network in {earlier.name}, which has been trained "
-            f"further since; remove {path.name}, and run its stage again."
+            f"{path}: expected a stage that started from the network in {earlier.name}, but that was trained "
+            f"further since; remove {path.name} and run its stage again."
         )
 
 
@@ -388,14 +404,14 @@ def _align(options: argparse.Namespace) -> None:
     numbers: Counter[Path] = Counter()
     for file, face in aligned_faces(detector, pictures_in(options.photographs)):
         _, data = cv2.imencode(".png", face)
-        # Named after the photograph, so that a second run writes the same files again.
+        # Named after the photograph, so that a second run replaces these files.
         (options.to / f"{file.name}_{numbers[file]}.png").write_bytes(data.tobytes())
         numbers[file] += 1
     print(f"{options.to}: {numbers.total()} faces of {len(numbers)} photographs")
 
 
 def _fixed_pairs(files: Sequence[Path], *, mixture: Mixture | None) -> Pairs:
-    """The same few pairs at every validation."""
+    """The few pairs that are used for every validation."""
     files = files[:VALIDATION_FACES]
     return list(DataLoader(FacePairs(files, len(files), VALIDATION_SEED, mixture=mixture, augment=False)))
 
@@ -405,13 +421,14 @@ def _on_device(network: Any, device: torch.device) -> Any:
 
 
 def _network(options: argparse.Namespace, loop: Options, start: str | None = None) -> CodeFormer:
-    """The restorer on its device: new, or as a stage has left it."""
+    """The restorer on its device: new, or from the checkpoint of a stage."""
     network: CodeFormer = _on_device(CodeFormer(**options.config), loop.device)
     if start is not None:
         state = read_checkpoint(options.run / f"{start}.pt")
         if state["header"] != options.config:
             raise TrainingError(
-                f"{options.run}: holds a network of {state['header']}; see --config and --run."
+                f"{options.run}: expected a network of {options.config}, found one of {state['header']}; "
+                "correct --config or --run."
             )
         network.load_state_dict(state["average"])
     return network

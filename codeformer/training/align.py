@@ -1,4 +1,4 @@
-"""Photographs to aligned faces, by the project's own detector and template."""
+"""Extracts aligned faces from photographs, with the detector and template of this project."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -22,23 +22,22 @@ logger = logging.getLogger(__name__)
 def aligned_faces(
     detector: FaceDetector, files: Sequence[Path], *, max_enlargement: float = MAX_ENLARGEMENT
 ) -> Iterator[tuple[Path, ImageU8]]:
-    """The faces of photographs, (512, 512, 3) uint8 BGR each, beside the file they come from.
+    """Yields the file and the crop, (512, 512, 3) uint8 BGR, of each face in photographs.
 
-    What lies outside a photograph is mirrored, not grey: training should not learn borders.
+    The area outside a photograph is mirrored, not grey, so that networks do not learn borders. A file that is
+    not a usable picture is logged and skipped.
 
     Args:
-        detector: finds the faces.
+        detector: the face detector.
         files: photographs.
-        max_enlargement: faces that would have to be enlarged more than this are left out; they are
-            too coarse to learn from.
-
-    A file that is no usable picture is named in the log and passed over.
+        max_enlargement: faces that would have to be enlarged more than this are skipped, because they have
+            too little detail for training.
     """
     for file in files:
         try:
             image = read_photograph(file)
         except InputError as failure:
-            logger.warning("passed over: %s", failure)
+            logger.warning("skipped: %s", failure)
             continue
         working = make_working_copy(image)
         for aligned in align_faces(working, detector.detect([working.image_bgr])[0])[0]:
@@ -50,7 +49,7 @@ def aligned_faces(
 def _mirrored_crop(image_bgr: ImageU8, picture_to_face: FloatArray) -> ImageU8:
     scale = float(np.sqrt(np.linalg.det(picture_to_face[:, :2])))
     if scale < 0.5:
-        # Bilinear sampling would alias: halve first, as often as it takes.
+        # Halve first, repeatedly if needed, because direct sampling would alias.
         height, width = image_bgr.shape[:2]
         small = cv2.resize(image_bgr, (max(1, width // 2), max(1, height // 2)), interpolation=cv2.INTER_AREA)
         x, y = width / small.shape[1], height / small.shape[0]

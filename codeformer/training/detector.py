@@ -1,8 +1,8 @@
-"""A small detector from a trained one, by distillation.
+"""Trains a small detector from a trained one, by distillation.
 
-The student sees pictures without labels and learns what the teacher says of them: at every anchor the score,
-where there may be a face the box and the landmarks, and on the way there the teacher's features. At first
-each unit of the network works on the teacher's features, then on more and more of its own network's.
+The student is trained on unlabelled pictures to reproduce the teacher's outputs: the score at every anchor,
+the box and landmarks where the teacher sees a possible face, and the intermediate features. At first each
+unit of the student gets the teacher's features as its input, later more and more those of the student itself.
 Method: Hinton et al., "Distilling the Knowledge in a Neural Network" (2015); Romero et al., "FitNets" (2015);
 the weighting of scores is that of Li et al., "Generalized Focal Loss" (2020).
 """
@@ -23,26 +23,26 @@ from codeformer.imaging.files import ImageU8
 from codeformer.networks.retinaface import build_retinaface
 
 BACKBONE: Final = "mobile0.25"
-# Up to the first share of training units learn side by side, from the second on as the network they are.
+# Shares of training: units are trained separately up to the first, and as one network from the second on.
 GUIDED_SHARE: Final = 0.85
 ALONE_SHARE: Final = 0.95
-# Convolution, norm, activation.
+# Layers of a unit: convolution, norm, activation.
 _UNIT: Final = 3
-# The share of training in which the batch norms follow the batches.
+# The share of training in which batch norms use and update batch statistics.
 STATISTICS_SHARE: Final = 0.01
-# Weight of the features' unlikeness once the network works on its own: the answers count then.
+# Weight of the feature loss once the student is trained as a whole; then the outputs matter most.
 _FEATURES_ALONE: Final = 0.1
-# Boxes and landmarks matter where the teacher thinks of a face at all.
+# Boxes and landmarks are trained only where the teacher's score is higher than this.
 _LIKELY: Final = 0.3
 
 
 class DistillationStage:
-    """Trains `network` to answer as `teacher`, a network of the same build.
+    """Trains `network` to reproduce the outputs of `teacher`, which has the same architecture.
 
     Args:
         network: the student, from `build_retinaface`.
-        teacher: trained.
-        validation_bgr: pictures to measure the agreement on.
+        teacher: the trained network.
+        validation_bgr: pictures on which the agreement is measured, (H, W, 3) uint8 BGR.
     """
 
     def __init__(self, network: nn.Module, teacher: nn.Module, validation_bgr: Sequence[ImageU8]) -> None:
@@ -55,7 +55,7 @@ class DistillationStage:
 
     def losses(self, batch: Sequence[Tensor], progress: float, /) -> dict[str, Tensor]:
         scenes = batch[0].contiguous(memory_format=torch.channels_last)
-        # The teacher's norms are constants; statistics of small batches would keep ours from equalling them.
+        # The teacher's norms are constant, so with batch statistics the student could never equal them.
         self.network.train(progress < STATISTICS_SHARE)
         with torch.no_grad():
             true = _Answer(self._teacher, scenes)
@@ -68,8 +68,8 @@ class DistillationStage:
         doubt = (margin.sigmoid() - score).abs().detach()
         surprise = F.binary_cross_entropy_with_logits(margin, score, reduction="none")
 
-        unlikeness = torch.stack(
-            [_unlikeness(a, b) for a, b in zip(ours.features, true.features, strict=True)]
+        feature_difference = torch.stack(
+            [_feature_difference(a, b) for a, b in zip(ours.features, true.features, strict=True)]
         ).sum()
 
         def where_likely(answer: Tensor, truth: Tensor) -> Tensor:
@@ -79,11 +79,11 @@ class DistillationStage:
             "scores": (doubt.square() * surprise).sum() / total,
             "boxes": where_likely(ours.boxes, true.boxes),
             "landmarks": where_likely(ours.landmarks, true.landmarks),
-            "features": (1.0 if own < 1 else _FEATURES_ALONE) * unlikeness,
+            "features": (1.0 if own < 1 else _FEATURES_ALONE) * feature_difference,
         }
 
     def score(self, network: nn.Module) -> float:
-        """The mean of recall and precision against the teacher, minus the landmark error."""
+        """The mean of recall and precision relative to the teacher, minus the landmark error."""
         agreement = Agreement()
         found = FaceDetector(network).detect(self._validation, batched=False)
         for ours, theirs in zip(found, self._expected, strict=True):
@@ -92,10 +92,10 @@ class DistillationStage:
 
 
 def load_teacher(path: Path) -> nn.Module:
-    """A trained RetinaFace mobile0.25 from a file of tensors, such as facexlib's; on the CPU.
+    """Loads a trained RetinaFace mobile0.25 from a file of tensors, such as facexlib's, on the CPU.
 
     Raises:
-        WeightFileError: not such a file.
+        WeightFileError: the file is not such a checkpoint.
     """
     network = build_retinaface(BACKBONE)
     expected = f"a checkpoint of RetinaFace {BACKBONE}"
@@ -108,21 +108,22 @@ def load_teacher(path: Path) -> nn.Module:
 
 
 class _Answer:
-    """What a network says of scenes, and what it thinks on the way.
+    """The outputs and intermediate features of a network for a batch of scenes.
 
     Args:
         network: a RetinaFace mobile0.25.
-        scenes: (B, 3, H, W).
-        guide: another network's answer, for units to start from instead of what comes before them, so that
-            all units learn at the same time.
-        own: the share of what comes before in what a unit starts from, 0 to 1; the rest is the guide's.
+        scenes: (B, 3, H, W) float32 BGR minus the channel means.
+        guide: the answer of another network, whose features replace the inputs of each unit, so that all
+            units can be trained at the same time; None to use the network's own features.
+        own: the share of the network's own features in the input of each unit, 0 to 1; the rest comes from
+            `guide`.
 
     Attributes:
-        units: what each unit of the backbone puts out: a convolution with norm and activation.
-        levels: what each stage of the backbone puts out.
+        units: the output of each unit of the backbone (a convolution with norm and activation).
+        levels: the output of each stage of the backbone.
         pyramid: the levels of the feature pyramid.
-        context: what the context module of each level puts out, before its last activation, behind which a
-            channel that has died would learn no more.
+        context: the output of the context module of each level before its last activation, because a dead
+            channel would get no gradient after it.
         boxes: offsets (B, A, 4).
         logits: (B, A, 2).
         landmarks: offsets (B, A, 10).
@@ -161,7 +162,7 @@ class _Answer:
 
 
 def _context(module: Any, level: Tensor) -> Tensor:
-    """Facexlib's SSH without its last activation."""
+    """The output of facexlib's SSH module before its last activation."""
     wider = module.conv5X5_1(level)
     parts = (module.conv3X3(level), module.conv5X5_2(wider), module.conv7x7_3(module.conv7X7_2(wider)))
     return torch.cat(parts, dim=1)
@@ -171,7 +172,7 @@ def _heads(heads: Any, features: Sequence[Tensor]) -> Tensor:
     return torch.cat([head(feature) for head, feature in zip(heads, features, strict=True)], dim=1)
 
 
-def _unlikeness(ours: Tensor, theirs: Tensor) -> Tensor:
+def _feature_difference(ours: Tensor, theirs: Tensor) -> Tensor:
     """Squared error of (B, C, H, W) features in units of each channel's variance."""
     variance = theirs.var(dim=(0, 2, 3))
     error = (ours - theirs).square().mean(dim=(0, 2, 3))

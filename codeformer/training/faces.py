@@ -1,4 +1,4 @@
-"""Aligned faces as training pairs: clean target and degraded input."""
+"""Training pairs from aligned faces: clean target and degraded input."""
 
 import hashlib
 from collections.abc import Sequence
@@ -19,19 +19,19 @@ from codeformer.imaging.files import ImageU8, decode_image
 from codeformer.imaging.geometry import BORDER_BGR, FACE_SIZE
 
 PICTURE_SUFFIXES: Final = (".jpg", ".jpeg", ".png", ".webp")
-# One face in this many is kept from training, to tell when to stop.
+# One face in this many is held out for validation.
 VALIDATION_SHARE: Final = 30
-# Crops begin at multiples of this, where latent cells of up to so many px do.
+# Crops start at multiples of this number of px, so that they align with the latent cells.
 CROP_GRID: Final = 32
-# What blur, down-sampling and JPEG blocks may bring into a crop from outside, in px.
+# Blur, down-sampling and JPEG blocks depend on pixels up to this far outside a crop, in px.
 _MARGIN: Final = 64
 _EXPECTED: Final = f"expected an aligned {FACE_SIZE} px face"
-_REMEDY: Final = "`python -m codeformer.training align` makes them of photographs."
+_REMEDY: Final = "`python -m codeformer.training align` extracts them from photographs."
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """How often each kind of degradation is drawn; the weights add up to 1."""
+    """Kinds of degradations with the probability of each; the probabilities add up to 1."""
 
     ranges: Sequence[tuple[float, DegradationRange]]
 
@@ -51,24 +51,24 @@ TRAINING_MIXTURE: Final = Mixture(
 
 
 class FacePairs(Dataset[tuple[Tensor, Tensor, Tensor]]):
-    """Pairs (degraded, clean), each (3, size, size) float32 RGB in [-1, 1], and their place in the face.
+    """Pairs (degraded, clean), each (3, size, size) float32 RGB in [-1, 1], with their position in the face.
 
-    The place is (2,) int64: row and column of the top left corner in px, multiples of `CROP_GRID`.
+    The position is (2,) int64: row and column of the top left corner in px, multiples of `CROP_GRID`.
 
-    Item `i` depends on `seed` and `i` alone, so that a resumed training sees what an uninterrupted one
-    would have seen.
+    Item `i` depends only on `seed` and `i`, so that a resumed training gets the same samples as an
+    uninterrupted one.
 
     Args:
         files: aligned 512 px faces.
         length: number of pairs.
-        seed: of sampling, augmentation and degradation.
+        seed: seed of sampling, augmentation and degradation.
         crop: side of a random crop in px, a multiple of `CROP_GRID`; the whole face by default.
         mixture: degradations to draw from; None for clean inputs.
-        augment: choose faces at random, flip them, move them, change colours and borders; else they come in
-            order, as they are.
+        augment: choose faces at random, flip them, move them, change colours and borders; otherwise faces
+            come in order and unchanged.
 
     Raises:
-        InputError: when an item is asked for whose file is no aligned face.
+        InputError: on access to an item whose file is not an aligned face.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class FacePairs(Dataset[tuple[Tensor, Tensor, Tensor]]):
             clean = _moved(clean, rng)
         cells = (FACE_SIZE - self._crop) // CROP_GRID
         top, left = (int(start) * CROP_GRID for start in rng.integers(0, cells, 2, endpoint=True))
-        # The rest of the face is not worth degrading.
+        # Degrade only the part of the face that affects the crop.
         first_row, first_column = max(0, top - _MARGIN), max(0, left - _MARGIN)
         beyond = self._crop + _MARGIN
         clean = np.ascontiguousarray(clean[first_row : top + beyond, first_column : left + beyond])
@@ -123,14 +123,16 @@ def pictures_in(folder: Path) -> list[Path]:
     """
     files = sorted(file for file in folder.glob("*") if file.suffix.lower() in PICTURE_SUFFIXES)
     if not files:
-        raise InputError(f"{folder}: expected a folder of pictures ({', '.join(PICTURE_SUFFIXES)}).")
+        raise InputError(
+            f"{folder}: expected pictures ({', '.join(PICTURE_SUFFIXES)}) in this folder, found none."
+        )
     return files
 
 
 def split_pictures(folder: Path) -> tuple[list[Path], list[Path]]:
-    """The pictures of a folder, in a training and a small validation part.
+    """Splits the pictures of a folder into a training part and a small validation part.
 
-    The part of a file follows from its name, so that it stays the same when others come and go.
+    The part of a file depends only on its name, so it stays the same when other files are added or removed.
 
     Raises:
         InputError: there are fewer than two.
@@ -143,7 +145,7 @@ def split_pictures(folder: Path) -> tuple[list[Path], list[Path]]:
 
 
 def split_faces(folder: Path) -> tuple[list[Path], list[Path]]:
-    """As `split_pictures`, of aligned faces; their sizes are checked, so that none fails hours later.
+    """Like `split_pictures`, for aligned faces. Checks their sizes, so that training does not fail later.
 
     Raises:
         InputError: there are fewer than two, or one is of another size.
@@ -168,7 +170,7 @@ def read_face(file: Path) -> ImageU8:
     """An aligned face, (512, 512, 3) uint8 BGR.
 
     Raises:
-        InputError: not a picture, or of another size.
+        InputError: the file is not a picture, or has another size.
     """
     image = cv2.imread(str(file), cv2.IMREAD_COLOR)
     if image is None or image.shape != (FACE_SIZE, FACE_SIZE, 3):
@@ -214,7 +216,7 @@ def _recoloured(face: ImageU8, rng: np.random.Generator) -> ImageU8:
 
 
 def _misaligned(face: ImageU8, rng: np.random.Generator) -> ImageU8:
-    """Moved a little, as by landmarks found on a bad picture."""
+    """Moves a face a little, as inaccurate landmarks would."""
     centre = FACE_SIZE / 2
     matrix = cv2.getRotationMatrix2D((centre, centre), rng.uniform(-6, 6), rng.uniform(0.94, 1.06)).astype(
         float
@@ -233,12 +235,12 @@ def _misaligned(face: ImageU8, rng: np.random.Generator) -> ImageU8:
 def _beyond_border(
     clean: ImageU8, degraded: ImageU8, rng: np.random.Generator, corner: tuple[int, int]
 ) -> tuple[ImageU8, ImageU8]:
-    """A face cut by the picture's border: one side in the colour crops have there.
+    """Simulates a face cut off by the border of a picture: one side gets the border colour of crops.
 
     Args:
         clean: a part of the face.
-        degraded: the same part.
-        rng: decides which side, and how far in.
+        degraded: the same part, degraded.
+        rng: chooses the side and the depth.
         corner: row and column of the part's top left corner in the face.
     """
     depth, side = int(rng.integers(20, FACE_SIZE // 3)), int(rng.integers(4))

@@ -1,4 +1,4 @@
-"""The training loop all stages share: seeded, resumable, averaged, with progress."""
+"""The training loop of all stages: seeded and resumable, with weight averaging and progress."""
 
 import copy
 import hashlib
@@ -24,10 +24,10 @@ AVERAGE_DECAY: Final = 0.998
 WARM_UP_SHARE: Final = 0.03
 FINAL_LEARNING_RATE_SHARE: Final = 0.02
 MAX_GRADIENT_NORM: Final = 1.0
-# Kernels with fewer rows or columns, such as those to colours, stay with AdamW.
+# Matrices with fewer rows or columns, such as output layers to RGB, are trained with AdamW.
 _SMALLEST_MATRIX: Final = 6
 
-_REMEDY: Final = "use a lower --learning-rate, and go on from the last checkpoint."
+_REMEDY: Final = "use a lower --learning-rate, and continue from the last checkpoint."
 
 NetworkT = TypeVar("NetworkT", bound=nn.Module)
 
@@ -39,19 +39,19 @@ class Options:
     """How to run a stage.
 
     Attributes:
-        checkpoint: the file a stage writes its state to, and resumes from.
-        steps: optimiser steps of the whole stage, earlier runs counted in.
+        checkpoint: the file to which a stage saves its state, and from which it resumes.
+        steps: optimiser steps of the whole stage, including earlier runs.
         batch: samples per step.
-        learning_rate: at its highest; a short warm-up leads to it, a cosine away from it.
-        seed: of everything random.
+        learning_rate: the maximum, reached after a short warm-up and followed by a cosine decay.
+        seed: seed of all random numbers.
         device: cpu or cuda.
-        half: run the networks in bfloat16 where autocast allows.
+        half: run the networks in bfloat16 where autocast allows it.
         compiled: compile the networks with inductor.
         workers: processes that prepare samples.
         save_every: steps between validations, each of which also writes the checkpoint.
         patience: validations without a better score after which a stage stops; 0 for never.
-        optimiser: of the network, adamw or muon.
-        begun_from: which networks of earlier stages it begins with, see `digest_of`.
+        optimiser: optimiser of the network, adamw or muon.
+        begun_from: digests of the networks from earlier stages that it starts from, see `digest_of`.
     """
 
     checkpoint: Path
@@ -69,21 +69,21 @@ class Options:
     begun_from: str = ""
 
     def autocast(self) -> torch.autocast:
-        """The context to run networks in."""
+        """The autocast context for running networks."""
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.half)
 
     def maybe_compiled(self, function: Any) -> Any:
-        """The function, compiled if that was asked for."""
+        """The function, compiled if `compiled` is set."""
         return torch.compile(function, dynamic=False) if self.compiled else function
 
 
 class Stage(Protocol[NetworkT]):
-    """What a stage brings to the loop.
+    """What the loop needs from a stage.
 
     Attributes:
-        network: what is trained and averaged.
-        memory: other modules whose state a resumed training needs.
-        critics: optimisers of such modules.
+        network: the network that is trained and averaged.
+        memory: other modules whose state is saved in the checkpoint.
+        critics: optimisers of these modules.
     """
 
     network: NetworkT
@@ -95,7 +95,7 @@ class Stage(Protocol[NetworkT]):
         ...
 
     def score(self, network: NetworkT) -> float:
-        """How good a network is on faces it was not trained on; higher is better."""
+        """The score of a network on held-out pictures; higher is better."""
         ...
 
 
@@ -109,16 +109,16 @@ def train(
     """Runs a stage to its end, from its checkpoint if there is one.
 
     Args:
-        stage: what is trained.
-        samples: given a number, that many samples; sample `i` must not depend on the number.
-        options: how.
-        header: the network's configuration, kept in the checkpoint for the stages that follow.
+        stage: the stage to run.
+        samples: returns a data set of the given length; sample `i` must not depend on the length.
+        options: how to run it.
+        header: the configuration of the network, saved in the checkpoint for later stages.
 
     Returns:
         The averaged network.
 
     Raises:
-        TrainingError: a loss or gradient is not finite, or the checkpoint is another configuration's.
+        TrainingError: a loss or gradient is not finite, or the checkpoint has another configuration.
     """
     run = _Run(stage, options, header)
     run.resume()
@@ -129,7 +129,7 @@ def train(
         num_workers=options.workers,
     )
     if run.is_stale():
-        logger.info("stopped earlier for want of a better score; raise --patience to go on")
+        logger.info("an earlier run stopped because the score did not improve; raise --patience to continue")
         return run.average
     for batch in tqdm(loader, initial=run.step, total=options.steps, unit="step", disable=None):
         run.learn([part.to(options.device) for part in batch])
@@ -137,7 +137,7 @@ def train(
             run.validate()
             run.save()
             if run.is_stale():
-                logger.info("no better score for %d validations: stopped", options.patience)
+                logger.info("stopped: no better score in %d validations", options.patience)
                 break
     return run.average
 
@@ -155,12 +155,12 @@ def _adamw(parameters: list[nn.Parameter], learning_rate: float) -> torch.optim.
 class MuonWithAdamW:
     """Muon (Jordan et al., 2024) for the matrices of convolutions and linear layers, AdamW for the rest.
 
-    Muon makes every direction of a matrix move at the same speed; restoration learns much more from a step.
-    Its rate is meant as AdamW's would be; AdamW's share is half of it.
+    Muon orthogonalises the update of each matrix, which makes each step much more effective here. Its
+    learning rate has the scale of AdamW's; the AdamW part uses half of it.
 
     Args:
-        network: what to train; convolutions in channels-last or in the usual layout.
-        learning_rate: of the matrices.
+        network: the network to train; convolutions may be channels-last or contiguous.
+        learning_rate: learning rate of the matrices.
     """
 
     def __init__(self, network: nn.Module, learning_rate: float) -> None:
@@ -174,7 +174,7 @@ class MuonWithAdamW:
         ]
         chosen = {id(weight) for weight in matrices}
         rest = [p for p in network.parameters() if p.requires_grad and id(p) not in chosen]
-        # torch's Muon takes matrices only: views of the kernels, (C', everything else).
+        # torch's Muon accepts only matrices, so it gets views (C', N) of the kernels.
         self._pairs = [(weight, nn.Parameter(_as_matrix(weight.data))) for weight in matrices]
         self._parts = (
             torch.optim.Muon(
@@ -188,35 +188,35 @@ class MuonWithAdamW:
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The groups of both, as a torch optimiser has them."""
+        """The parameter groups of both optimisers."""
         return [group for part in self._parts for group in part.param_groups]
 
     @torch.no_grad()
     def step(self) -> None:
-        """One step of both."""
+        """One step of both optimisers."""
         for weight, matrix in self._pairs:
             matrix.grad = None if weight.grad is None else _as_matrix(_laid_out_as(weight.grad, weight))
         for part in self._parts:
             part.step()
 
     def zero_grad(self) -> None:
-        """Forgets all gradients."""
+        """Clears all gradients."""
         for weight, matrix in self._pairs:
             weight.grad = matrix.grad = None
         self._parts[1].zero_grad()
 
     def state_dict(self) -> dict[str, Any]:
-        """The states of both."""
+        """The states of both optimisers."""
         return {"muon": self._parts[0].state_dict(), "adamw": self._parts[1].state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes up a state again."""
+        """Restores a state from `state_dict`."""
         for part, name in zip(self._parts, ("muon", "adamw"), strict=True):
             part.load_state_dict(state_dict[name])
 
 
 def _as_matrix(kernel: Tensor) -> Tensor:
-    """A kernel (C', C, ...) as a matrix (C', N) over the same memory, in whatever order it lies there."""
+    """A view of a kernel (C', C, ...) as a matrix (C', N), for either memory layout."""
     if kernel.is_contiguous():
         return kernel.view(len(kernel), -1)
     return kernel.movedim(1, -1).view(len(kernel), -1)
@@ -230,13 +230,13 @@ _OPTIMISERS: Final[dict[str, Callable[[nn.Module, float], Any]]] = {"adamw": ada
 
 
 class _Run(Generic[NetworkT]):
-    """A stage on its way: networks, optimiser, counters, and their file."""
+    """A running stage: networks, optimiser, counters and the checkpoint file."""
 
     def __init__(self, stage: Stage[NetworkT], options: Options, header: Mapping[str, Any]) -> None:
         self._stage = stage
         self._options = options
         self._header = dict(header)
-        # What a stage cannot change half-way: its samples follow from these, its state from the critics.
+        # Options that must stay the same for a resumed stage, because samples and state depend on them.
         self._recipe = {
             "seed": options.seed,
             "batch": options.batch,
@@ -252,7 +252,7 @@ class _Run(Generic[NetworkT]):
         self._start_counting()
 
     def is_stale(self) -> bool:
-        """Whether the score has not risen for as long as patience lasts."""
+        """Whether the score has not improved for `patience` validations."""
         return 0 < self._options.patience <= self._stale
 
     def _start_counting(self) -> None:
@@ -260,9 +260,9 @@ class _Run(Generic[NetworkT]):
         self._counted, self._started = 0, time.monotonic()
 
     def learn(self, batch: Sequence[Tensor]) -> None:
-        """One step."""
+        """Runs one training step."""
         progress = self.step / self._options.steps
-        # Random numbers of a step follow from its number, in a resumed training as well.
+        # Seed each step by its number, so that a resumed training gets the same random numbers.
         torch.manual_seed((self._options.seed << 32) + self.step)
         for group in self._optimiser.param_groups:
             group["lr"] = group["initial_lr"] * _learning_rate_share(progress)
@@ -284,7 +284,7 @@ class _Run(Generic[NetworkT]):
             self._sums[name] += float(term.detach())
 
     def validate(self) -> None:
-        """Scores the average, and logs score, speed and losses since the last time."""
+        """Scores the averaged network; logs the score, the speed and the losses since the last validation."""
         elapsed_s = time.monotonic() - self._started
         self._trained_s += elapsed_s
         score = self._stage.score(self.average)
@@ -302,7 +302,7 @@ class _Run(Generic[NetworkT]):
         self._start_counting()
 
     def save(self) -> None:
-        """Writes everything `resume` needs; a file is whole or not there."""
+        """Saves everything that `resume` needs, in a file that is either complete or absent."""
         path = self._options.checkpoint
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".part")
@@ -324,7 +324,7 @@ class _Run(Generic[NetworkT]):
         partial.replace(path)
 
     def resume(self) -> None:
-        """Goes on from the checkpoint, if there is one."""
+        """Restores the state from the checkpoint, if there is one."""
         path = self._options.checkpoint
         if not path.exists():
             return
@@ -333,15 +333,15 @@ class _Run(Generic[NetworkT]):
             if state[name] != expected:
                 raise TrainingError(
                     f"{path}: expected a checkpoint of {expected}, got one of {state[name]}. "
-                    "Name another --run folder, or the same options; if begun_from alone differs, an earlier "
-                    "stage has been trained further: remove this file to begin this one anew."
+                    "Name another --run folder, or the same options. If only begun_from differs, an earlier "
+                    "stage was trained further: remove this file to start this stage again."
                 )
         self._stage.network.load_state_dict(state["network"])
         self.average.load_state_dict(state["average"])
         self._stage.memory.load_state_dict(state["memory"])
         rates = [group["initial_lr"] for group in self._optimiser.param_groups]
         self._optimiser.load_state_dict(state["optimiser"])
-        # The rate is an option, not a part of what has been learned.
+        # Keep the learning rate of the options, not that of the checkpoint.
         for group, rate in zip(self._optimiser.param_groups, rates, strict=True):
             group["initial_lr"] = rate
         for critic, critic_state in zip(self._stage.critics, state["critics"], strict=True):
@@ -352,15 +352,15 @@ class _Run(Generic[NetworkT]):
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """What a stage has written: header, average, step and steps, and what it needs to resume.
+    """Reads a checkpoint: header, average, step and steps, and the state for resuming.
 
     Raises:
-        TrainingError: no such file, or not one of a stage's.
+        TrainingError: there is no such file, or it is not a checkpoint of a stage.
     """
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as cause:
-        raise TrainingError(f"{path}: no such checkpoint; run the stage that makes it first.") from cause
+        raise TrainingError(f"{path}: no such checkpoint; run the stage that writes it first.") from cause
     except (OSError, pickle.UnpicklingError, RuntimeError, EOFError) as cause:
         raise TrainingError(f"{path}: not a readable checkpoint ({cause}); remove it.") from cause
     if not isinstance(state, dict) or not {"header", "average", "step", "steps"} <= set(state):
@@ -369,7 +369,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def digest_of(checkpoint: Mapping[str, Any]) -> str:
-    """16 hexadecimal digits that tell a checkpoint's averaged network, of any dtypes, from every other."""
+    """A hash (16 hexadecimal digits) of the averaged network in a checkpoint."""
     digest = hashlib.sha256()
     for name, tensor in sorted(checkpoint["average"].items()):
         digest.update(name.encode())

@@ -1,4 +1,4 @@
-"""Losses that need no downloaded network. Pictures are (B, 3, S, S) float32 RGB in [-1, 1]."""
+"""Losses that do not need a downloaded network. Pictures are (B, 3, S, S) float32 RGB in [-1, 1]."""
 
 import itertools
 
@@ -10,9 +10,9 @@ from codeformer.engine.restorer import LUMA_RGB
 
 
 def picture_loss(output: Tensor, target: Tensor) -> Tensor:
-    """Absolute error at three scales, of the gradients, and of structure (1 - SSIM of the luma)."""
+    """Absolute error at three scales and of the gradients, plus 1 - SSIM of the luma."""
     loss = F.l1_loss(output, target) + 0.5 * gradient_loss(output, target)
-    # The coarse scales keep colour and lighting.
+    # The coarse scales control colour and lighting.
     small, small_target = F.avg_pool2d(output, 8), F.avg_pool2d(target, 8)
     loss = loss + 0.5 * F.l1_loss(small, small_target)
     loss = loss + 0.5 * F.l1_loss(F.avg_pool2d(small, 4), F.avg_pool2d(small_target, 4))
@@ -55,7 +55,7 @@ def ssim(a: Tensor, b: Tensor, window: int = 7) -> Tensor:
 
 
 class PatchDiscriminator(nn.Module):
-    """Tells real from restored, patch by patch (Isola et al., 2017): (B, 3, S, S) to (B, 1, S / 8, S / 8)."""
+    """Distinguishes real from restored patches (Isola et al., 2017): (B, 3, S, S) to (B, 1, S / 8, S / 8)."""
 
     def __init__(self, channels: int = 32) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class PatchDiscriminator(nn.Module):
 
 
 def discriminator_loss(real: Tensor, restored: Tensor) -> Tensor:
-    """The hinge loss of the discriminator's verdicts."""
+    """The hinge loss of the discriminator, from its outputs for real and restored pictures."""
     return F.relu(1 - real).mean() + F.relu(1 + restored).mean()
 
 
@@ -84,5 +84,5 @@ def code_loss(logits: Tensor, codes: Tensor) -> Tensor:
 
 
 def feature_loss(lq_feat: Tensor, code_features: Tensor) -> Tensor:
-    """Squared error that draws the degraded face's latent to the clean face's codes, (B, C, s, s) each."""
+    """Squared error between the degraded face's latent and the clean face's codes, (B, C, s, s) each."""
     return F.mse_loss(lq_feat, code_features.detach())

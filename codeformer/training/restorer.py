@@ -1,15 +1,15 @@
-"""The stages that make a restorer.
+"""The stages of training a restorer.
 
 1. `AutoencoderStage`: encoder, codebook and generator learn to reproduce clean faces.
-2. `CodePredictionStage`: encoder and transformer learn the clean face's codes from a degraded one.
-3. `TransformationStage`: the whole network learns to restore at every fidelity w.
-4. `CorrectionStage`, not part of the method: a small network's correction of the input.
+2. `CodePredictionStage`: encoder and transformer learn to predict the clean face's codes from a degraded one.
+3. `TransformationStage`: the whole network learns to restore faces for every fidelity w.
+4. `CorrectionStage`, not part of the published method: the correction of the input, for small networks.
 
 Method: Zhou et al., "Towards Robust Blind Face Restoration with Codebook Lookup Transformer" (2022).
-Differences, for short training of small networks: in stage 1 the latents begin as principal components of
-patches and the codes as their k-means, since codes learned from nothing are of brightness alone for long;
-then the codes follow by moving averages (van den Oord et al., 2017). Stage 3 trains all but the codebook,
-with a random w for each face.
+Differences, for short training of small networks: in stage 1, latents are first trained towards principal
+components of patches, and codes are initialised as their k-means, because codes from a random start represent
+only brightness for a long time. Later the codes are updated by moving averages (van den Oord et al., 2017).
+Stage 3 trains everything except the codebook, with a random w for each face.
 """
 
 import copy
@@ -38,27 +38,26 @@ from codeformer.training.losses import (
 )
 
 AUTOENCODER_CROP: Final = 256
-# The share of stage 1 in which the latents are drawn to principal components.
+# The share of stage 1 in which the latents are trained towards principal components.
 GUIDED_SHARE: Final = 0.6
-# Batches (degraded, clean, corner), as `FacePairs` makes them.
+# Batches (degraded, clean, position), as from `FacePairs`.
 Pairs = Iterable[Sequence[Tensor]]
 
-# Of the loss of edges and structure, beside PSNR itself, in stage 4.
+# Weight of `picture_loss` relative to the PSNR loss in stage 4.
 _PICTURE_SHARE: Final = 0.2
 _COMMITMENT: Final = 0.25
 _CODEBOOK_DECAY: Final = 0.98
-# Below this a code has not been chosen for about 200 steps.
+# An average count below this means that a code was not chosen for about 200 steps.
 _DEAD_COUNT: Final = 0.02
 _KMEANS_ROUNDS: Final = 12
 _KMEANS_SAMPLE: Final = 40_000
 
 
 @torch.no_grad()
-def start_idle(network: CodeFormer) -> None:
-    """Sets a new network up so that all residual branches, guides and corrections begin at nothing.
+def zero_residual_branches(network: CodeFormer) -> None:
+    """Initialises a new network so that residual branches, feature transforms and corrections output zero.
 
-    Where inputs are corrected, the input itself comes back at w = 1, and training begins with what is wrong
-    with it.
+    With a correction, the network then returns its input at w = 1.
     """
     for module in network.modules():
         if isinstance(module, (ResidualBlock, CorrectionBlock)):
@@ -79,10 +78,10 @@ class AutoencoderStage:
     """Stage 1, on clean crops.
 
     Args:
-        network: new.
-        start: clean pictures (N, 3, S, S) to take principal components and first codes from.
-        validation: pairs that training does not see.
-        options: of the loop.
+        network: a new network.
+        start: clean pictures (N, 3, S, S) from which principal components and first codes are computed.
+        validation: held-out pairs.
+        options: options of the loop.
     """
 
     def __init__(self, network: CodeFormer, start: Tensor, validation: Pairs, options: Options) -> None:
@@ -116,7 +115,7 @@ class AutoencoderStage:
             decoded_from = quantised
         else:
             terms = {"commitment": _COMMITMENT * F.mse_loss(latent, quantised)}
-            # Forwards the codes, backwards as if they were the latent.
+            # Straight-through estimator: forward the codes, backward as if they were the latent.
             decoded_from = latent + (quantised - latent).detach()
         with self._options.autocast():
             output = self._decode(decoded_from, {}, 0.0)
@@ -124,7 +123,7 @@ class AutoencoderStage:
 
     @torch.no_grad()
     def score(self, network: CodeFormer) -> float:
-        """PSNR of clean faces through the codes, in dB."""
+        """PSNR of clean faces reconstructed from their codes, in dB."""
         results = []
         for _, clean, _ in self._validation:
             latent, _ = network.encode(_as_layout(clean.to(self._options.device)))
@@ -134,12 +133,12 @@ class AutoencoderStage:
 
 
 class CodePredictionStage:
-    """Stage 2: the codes of degraded faces; codebook and generator stay as they are.
+    """Stage 2: prediction of codes from degraded faces; codebook and generator are frozen.
 
     Args:
-        network: from stage 1.
-        validation: pairs that training does not see.
-        options: of the loop.
+        network: the network of stage 1.
+        validation: held-out pairs.
+        options: options of the loop.
     """
 
     def __init__(self, network: CodeFormer, validation: Pairs, options: Options) -> None:
@@ -170,15 +169,15 @@ class CodePredictionStage:
 
 
 class TransformationStage:
-    """Stage 3: restored faces at every fidelity.
+    """Stage 3: restoration for every fidelity.
 
     Args:
-        network: from stage 2.
-        validation: pairs (degraded, clean) that training does not see.
-        options: of the loop.
-        codes_from: the network of stage 1, whose encoder tells the right codes.
-        adversarial: weight of the adversarial term, which acts on generated detail: it is in full force at
-            w = 0 and absent at w = 1. 0 leaves the discriminator out.
+        network: the network of stage 2.
+        validation: held-out pairs.
+        options: options of the loop.
+        codes_from: the network of stage 1, whose encoder provides the target codes.
+        adversarial: weight of the adversarial loss. It acts on generated details, so it is scaled by 1 - w.
+            With 0, there is no discriminator.
     """
 
     def __init__(
@@ -225,17 +224,17 @@ class TransformationStage:
             "features": 0.1 * feature_loss(lq_feat, code_features),
         }
         if self._adversarial:
-            terms["adversarial"] = self._adversarial * self._fool(output, clean, 1 - w)
+            terms["adversarial"] = self._adversarial * self._adversarial_term(output, clean, 1 - w)
         return terms
 
     def _random_fidelity(self, count: int) -> Tensor:
-        """(count, 1, 1, 1): 20 % 0, 20 % 1, the rest between."""
+        """(count, 1, 1, 1): 0 with 20 % probability, 1 with 20 %, otherwise uniform between them."""
         kind = torch.rand(count, 1, 1, 1)
         w = torch.rand(count, 1, 1, 1)
         w = torch.where(kind < 0.2, torch.zeros_like(w), torch.where(kind < 0.4, torch.ones_like(w), w))
         return w.to(self._options.device)
 
-    def _fool(self, output: Tensor, clean: Tensor, strength: Tensor) -> Tensor:
+    def _adversarial_term(self, output: Tensor, clean: Tensor, strength: Tensor) -> Tensor:
         critic = self.memory["discriminator"]
         self.critics[0].zero_grad(set_to_none=True)
         with self._options.autocast():
@@ -257,12 +256,12 @@ class TransformationStage:
 
 
 class CorrectionStage:
-    """Stage 4: the correction of the input; everything else stays as it is.
+    """Stage 4: the correction of the input; everything else is frozen.
 
     Args:
-        network: from stage 3, with a correction.
-        validation: pairs (degraded, clean) that training does not see.
-        options: of the loop.
+        network: the network of stage 3, with a correction.
+        validation: held-out pairs.
+        options: options of the loop.
 
     Raises:
         TrainingError: the configuration has no correction.
@@ -270,7 +269,9 @@ class CorrectionStage:
 
     def __init__(self, network: CodeFormer, validation: Pairs, options: Options) -> None:
         if network.correction is None:
-            raise TrainingError("expected a configuration with correction_blocks, there is nothing to train.")
+            raise TrainingError(
+                "expected a configuration with correction_blocks; without them, there is nothing to train."
+            )
         self.network = network
         network.requires_grad_(requires_grad=False)
         network.correction.requires_grad_(requires_grad=True)
@@ -292,7 +293,7 @@ class CorrectionStage:
 
     @torch.no_grad()
     def score(self, network: CodeFormer) -> float:
-        """PSNR of corrected faces, which are those at w = 1, in dB."""
+        """PSNR of corrected faces, which are the results at w = 1, in dB."""
         correction: Any = network.correction
         device = self._options.device
         results = [
@@ -306,12 +307,12 @@ def positions_of(network: CodeFormer, corners: Tensor, side: int) -> Tensor:
     """The position embeddings of crops.
 
     Args:
-        network: whose.
-        corners: (B, 2), row and column of each crop in px, where latent cells begin.
-        side: of the crops in px.
+        network: the network with the embeddings.
+        corners: (B, 2), row and column of each crop in px, at the corner of a latent cell.
+        side: side of the crops in px.
 
     Returns:
-        (B, T, dim_embd), T latent cells row by row.
+        (B, T, dim_embd) for T latent cells in row-major order.
     """
     cell = network.resolution // network.latent_side
     grid = network.position_emb.view(network.latent_side, network.latent_side, -1)
@@ -325,7 +326,7 @@ def positions_of(network: CodeFormer, corners: Tensor, side: int) -> Tensor:
 
 
 class CleanCodes:
-    """The right codes of clean faces, from the encoder of stage 1, which is frozen."""
+    """The target codes of clean faces, from the frozen encoder of stage 1."""
 
     def __init__(self, network: CodeFormer, options: Options) -> None:
         self._network = network.eval().requires_grad_(requires_grad=False)
@@ -342,7 +343,7 @@ class CleanCodes:
 
 
 class _PatchComponents(nn.Module):
-    """Patches to their first principal components, scaled to a mean variance of 1."""
+    """Projects patches onto their first principal components, scaled to a mean variance of 1."""
 
     mean: Tensor
     basis: Tensor
@@ -370,10 +371,10 @@ class _PatchComponents(nn.Module):
 
 
 class _CodebookAverage(nn.Module):
-    """Codes as moving averages of the latents nearest to them, started by k-means.
+    """Codes as moving averages of the latents closest to them, initialised by k-means.
 
     Args:
-        vectors: (N, code_dim), for k-means.
+        vectors: (N, code_dim), the data for k-means.
         size: number of codes.
     """
 
@@ -393,14 +394,14 @@ class _CodebookAverage(nn.Module):
 
     @torch.no_grad()
     def update(self, latent: Tensor) -> Tensor:
-        """As `nearest`; then moves the codes towards the latent."""
+        """Like `nearest`, and then moves the codes towards the latent."""
         vectors = _vectors(latent)
         chosen = nearest_codes(vectors, self.codes)
         counts = torch.bincount(chosen, minlength=len(self.codes)).to(vectors.dtype)
         sums = torch.zeros_like(self.sums).index_add_(0, chosen, vectors)
         self.counts.lerp_(counts, 1 - _CODEBOOK_DECAY)
         self.sums.lerp_(sums, 1 - _CODEBOOK_DECAY)
-        # A code that nothing falls to starts again where codes are missing.
+        # Re-initialise unused codes with latents that are far from their code.
         dead = self.counts < _DEAD_COUNT
         if bool(dead.any()):
             errors = (vectors - self.codes[chosen]).square().sum(dim=1) + 1e-12
@@ -412,7 +413,7 @@ class _CodebookAverage(nn.Module):
 
 
 def _kmeans(vectors: Tensor, size: int) -> Tensor:
-    """`size` codes (size, D) for vectors (N, D), by Lloyd's rounds from random vectors."""
+    """`size` codes (size, D) for vectors (N, D), by Lloyd's algorithm from random vectors."""
     order = torch.randperm(len(vectors))[:_KMEANS_SAMPLE]
     sample = vectors[order.to(vectors.device)]
     codes = sample[:size]
@@ -439,7 +440,7 @@ def _as_layout(picture: Tensor) -> Tensor:
 
 
 def _generated_psnr(network: CodeFormer, pairs: Pairs, device: torch.device, *, fidelity: float) -> float:
-    """Of the generator's own faces: a correction, and colours taken from it, are yet to come."""
+    """PSNR of generated faces, without the correction and the colours from it, which are trained later."""
     results = []
     for degraded, clean, _ in pairs:
         logits, lq_feat, features = network.predict(_as_layout(degraded.to(device)))

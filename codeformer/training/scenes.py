@@ -1,4 +1,4 @@
-"""Unlabelled pictures for the detector: photographs, faces strewn over a ground, and no faces."""
+"""Unlabelled training pictures for the detector: photographs, faces on backgrounds, enlarged details."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,22 +16,22 @@ from codeformer.imaging.files import ImageU8
 from codeformer.networks.retinaface import MEAN_BGR
 
 SCENE_SIDE: Final = 512
-_KINDS: Final = ("photograph", "strewn", "close_up")
+_KINDS: Final = ("photograph", "faces", "close_up")
 
 
 class Scenes(Dataset[tuple[Tensor]]):
-    """Pictures as the detector's network takes them: (3, 512, 512) float32 BGR minus the channel means.
+    """Inputs of the detector's network: (3, 512, 512) float32 BGR minus the channel means.
 
-    Item `i` depends on `seed` and `i` alone.
+    Item `i` depends only on `seed` and `i`.
 
     Args:
         photographs: files of whole pictures.
         faces: files of aligned faces.
         length: number of pictures.
-        seed: of everything random.
+        seed: seed of all random numbers.
 
     Raises:
-        InputError: when an item is asked for whose file is no picture.
+        InputError: on access to an item whose file is not a picture.
     """
 
     def __init__(self, photographs: Sequence[Path], faces: Sequence[Path], length: int, seed: int) -> None:
@@ -49,7 +49,7 @@ class Scenes(Dataset[tuple[Tensor]]):
         photograph = _read(self._photographs[int(rng.integers(len(self._photographs)))])
         if kind == "photograph":
             scene = _placed(photograph, _ground(rng), rng, side=_log_uniform(rng, 160, 1000))
-        elif kind == "strewn":
+        elif kind == "faces":
             scene = _ground(rng)
             if rng.random() < 0.4:
                 scene = _placed(photograph, scene, rng, side=rng.uniform(600, 1600))
@@ -57,9 +57,9 @@ class Scenes(Dataset[tuple[Tensor]]):
                 face = _read(self._faces[int(rng.integers(len(self._faces)))])
                 scene = _placed(face, scene, rng, side=_log_uniform(rng, 40, 420))
         else:
-            # A detail, far enlarged: seldom a face, often something like one.
+            # A much enlarged detail: rarely a face, often something that resembles one.
             scene = _placed(photograph, _ground(rng), rng, side=rng.uniform(1000, 3000))
-        scene = _varied(scene, rng)
+        scene = _augmented(scene, rng)
         planes = torch.from_numpy(np.ascontiguousarray(scene.transpose(2, 0, 1))).float()
         return (planes - torch.tensor(MEAN_BGR).view(3, 1, 1),)
 
@@ -76,7 +76,7 @@ def _log_uniform(rng: np.random.Generator, low: float, high: float) -> float:
 
 
 def _ground(rng: np.random.Generator) -> ImageU8:
-    """A plain colour, a gradient or coarse noise, (512, 512, 3) uint8."""
+    """A background of one colour, a gradient or coarse noise, (512, 512, 3) uint8."""
     cells = int(rng.choice([1, 2, 3, 8, 40]))
     colours = rng.uniform(0, 255, (cells, cells, 3)).astype(np.float32)
     ground = cv2.resize(colours, (SCENE_SIDE, SCENE_SIDE), interpolation=cv2.INTER_LINEAR)
@@ -84,7 +84,7 @@ def _ground(rng: np.random.Generator) -> ImageU8:
 
 
 def _placed(picture: ImageU8, ground: ImageU8, rng: np.random.Generator, *, side: float) -> ImageU8:
-    """The picture, its shorter side `side` px, turned and set somewhere on the ground."""
+    """Scales a picture to a shorter side of `side` px, turns it and places it on the background."""
     height, width = picture.shape[:2]
     scale = side / min(height, width)
     if scale < 0.5:
@@ -96,7 +96,7 @@ def _placed(picture: ImageU8, ground: ImageU8, rng: np.random.Generator, *, side
         scale = side / min(height, width)
     angle = rng.normal(0, 12) if rng.random() < 0.85 else rng.uniform(-180, 180)
     matrix = cv2.getRotationMatrix2D((width / 2, height / 2), angle, scale)
-    # Anywhere where at least a part of it is seen.
+    # At any position where at least a part of it is visible.
     reach = np.array([width, height]) * scale
     low, high = np.minimum(0, SCENE_SIDE - reach), np.maximum(0, SCENE_SIDE - reach)
     corner = rng.uniform(low - 0.15 * reach.clip(max=SCENE_SIDE), high + 0.15 * reach.clip(max=SCENE_SIDE))
@@ -114,8 +114,8 @@ def _placed(picture: ImageU8, ground: ImageU8, rng: np.random.Generator, *, side
     return np.asarray(scene, dtype=np.uint8)
 
 
-def _varied(scene: ImageU8, rng: np.random.Generator) -> ImageU8:
-    """Another light, without colour, or spoilt."""
+def _augmented(scene: ImageU8, rng: np.random.Generator) -> ImageU8:
+    """Randomly changes lighting, removes colour, and degrades a scene."""
     if rng.random() < 0.7:
         levels = (np.arange(256) / 255) ** float(np.exp(rng.uniform(-0.6, 0.6)))
         gain = rng.uniform(0.7, 1.2) * rng.uniform(0.85, 1.15, 3)

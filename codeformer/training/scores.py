@@ -1,4 +1,4 @@
-"""Scores of a weight set on pictures it was not trained on, through the adapters that serve requests."""
+"""Scores of a weight set on held-out pictures, with the same adapters that serve requests."""
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -28,19 +28,19 @@ Restore = Callable[[ImageU8], ImageU8]
 
 
 def measure_restorer(restorer: FaceRestorer, files: Sequence[Path]) -> dict[str, dict[str, dict[str, float]]]:
-    """Quality of restored faces for each kind of input, beside that of the input and of a plain filter.
+    """Quality of restored faces for each kind of input, compared with the input and with a simple filter.
 
-    Every face is spoilt with its own seed, the same in every run.
+    Each face is degraded with its own seed, which is the same in every run.
 
     Args:
-        restorer: the adapter.
+        restorer: the adapter to score.
         files: aligned 512 px faces.
 
     Returns:
-        Input kind ("clean", "moderate", ...) to method to means over the faces: psnr_db and ssim against
-        the truth, and colour_shift, the largest absolute difference of a channel's mean from the truth's in
-        8-bit levels. Beside the restorer ("w=0.0", ...) the methods are "input"; "blur alone", the same input
-        without its noise and JPEG blocks, what remains where these are taken off without a trace; "filter".
+        For each kind of input ("clean", "moderate", ...) and each method, means over the faces: psnr_db and
+        ssim relative to the original, and colour_shift, the largest absolute difference of a channel's mean
+        from the original's in 8-bit levels. The methods are the restorer ("w=0.0", ...), "input", "filter",
+        and "blur alone": the input without noise and JPEG blocks, as if both had been removed perfectly.
     """
     methods: dict[str, Restore] = {"input": lambda face: face, "filter": denoise_and_sharpen}
     for w in FIDELITIES:
@@ -57,14 +57,14 @@ def measure_restorer(restorer: FaceRestorer, files: Sequence[Path]) -> dict[str,
         for index, file in enumerate(files):
             truth = read_face(file)
             rng = np.random.default_rng((EVALUATION_SEED, index))
-            spoilt = truth
+            degraded = truth
             if degradation is not None:
                 drawn = degradation.sample(rng)
-                spoilt = drawn.apply(truth, rng)
+                degraded = drawn.apply(truth, rng)
                 blurred = replace(drawn, noise_sigma=0.0, jpeg_quality=100).apply(truth, rng)
                 results["blur alone"].append(_compare(blurred, truth))
             for method, restore in methods.items():
-                results[method].append(_compare(restore(spoilt), truth))
+                results[method].append(_compare(restore(degraded), truth))
         report[kind] = {
             method: dict(zip(QUALITIES, np.mean(rows, axis=0).tolist(), strict=True))
             for method, rows in results.items()
@@ -73,7 +73,7 @@ def measure_restorer(restorer: FaceRestorer, files: Sequence[Path]) -> dict[str,
 
 
 def restore_face(restorer: FaceRestorer, fidelity: float, face_bgr: ImageU8) -> ImageU8:
-    """One aligned face (512, 512, 3) uint8 BGR, restored."""
+    """Restores one aligned face (512, 512, 3) uint8 BGR."""
     crops = torch.from_numpy(face_bgr[None]).to(restorer.device)
     restored: ImageU8 = restorer.restore(crops, [fidelity])[0][0].cpu().numpy()
     return restored
@@ -83,16 +83,16 @@ def measure_detector(detector: FaceDetector, teacher: FaceDetector, files: Seque
     """Agreement of two detectors on whole pictures, for faces of at least 40 px.
 
     Args:
-        detector: the one to score.
-        teacher: the one whose answers count as the truth.
+        detector: the detector to score.
+        teacher: the detector whose faces are the ground truth.
         files: photographs.
 
     Returns:
-        Counts of pictures and faces, recall, precision, the mean distance of landmarks in units of the
-        teacher's eye distance, and what was found in pictures where the teacher finds nothing.
+        Numbers of pictures and faces, recall, precision, the mean distance of landmarks in units of the
+        teacher's eye distance, and the number of faces found in pictures where the teacher finds none.
 
     Raises:
-        InputError: a file is no usable picture.
+        InputError: a file is not a usable picture.
     """
     agreement = Agreement()
     without_faces, found_in_them = 0, 0
@@ -115,12 +115,12 @@ def measure_detector(detector: FaceDetector, teacher: FaceDetector, files: Seque
 
 
 def denoise_and_sharpen(face_bgr: ImageU8) -> ImageU8:
-    """What a picture editor does: non-local means, then an unsharp mask; (H, W, 3) uint8 BGR to the same."""
+    """Non-local means, then an unsharp mask, as in a picture editor; (H, W, 3) uint8 BGR."""
     smooth = cv2.fastNlMeansDenoisingColored(face_bgr, None, 7, 7, 7, 21)
     blurred = cv2.GaussianBlur(smooth, (0, 0), 2.0)
     return np.asarray(cv2.addWeighted(smooth, 1.5, blurred, -0.5, 0), dtype=np.uint8)
 
 
 def _compare(result: ImageU8, truth: ImageU8) -> tuple[float, float, float]:
-    """In the order of `QUALITIES`."""
+    """PSNR, SSIM and colour shift, in the order of `QUALITIES`."""
     return psnr_db(result, truth), ssim(result, truth), colour_shift(result, truth)

@@ -1,1 +1,1 @@
-"""Weight sets: what they hold, where the files come from, and proof that they are the right ones."""
+"""Weight sets: their manifests, download and verification."""

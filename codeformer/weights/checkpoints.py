@@ -1,7 +1,7 @@
-"""Verified weight files to state dicts.
+"""Loads verified weight files into networks.
 
-A file is read once and the same bytes are hashed and deserialised, so that nothing can change
-between the check and the use.
+A file is read once, and the same bytes are hashed and deserialised. So the file cannot change between the
+check and the use.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from codeformer.weights.manifest import WeightFile
 
 NetworkT = TypeVar("NetworkT", bound=nn.Module)
 
-# torch lists every tensor that differs.
+# torch's message lists every tensor that differs.
 _MAX_CAUSE_LENGTH: Final = 400
 
 
@@ -28,7 +28,7 @@ def read_verified(file: WeightFile) -> bytes:
     """The content of a weight file, if it is the file the manifest describes.
 
     Raises:
-        WeightFileError: missing, unreadable, short, long or altered.
+        WeightFileError: the file is missing, unreadable, or has another size or hash.
     """
     try:
         data = file.path.read_bytes()
@@ -69,13 +69,13 @@ def place(network: NetworkT, device: torch.device) -> NetworkT:
 
 
 def load_into(network: nn.Module, file: WeightFile) -> None:
-    """Verifies a file and loads it into a network, `strict=True`.
+    """Verifies a file and loads it into a network with `strict=True`.
 
-    Safetensors and `torch.save` files are read, the latter with `weights_only=True`; the wrappings of
-    the published files (a dict under `params_ema`, names behind `module.`) are taken off.
+    Reads safetensors files, and `torch.save` files with `weights_only=True`. Of the published files, the dict
+    under `params_ema` is used, and the prefix `module.` is removed from names.
 
     Raises:
-        WeightFileError: the file is not the one described, or not this network's.
+        WeightFileError: the file does not match the manifest, or does not fit the network.
     """
     data = read_verified(file)
     try:
@@ -85,7 +85,10 @@ def load_into(network: nn.Module, file: WeightFile) -> None:
             content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as cause:
         raise WeightFileError(
-            file.path, "a checkpoint of tensors only", f"{cause}", "The manifest describes an unusable file."
+            file.path,
+            "a checkpoint of tensors only",
+            f"{cause}",
+            "Replace the file, and describe the new one in the manifest.",
         ) from cause
     try:
         network.load_state_dict(_unwrap(content), strict=True)

@@ -1,4 +1,4 @@
-"""Fetching weight files: resumed, retried, mirrored, verified, and safe beside another process."""
+"""Downloads weight files: with resuming, retries, mirrors, verification and a lock between processes."""
 
 import hashlib
 import logging
@@ -19,13 +19,13 @@ logger = logging.getLogger(__name__)
 
 ATTEMPTS_PER_SOURCE: Final = 4
 BACKOFF_S: Final = 1.0
-# Seconds to connect, and between two pieces of data.
+# Seconds to wait for the connection, and for each next piece of data.
 TIMEOUT_S: Final = (10.0, 30.0)
 LOCK_TIMEOUT_S: Final = 3600.0
 _CHUNK_BYTES: Final = 1 << 18
 _HTTP_PARTIAL: Final = 206
 _HTTP_RANGE_UNSATISFIABLE: Final = 416
-# Answers that trying the same address again may change.
+# Statuses after which the same address may be tried again.
 _HTTP_TRANSIENT: Final = frozenset({408, 425, 429, 500, 502, 503, 504})
 
 
@@ -37,7 +37,7 @@ class ProgressBar(Protocol):
 
 
 class _SourceFailedError(Exception):
-    """One address did not deliver; `final` when asking it again is of no use."""
+    """One address did not deliver the file; `final` if trying it again is useless."""
 
     def __init__(self, reason: str, *, final: bool) -> None:
         self.final = final
@@ -45,7 +45,7 @@ class _SourceFailedError(Exception):
 
 
 def fetch_set(weight_set: WeightSet, *, replace: bool = False, progress: bool = True) -> None:
-    """Makes sure that every file of a set is there and verified; see `fetch_file`."""
+    """Makes sure that every file of a set is present and verified; see `fetch_file`."""
     for _, file in weight_set.files():
         fetch_file(file, replace=replace, progress=progress)
 
@@ -58,23 +58,23 @@ def fetch_file(
     timeout_s: tuple[float, float] = TIMEOUT_S,
     sleep: Callable[[float], None] = time.sleep,
 ) -> None:
-    """Makes sure that a weight file is there and is the one its manifest describes.
+    """Makes sure that a weight file is present and matches its manifest.
 
-    Nothing is fetched if it is. Otherwise each source is tried in order, several times while its
-    failures look passing; a partial file is resumed, also by a later process. The file appears under
-    its own name only after its hash agrees. A second process waits for the first.
+    If it does, nothing is downloaded. Otherwise the sources are tried in order, each several times if its
+    failures look temporary. A partial file is resumed, also by a later process. The file gets its final name
+    only after its hash was verified. A second process waits for the first.
 
     Args:
-        file: what to fetch.
-        replace: put the right file in the place of a wrong one; else a wrong one is an error.
+        file: the file to fetch.
+        replace: whether to replace a file that does not match; otherwise it is an error.
         progress: show a progress bar on standard error.
-        timeout_s: seconds to connect, and between two pieces of data.
-        sleep: waits between attempts.
+        timeout_s: seconds to wait for the connection, and for each next piece of data.
+        sleep: the function that waits between attempts.
 
     Raises:
         DownloadError: no source delivered the file.
-        WeightFileError: the file is wrong and may not be replaced, has no source, or the folder cannot
-            be written.
+        WeightFileError: the file does not match and may not be replaced, it has no source, or the folder
+            cannot be written.
     """
     if is_verified(file):
         return
@@ -82,7 +82,7 @@ def fetch_file(
         raise WeightFileError(file.path, file.expectation, _describe(file.path), file.remedy)
     try:
         file.path.parent.mkdir(parents=True, exist_ok=True)
-        # What is there is judged under the lock: another process may just have finished.
+        # Check again under the lock, because another process may just have finished.
         with FileLock(f"{file.path}.lock", timeout=LOCK_TIMEOUT_S):
             if is_verified(file):
                 return
@@ -111,7 +111,7 @@ def fetch_file(
 
 
 def is_verified(file: WeightFile) -> bool:
-    """Whether the file is there with the right size and hash."""
+    """Whether the file is present with the right size and hash."""
     try:
         return file.path.stat().st_size == file.size_bytes and _sha256_of(file.path) == file.sha256
     except OSError:
@@ -119,7 +119,7 @@ def is_verified(file: WeightFile) -> bool:
 
 
 def _describe(path: Path) -> str:
-    """What is in a weight file's place, in words."""
+    """Describes what is found at the path of a weight file."""
     if not path.exists():
         return "no such file"
     if not path.is_file():
@@ -130,7 +130,7 @@ def _describe(path: Path) -> str:
 def _fetch_locked(
     file: WeightFile, *, progress: bool, timeout_s: tuple[float, float], sleep: Callable[[float], None]
 ) -> None:
-    # The hash in the name keeps a partial file from being continued with another file's bytes.
+    # With the hash in its name, a partial file is never resumed with the bytes of another file.
     partial = file.path.with_name(f"{file.path.name}.{file.sha256[:12]}.part")
     attempts: list[str] = []
     with tqdm(
@@ -168,7 +168,7 @@ def _download(
             raise _SourceFailedError(f"{type(cause).__name__}: {cause}", final=False) from cause
     digest = _sha256_of(partial)
     if digest != file.sha256:
-        # Which bytes are wrong is unknown, so none are kept.
+        # It is unknown which bytes are wrong, so all are discarded.
         partial.unlink()
         raise _SourceFailedError(f"delivered a file with sha256 {digest}", final=have == 0)
 
@@ -190,11 +190,11 @@ def _transfer(
             )
         resumed = response.status_code == _HTTP_PARTIAL
         if resumed and not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
-            raise _SourceFailedError("answered with another range than asked for", final=True)
+            raise _SourceFailedError("answered with another range than requested", final=True)
         received = have if resumed else 0
         announced = response.headers.get("Content-Length", "")
         if announced.isdigit() and received + int(announced) != size_bytes:
-            # A portal's page, say; kept, it would be continued with the real file's rest.
+            # For example a login page; if kept, it would be resumed with the rest of the real file.
             raise _SourceFailedError(
                 f"offers {received + int(announced):,} bytes instead of {size_bytes:,}", final=True
             )

@@ -1,4 +1,4 @@
-"""Weight sets: a folder with a `manifest.json` that describes three networks' files."""
+"""Weight sets: folders with a `manifest.json` that describes the files of three networks."""
 
 import json
 import os
@@ -16,7 +16,7 @@ DEFAULT_SET: Final = "official"
 MANIFEST_NAME: Final = "manifest.json"
 FILE_SUFFIXES: Final = (".pth", ".safetensors")
 
-# Role in the pipeline -> the architecture that fills it. A set may lack a parser.
+# The architecture of each role in the pipeline. A set may lack a parser.
 ARCHITECTURES: Final = {"restorer": "codeformer", "detector": "retinaface", "parser": "parsenet"}
 _FIELDS: Final[dict[str, type]] = {
     "architecture": str,
@@ -37,9 +37,9 @@ class WeightFile:
         path: where the file is, or will be.
         size_bytes: its exact size.
         sha256: its hash, lower-case hexadecimal.
-        sources: addresses to fetch it from, in order of preference; empty for a file that is shipped.
+        sources: addresses to download it from, in order of preference; empty for a file in the package.
         licence: the terms of the weights.
-        config: keyword arguments of the network, JSON types.
+        config: keyword arguments of the network, of JSON types.
     """
 
     path: Path
@@ -51,14 +51,14 @@ class WeightFile:
 
     @property
     def expectation(self) -> str:
-        """What the file should be, in words."""
+        """A description of the file: its size and hash."""
         return f"{self.size_bytes:,} bytes with sha256 {self.sha256}"
 
     @property
     def remedy(self) -> str:
-        """What to do when it is not that file, in words."""
+        """What to do if the file does not match."""
         if not self.sources:
-            return "It is shipped with the project, not downloaded: restore it or install anew."
+            return "It is shipped with the project, not downloaded: restore it, or install again."
         folder = self.path.parent
         name = folder.name if folder.parent in {WEIGHTS_ROOT, downloads()} else folder
         return f"Run `python -m codeformer weights fetch {name}` to get it from {self.sources[0]}."
@@ -86,12 +86,12 @@ def load_weight_set(name_or_path: str | Path | None = None) -> WeightSet:
     """Reads a weight set's manifest.
 
     Args:
-        name_or_path: a set that comes with the package, or the path of a folder with a manifest; None asks
-            the environment variable CODEFORMER_WEIGHTS, and takes "official" if that is not set. Downloaded
-            files of a set given by its path lie in its folder, those of others in `downloads()`.
+        name_or_path: a set that comes with the package, or the path of a folder with a manifest; None for
+            the environment variable CODEFORMER_WEIGHTS, or "official" if that is not set. For a set given by
+            its path, files are downloaded into its folder, otherwise into `downloads()`.
 
     Raises:
-        ManifestError: no such set, or its manifest is malformed.
+        ManifestError: there is no such set, or its manifest is malformed.
     """
     chosen = str(name_or_path or os.environ.get(SET_VARIABLE) or DEFAULT_SET)
     named = WEIGHTS_ROOT / chosen
@@ -103,7 +103,7 @@ def load_weight_set(name_or_path: str | Path | None = None) -> WeightSet:
         raise ManifestError(
             chosen,
             f"expected the name of a set ({known}) or a folder with a {MANIFEST_NAME}; "
-            f"mend {SET_VARIABLE} or the argument.",
+            f"correct {SET_VARIABLE} or the argument.",
         )
     try:
         content = json.loads(manifest_path.read_text(encoding="utf-8"))
