@@ -47,9 +47,6 @@ class Predictor(BaseRunner):
         """Whether the thread that works and the device are there; Cog asks at the same time as it serves."""
         return self.service.is_alive()
 
-        """Whether the working thread is there and the device computes; Cog asks at the same time as it serves."""
-        return self.worker.is_alive() and self.pipeline.is_alive()
-
     @cog.concurrent(max=8)  # type: ignore[untyped-decorator]
     async def run(
         self,

@@ -165,17 +165,18 @@ class Scheduler:
     def _work(self) -> None:
         try:
             while True:
-                self._admit()
+                if not self._turns:
+                    self._turns.append(self._new.get())
                 self._take_a_turn(self._turns[0])
+                # Whoever has come meanwhile is served before the one that has just been.
+                self._admit()
                 self._turns.rotate(-1)
                 self._drop_finished()
         finally:
             self._give_up("the thread that works with the device has ended")
 
     def _admit(self) -> None:
-        """Takes new requests in; waits for one if there is none at all."""
-        if not self._turns:
-            self._turns.append(self._new.get())
+        """Takes new requests in, without waiting for any."""
         with contextlib.suppress(queue.Empty):
             while True:
                 self._turns.append(self._new.get_nowait())
