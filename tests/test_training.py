@@ -42,7 +42,7 @@ from codeformer.training.scenes import SCENE_SIDE, Scenes
 from codeformer.training.scores import measure_detector, measure_restorer
 from codeformer.weights.manifest import load_weight_set
 from tests import pictures
-from tests.conftest import CPU, TINY_CONFIG, make_blind_detector, make_tiny_restorer
+from tests.conftest import CPU, TINY_CONFIG, all_finite, make_blind_detector, make_tiny_restorer
 
 SIDE = 32
 SMALL: dict[str, Any] = {
@@ -594,9 +594,10 @@ def test_restorer_scores_compare_with_the_original(tmp_path: Path) -> None:
     class Cheat:
         device = CPU
 
-        def restore(self, _: Tensor, w: float) -> Tensor:
+        def restore(self, crops: Tensor, fidelities: Sequence[float]) -> tuple[Tensor, Tensor]:
+            [w] = fidelities
             brighter = np.clip(pictures.portrait()[None].astype(int) + round(10 * w), 0, 255)
-            return torch.from_numpy(brighter.astype(np.uint8))
+            return torch.from_numpy(brighter.astype(np.uint8)), all_finite(crops)
 
     scores = measure_restorer(Cheat(), [tmp_path / "a.png"])  # type: ignore[arg-type]
     assert scores["clean"]["input"]["psnr_db"] == 100
