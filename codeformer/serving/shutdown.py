@@ -11,7 +11,7 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -97,7 +97,7 @@ def end_server(reason: str) -> None:
 def listening_port(process: int) -> int | None:
     """The lowest TCP port that a process listens on; None if it cannot be told, as outside Linux."""
     try:
-        handles = [str(handle.readlink()) for handle in Path(f"/proc/{process}/fd").iterdir()]
+        handles = _targets(Path(f"/proc/{process}/fd"))
         lines = [
             line.split()
             for table in ("tcp", "tcp6")
@@ -111,3 +111,12 @@ def listening_port(process: int) -> int | None:
         if line[3] == _LISTENING and f"socket:[{line[9]}]" in handles
     ]
     return min(ports, default=None)
+
+
+def _targets(folder: Path) -> set[str]:
+    """What the links in a folder point to, excluding those that go meanwhile."""
+    found = set()
+    for link in folder.iterdir():
+        with suppress(FileNotFoundError):
+            found.add(str(link.readlink()))
+    return found
