@@ -63,6 +63,7 @@ Weights = Annotated[
     str | None, Field(description="a set's name or folder; else CODEFORMER_WEIGHTS, else official")
 ]
 Device = Annotated[str | None, Field(description="cuda or cpu; else cuda where there is one")]
+Limit = Annotated[int | None, Field(ge=1, description="so many pictures of a folder, the first ones")]
 OfficialSize = Annotated[
     bool, Field(description="random networks of official size; the set's detector finds the faces")
 ]
@@ -163,37 +164,35 @@ class Loaded:
     header: dict[str, Any]
 
 
-def load(options: InProcess, *repeated: str) -> Loaded:
-    """Loads the networks that the options ask for, fetched if need be; keeps freed memory as a server does.
-
-    Args:
-        options: --weights, --device and others.
-        repeated: as for `header_of`.
-    """
+def load(options: InProcess) -> Loaded:
+    """Loads the networks that are asked for, fetched if need be; keeps freed memory as a server does."""
     device = available_device(options.device)
     weights = load_weight_set(options.weights)
-    header = header_of(options, device, weights, *repeated)
+    header = header_of(device, weights)
     fetch_set(weights, progress=True)
     tune_process(device)
     return Loaded(device, weights, load_models(weights, device), header)
 
 
-def server_header(options: Serving, *repeated: str) -> dict[str, Any]:
+def server_header(options: Serving) -> dict[str, Any]:
     """The fields of a result of requests that are known before the server starts; fetches its weights."""
-    kind = server_kind(None if options.server == "auto" else options.server)
+    kind = server_kind(options.server)
     weights = load_weight_set(options.weights)
     # An image serves weights of its own.
-    header = header_of(options, available_device(None), weights if kind == "direct" else None, *repeated)
+    header = header_of(available_device(None), weights if kind == "direct" else None)
     if kind == "direct":
         fetch_set(weights, progress=True)
     return header | {"server": kind}
 
 
 def server_of(options: Serving) -> AbstractContextManager[Server]:
-    """A server, started as the options in `SERVER` say."""
-    kind = None if options.server == "auto" else options.server
-    deadline_s = options.start_timeout_sec
-    return running_server(options.port, kind=kind, weights=options.weights, deadline_s=deadline_s)
+    """A server, started as the options say."""
+    return running_server(
+        options.port,
+        kind=server_kind(options.server),
+        weights=options.weights,
+        deadline_s=options.start_timeout_sec,
+    )
 
 
 def pictures_in(folder: Path) -> list[Path]:
@@ -202,16 +201,13 @@ def pictures_in(folder: Path) -> list[Path]:
     Raises:
         InputError: there are none.
     """
-
-    def parts(file: Path) -> list[Any]:
-        # Text and numbers alternate, so that like is compared with like.
-        pieces = re.split(r"(\d+)", file.name.lower())
-        return [int(piece) if index % 2 else piece for index, piece in enumerate(pieces)]
-
     files = [file for file in folder.glob("*") if file.suffix.lower() in SUFFIXES and file.is_file()]
     if not files:
         raise InputError(f"{folder}: expected pictures ({', '.join(SUFFIXES)}), found none; see `make data`.")
-    return sorted(files, key=parts)
+    # Numbers of the same length sort as text.
+    return sorted(
+        files, key=lambda file: re.sub(r"\d+", lambda digits: digits[0].zfill(20), file.name.lower())
+    )
 
 
 def benchmark_pictures(folder: Path) -> list[Path]:

@@ -22,14 +22,13 @@ PROGRAMS: Final = {
     "parts": "What does a request cost besides its networks, and what does a start cost?",
     "networks": "What is each rewriting of the networks worth, at official size?",
     "quality": "How good are the pictures, and what does a faster profile change in them?",
-    "faces": "Which faces are found, in which pose, what is taken for one, and what does looking again cost?",
-    "soak": "Does a server stay as it should over many requests, bad and cancelled ones among them?",
+    "faces": "Which faces are found, what is mistaken for one, and what does the second look cost?",
+    "soak": "Does a server stay sound over many requests, bad and cancelled ones included?",
 }
 TOOLS: Final = {
     "report": "Write one HTML page of any results, with the cost of 1000 images",
     "full_size": "Write a weight set of official size with random values, to measure speed with",
 }
-_OUTPUTS: Final = {"requests": "last_bench.json"}
 
 
 class Program(Protocol):
@@ -64,7 +63,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def run(name: str, arguments: Sequence[str], command: str | None = None) -> int:
-    """Runs a program and writes and prints its result.
+    """Runs a program, and writes and prints its result.
 
     SIGTERM ends it as an exception does, so that no server is left behind.
 
@@ -78,7 +77,7 @@ def run(name: str, arguments: Sequence[str], command: str | None = None) -> int:
     """
     program = program_of(name)
     options = parse(program.Options, command or f"{COMMAND} {name}", program.__doc__, arguments)
-    output = FOLDER / _OUTPUTS.get(name, f"last_bench_{name}.json")
+    output = FOLDER / ("last_bench.json" if name == "requests" else f"last_bench_{name}.json")
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         if isinstance(options, Measuring):
@@ -87,17 +86,17 @@ def run(name: str, arguments: Sequence[str], command: str | None = None) -> int:
         report = program.measure(options)
         if report is None:
             return 0
-        report.write(output)
+        output.write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        section = report.section(read_model(Prices, PRICES))
     except CodeFormerError as failure:
         print(f"error: {failure}", file=sys.stderr)
         return 1
     finally:
         signal.signal(signal.SIGTERM, before)
-    print(as_text(report.section(read_model(Prices, PRICES))))
-    print(f"wrote {output}")
-    for problem in report.problems():
+    print(f"{as_text(section)}\nwrote {output}")
+    for problem in section.problems:
         print(problem, file=sys.stderr)
-    return int(bool(report.problems()))
+    return int(bool(section.problems))
 
 
 def check_output(path: Path) -> None:
@@ -106,15 +105,14 @@ def check_output(path: Path) -> None:
     Raises:
         BenchmarkError: the file or its folder cannot be made.
     """
+    existed = path.exists()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        existed = path.exists()
-        with path.open("ab"):
-            pass
-        if not existed:
-            path.unlink()
+        path.open("ab").close()
     except OSError as cause:
         raise BenchmarkError(f"{path}: cannot be written ({cause.strerror}); change --output.") from cause
+    if not existed:
+        path.unlink()
 
 
 def read_report(path: Path) -> Report:

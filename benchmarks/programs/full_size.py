@@ -57,13 +57,12 @@ def with_official_sizes(models: Models, device: torch.device) -> Models:
         device: where they are.
     """
     torch.manual_seed(SEED)
-    networks = (CodeFormer(), FaceParsingNetwork(), build_retinaface("resnet50"))
-    restorer, parser, large = (_ready(network, device) for network in networks)
-    return Models(
-        detector=FaceDetector(_SlowedDetector(models.detector.network, large)),
-        restorer=FaceRestorer(restorer),
-        masker=FaceParser(parser),
+    networks: Any = (CodeFormer(), FaceParsingNetwork(), build_retinaface("resnet50"))
+    restorer, parser, large = (
+        network.to(device).eval().requires_grad_(requires_grad=False) for network in networks
     )
+    detector = _SlowedDetector(models.detector.network, large)
+    return Models(FaceDetector(detector), FaceRestorer(restorer), FaceParser(parser))
 
 
 class _SlowedDetector(nn.Module):
@@ -77,7 +76,3 @@ class _SlowedDetector(nn.Module):
     def forward(self, x: Tensor) -> Any:
         self.unused(x)
         return self.used(x)
-
-
-def _ready(network: Any, device: torch.device) -> Any:
-    return network.to(device).eval().requires_grad_(requires_grad=False)
