@@ -37,19 +37,17 @@ COMMITTED: Final = frozenset({"1.jpg", "2.jpg", "3.jpg", "4.jpg"})
 SUFFIXES: Final = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 _MODES: Final[list[Any]] = [("safe", "eager"), *(("optimized", backend) for backend in COMPILE_BACKENDS)]
 # Every sensible configuration by its label; in safe mode the backend is not used.
-CASES: Final[dict[str, Configuration]] = {
-    case.label: case
+_ALL: Final = [
+    Configuration(
+        runtime_profile=profile,
+        stability_mode=mode,
+        compile_backend=backend,
+        codeformer_fidelity=DEFAULT_FIDELITY,
+    )
     for profile in get_args(RuntimeProfile)
     for mode, backend in _MODES
-    for case in [
-        Configuration(
-            runtime_profile=profile,
-            stability_mode=mode,
-            compile_backend=backend,
-            codeformer_fidelity=DEFAULT_FIDELITY,
-        )
-    ]
-}
+]
+CASES: Final = {case.label: case for case in _ALL}
 DEFAULT_CASES: Final = ("baseline/safe", "fast/optimized/none", "max_speed/optimized/none")
 
 Port = Annotated[int, Field(ge=0, description="a free one; 0: the system chooses (not with cog)")]
@@ -79,7 +77,7 @@ class Options(BaseModel):
 class Measuring(Options):
     """The options of a program that has a result."""
 
-    output: Annotated[Path | None, Field(description="the result; else benchmarks/last_*.json")] = None
+    output: Path | None = Field(None, description="the result; else benchmarks/last_*.json")
 
 
 class InProcess(Measuring):
@@ -98,8 +96,8 @@ class Serving(Measuring):
         Field(description="`cog serve` in Docker, Cog's server in this environment, or the first possible"),
     ] = "auto"
     weights: Weights = None
-    timeout_sec: Annotated[float, Field(description="for each request")] = 600.0
-    start_timeout_sec: Annotated[float, Field(description="for the server to become ready")] = 600.0
+    timeout_sec: float = Field(600.0, description="for each request")
+    start_timeout_sec: float = Field(600.0, description="for the server to become ready")
 
 
 _Options = TypeVar("_Options", bound=Options)
@@ -231,11 +229,7 @@ def benchmark_pictures(folder: Path) -> list[Path]:
 
 
 def read_picture(file: Path) -> ImageU8:
-    """A picture (H, W, 3) uint8 BGR.
-
-    Raises:
-        InputError: it cannot be read, or is no usable picture.
-    """
+    """A picture (H, W, 3) uint8 BGR; raises InputError if it cannot be read, or is no usable picture."""
     try:
         return decode_image(file.read_bytes())
     except OSError as cause:
@@ -245,10 +239,6 @@ def read_picture(file: Path) -> ImageU8:
 
 
 def describe_picture(file: Path) -> Picture:
-    """A picture's name and size.
-
-    Raises:
-        InputError: it cannot be read, or is no usable picture.
-    """
+    """A picture's name and size; raises InputError if it cannot be read, or is no usable picture."""
     height, width = read_picture(file).shape[:2]
     return Picture(name=file.name, width=width, height=height)

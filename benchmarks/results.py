@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Final, Literal, Self, TypeVar
+from typing import Annotated, Any, Final, Literal, Self, TypeVar
 
 import torch
 from pydantic import BaseModel, Field, ValidationError
@@ -16,6 +16,18 @@ from codeformer.options import CompileBackend, RuntimeProfile, StabilityMode
 from codeformer.weights.manifest import WeightSet
 
 PRICES: Final = Path(__file__).with_name("prices.json")
+
+# Each is a module in programs/, and the kind of its results.
+PROGRAMS: Final = {
+    "requests": "How long do requests take over HTTP, profile against profile?",
+    "single_image": "Which configuration answers one picture fastest, cold and warm?",
+    "stages": "Where does the time go, and how far is each stage from the hardware's limit?",
+    "parts": "What does a request cost besides its networks, and what does a start cost?",
+    "networks": "What is each rewriting of the networks worth, at official size?",
+    "quality": "How good are the pictures, and what does a faster profile change in them?",
+    "faces": "Which faces are found, what is mistaken for one, and what does the second look cost?",
+    "soak": "Does a server stay sound over many requests, bad and cancelled ones included?",
+}
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
@@ -113,8 +125,6 @@ class Report(Model):
     others as a note; a program overrides the methods below where that is not enough.
     """
 
-    title: ClassVar[str]
-
     kind: str
     machine: Machine
     weights: Weights | None
@@ -152,12 +162,11 @@ class Report(Model):
     def section(self, prices: Prices) -> Section:
         """What is shown of it."""
         times = self.ms_per_image()
-        costs = {label: prices.cost(ms.avg, self.machine.device) for label, ms in times.items()}
-        price = f"{prices.currency} per 1000 images"
-        rows = [
-            {"": label, **row_of(ms), "per second": shown(1e3 / ms.avg), price: shown(costs[label])}
-            for label, ms in times.items()
-        ]
+        rows = []
+        for label, ms in times.items():
+            rows.append({"": label, **row_of(ms), "per second": shown(1e3 / ms.avg)})
+            cost = prices.cost(ms.avg, self.machine.device)
+            rows[-1][f"{prices.currency} per 1000 images"] = shown(cost)
         stages = {
             label: {stage: found[stage].p50 for stage in STAGES if stage in found}
             for label, found in self.stages_ms().items()
@@ -165,10 +174,9 @@ class Report(Model):
         charts = [
             Chart("boxes", "ms per image", times),
             Chart("bars", "median ms of a request", {label: bar for label, bar in stages.items() if bar}),
-            Chart("bars", price, {label: {"": cost} for label, cost in costs.items() if cost is not None}),
         ]
         return Section(
-            self.title,
+            PROGRAMS[self.kind],
             self.notes(),
             [*self.tables(), Table("ms per image", rows)],
             [*charts, *self.charts()],
@@ -180,17 +188,10 @@ class Report(Model):
         return [(name, value) for name, value in self if name not in Report.model_fields]
 
     def _provenance(self) -> list[str]:
-        machine, device = self.machine, self.machine.device
-        facts = [
-            *(str(value) for value in (device.name, device.driver, device.cuda, device.memory_gib) if value),
-            f"{machine.cpu}, {machine.cores} cores, {machine.threads} threads",
-            f"load {machine.load_average[0]:g}",
-            f"weights {self.weights.name}" if self.weights else "random weights",
-            f"commit {machine.commit}, {machine.time}",
-            f"Python {machine.python}",
-            *(f"{name} {version}" for name, version in machine.versions.items()),
-        ]
-        return ["; ".join(facts) + ".", f"Made by: {self.command}"]
+        facts = row_of(self.machine) | {"load average": f"{self.machine.load_average[0]:g}"}
+        facts["weights"] = self.weights.name if self.weights else "random"
+        known = [f"{title} {text}" for title, text in facts.items() if text != "-"]
+        return ["; ".join(known) + ".", f"Made by: {self.command}"]
 
 
 class RepeatedReport(Report):
@@ -246,12 +247,10 @@ def header_of(device: torch.device, weights: WeightSet | None) -> dict[str, Any]
 
 
 def _is_table(value: Any) -> bool:
-    return isinstance(value, dict) or (
-        isinstance(value, list) and any(isinstance(item, BaseModel) for item in value)
-    )
+    return isinstance(value, dict) or (isinstance(value, list) and any(map(is_parts, value)))
 
 
 def _is_fact(value: Any) -> bool:
     if isinstance(value, list):
-        return all(isinstance(item, str) for item in value)
+        return not any(is_parts(item) or isinstance(item, tuple) for item in value)
     return not (isinstance(value, dict) or is_parts(value))

@@ -8,23 +8,12 @@ from pathlib import Path
 from typing import Any, Final, Protocol, cast
 
 from benchmarks.options import Measuring, Options, parse
-from benchmarks.results import PRICES, Kind, Prices, Report, read_model
+from benchmarks.results import PRICES, PROGRAMS, Kind, Prices, Report, read_model
 from benchmarks.views import as_text
 from codeformer.errors import BenchmarkError, CodeFormerError
 
 FOLDER: Final = Path(__file__).parent
 COMMAND: Final = "python -m benchmarks"
-# Each is a module in programs/, and the kind of its results.
-PROGRAMS: Final = {
-    "requests": "How long do requests take over HTTP, profile against profile?",
-    "single_image": "Which configuration answers one picture fastest, cold and warm?",
-    "stages": "Where does the time go, and how far is each stage from the hardware's limit?",
-    "parts": "What does a request cost besides its networks, and what does a start cost?",
-    "networks": "What is each rewriting of the networks worth, at official size?",
-    "quality": "How good are the pictures, and what does a faster profile change in them?",
-    "faces": "Which faces are found, what is mistaken for one, and what does the second look cost?",
-    "soak": "Does a server stay sound over many requests, bad and cancelled ones included?",
-}
 TOOLS: Final = {
     "report": "Write one HTML page of any results, with the cost of 1000 images",
     "full_size": "Write a weight set of official size with random values, to measure speed with",
@@ -47,11 +36,7 @@ def program_of(name: str) -> Program:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs the program that the first argument names; without one lists them all.
-
-    Returns:
-        The exit status: 0 on success, 1 when anything failed, 2 for an unknown program.
-    """
+    """Runs the program that the first argument names; without one lists them all."""
     if arguments and arguments[0] in PROGRAMS | TOOLS:
         return run(arguments[0], arguments[1:])
     listing = "\n".join(f"  {name:14}{line}" for name, line in (PROGRAMS | TOOLS).items())
@@ -63,17 +48,9 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def run(name: str, arguments: Sequence[str], command: str | None = None) -> int:
-    """Runs a program, and writes and prints its result.
+    """Runs a program as `command`, and writes and prints its result; returns 0, or 1 when anything failed.
 
     SIGTERM ends it as an exception does, so that no server is left behind.
-
-    Args:
-        name: of a program or tool.
-        arguments: its options.
-        command: what it is called with, if not with `python -m benchmarks NAME`.
-
-    Returns:
-        0 on success, 1 when anything failed.
     """
     program = program_of(name)
     options = parse(program.Options, command or f"{COMMAND} {name}", program.__doc__, arguments)
@@ -100,11 +77,7 @@ def run(name: str, arguments: Sequence[str], command: str | None = None) -> int:
 
 
 def check_output(path: Path) -> None:
-    """Fails before the work, not after it, where a file cannot be written.
-
-    Raises:
-        BenchmarkError: the file or its folder cannot be made.
-    """
+    """Raises BenchmarkError before the work, not after it, where a file or its folder cannot be made."""
     existed = path.exists()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -116,11 +89,7 @@ def check_output(path: Path) -> None:
 
 
 def read_report(path: Path) -> Report:
-    """A result as its program wrote it.
-
-    Raises:
-        BenchmarkError: not a file, not JSON, or not a result of a known kind.
-    """
+    """A result as its program wrote it; raises BenchmarkError for anything else."""
     kind = read_model(Kind, path).kind
     if kind not in PROGRAMS:
         raise BenchmarkError(f"{path}: expected a result of kind {', '.join(PROGRAMS)}, got {kind!r}.")

@@ -41,13 +41,8 @@ _DEAD: Final = {"SETUP_FAILED": "failed: its setup failed", "DEFUNCT": "is defun
 
 @dataclass(frozen=True)
 class Answer:
-    """What a request came to.
-
-    Attributes:
-        elapsed_ms: from sending to the last byte of the answer.
-        metrics: the server's by dotted names, empty for a failed request.
-        pictures: the files that came back.
-        error: what went wrong, in the server's words; None for success.
+    """What a request came to: the time from sending to the last byte of the answer, the server's metrics by
+    dotted names and the files that came back, or what went wrong, in the server's words.
     """
 
     elapsed_ms: float
@@ -64,7 +59,14 @@ class Answer:
             return cls(elapsed_ms, error=f"HTTP {reply.status_code}: {reply.text[:500]}")
         if reply.status_code == 200 and body.get("status") == "succeeded":
             pictures = [base64.b64decode(uri.partition(",")[2]) for uri in body.get("output") or ()]
-            return cls(elapsed_ms, _dotted(body.get("metrics") or {}), pictures)
+            # Cog nests what the predictor names "timing.detect".
+            nested = {
+                k: v if isinstance(v, dict) else {"": v} for k, v in (body.get("metrics") or {}).items()
+            }
+            metrics = {
+                f"{k}.{name}".rstrip("."): v for k, group in nested.items() for name, v in group.items()
+            }
+            return cls(elapsed_ms, metrics, pictures)
         error = body.get("error") or body.get("detail") or body
         return cls(elapsed_ms, error=f"HTTP {reply.status_code}: {error}")
 
@@ -74,14 +76,7 @@ class Answer:
 
 
 class Server:
-    """A server that has been started.
-
-    Args:
-        process: that was started.
-        port: where it listens; 0 for one that the kernel chooses, found out while the server starts.
-        log: what it prints.
-        kind: how it was started.
-    """
+    """A server that has been started, and what it prints to a log; of port 0 it finds out the real one."""
 
     setup_s: float
 
@@ -91,22 +86,17 @@ class Server:
         self._log = log
         self._session = direct_session()
         self.kind = kind
+        # Of the server's first process; the others are its children.
+        self.pid = process.pid
 
     @property
     def url(self) -> str:
-        """Where it listens."""
         return f"http://{HOST}:{self._port}"
-
-    @property
-    def pid(self) -> int:
-        """Of the server's first process; the others are its children."""
-        return self._process.pid
 
     def predict(self, inputs: Mapping[str, Any], timeout_s: float) -> Answer:
         """Sends a request and waits for its answer; after a timeout, until the server is idle again.
 
-        Raises:
-            BenchmarkError: the server has ended, or does not finish a request that timed out.
+        Raises BenchmarkError if the server has ended, or does not finish a request that timed out.
         """
         body = json.dumps({"input": dict(inputs)}).encode()
         headers = {"Content-Type": "application/json"}
@@ -133,10 +123,7 @@ class Server:
     def predict_as(self, name: str, inputs: Mapping[str, Any], timeout_s: float) -> str:
         """Sends a request under a name it can be cancelled by; returns what became of it, in Cog's word.
 
-        May be called from another thread.
-
-        Raises:
-            BenchmarkError: there is no proper answer.
+        May be called from another thread. Raises BenchmarkError if there is no proper answer.
         """
         url = f"{self.url}/predictions/{name}"
         try:
@@ -169,21 +156,15 @@ class Server:
             if self._process.poll() is not None:
                 raise self._error(f"ended with status {self._process.returncode}")
             self._port = self._port or _port_of(self.pid)
-            state, setup_log = self._health() if self._port else (state, "")
+            with contextlib.suppress(requests.RequestException, ValueError):
+                health = self._session.get(f"{self.url}/health-check", timeout=5).json()
+                state = str(health.get("status"))
+                if state in _DEAD:
+                    raise self._error(_DEAD[state], (health.get("setup") or {}).get("logs") or "")
             if state == wanted:
                 return
-            if state in _DEAD:
-                raise self._error(_DEAD[state], setup_log)
             time.sleep(every_s)
         raise self._error(f"{otherwise} ({state})")
-
-    def _health(self) -> tuple[str, str]:
-        """The server's state in its own word, and what its setup said."""
-        try:
-            health = self._session.get(f"{self.url}/health-check", timeout=5).json()
-        except (requests.RequestException, ValueError):
-            return "no answer", ""
-        return str(health.get("status")), str((health.get("setup") or {}).get("logs") or "")
 
     def _error(self, what: str, log: str = "") -> BenchmarkError:
         log = log.strip() or self._log.read_text(encoding="utf-8", errors="replace").strip()
@@ -193,7 +174,7 @@ class Server:
         """What the server's processes hold in memory now."""
         return float(sum(member.memory_info().rss for member in _family(self.pid))) / 2**20
 
-    def peak_memory_mib(self) -> tuple[float, str] | tuple[None, None]:
+    def peak_memory_mib(self) -> tuple[float | None, str | None]:
         """The most memory the server has held so far, and of what: the GPU or its processes."""
         if self.kind == "cog":
             return None, None
@@ -201,7 +182,7 @@ class Server:
         if (gpu := _gpu_memory_mib(pids)) is not None:
             return gpu, "GPU"
         peak = peak_resident_mib(pids)
-        return (None, None) if peak is None else (peak, "server processes")
+        return peak, None if peak is None else "server processes"
 
 
 @contextlib.contextmanager
@@ -216,17 +197,15 @@ def running_server(
     """Starts a server, and ends it whatever happens.
 
     Args:
-        port: a free one; 0 for one that the kernel chooses, so that nobody else can take it first (not
-            possible with "cog", which does not tell it).
-        kind: "cog" for `cog serve` in Docker, "direct" for Cog's server in this environment; None takes
-            the first that is possible here.
-        weights: the weight set; None for the server's own choice, the only one in Docker.
+        port: a free one; 0 for one that the kernel chooses, which "cog" does not tell.
+        kind: "cog" for `cog serve` in Docker, "direct" for Cog's server in this environment; else the first
+            possible.
+        weights: the weight set; in Docker the image's own.
         deadline_s: how long to wait until it is ready; `cog serve` may have to build the image first.
-        temporary: where a direct server keeps temporary files; None for the system's folder.
+        temporary: where a direct server keeps temporary files, if not in the system's folder.
 
     Raises:
-        BenchmarkError: the port is in use, the server cannot be started, its setup fails, it is not ready in
-            time, or does not give the port back; shows the server's own words.
+        BenchmarkError: the port is in use or stays so, or the server cannot be started or fails; quotes it.
     """
     check_port(port)
     kind = server_kind(kind)
@@ -235,9 +214,7 @@ def running_server(
             "--weights: an image serves its own weights; leave it out, or use --server direct."
         )
     if kind == "cog" and not port:
-        raise BenchmarkError(
-            "--port 0: `cog serve` needs a number; name a free port, or use --server direct."
-        )
+        raise BenchmarkError("--port 0: `cog serve` needs a number; name a free one, or use --server direct.")
     with tempfile.TemporaryDirectory(prefix="codeformer-bench-") as folder:
         log = Path(folder) / "server.log"
         started = time.monotonic()
@@ -259,11 +236,7 @@ def server_kind(wanted: Literal["auto", "cog", "direct"] | None) -> ServerKind:
 
 
 def check_port(port: int) -> None:
-    """Fails if something listens there already: its answers would be taken for the new server's.
-
-    Raises:
-        BenchmarkError: the port is in use, or not ours to use.
-    """
+    """Raises BenchmarkError for a port in use, whose answers would be taken for the new server's."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -342,9 +315,8 @@ def _stop(process: subprocess.Popen[bytes], port: int, kind: ServerKind) -> None
             session.post(f"http://{HOST}:{port}/shutdown", timeout=5)
     family = _family(process.pid)
     # The server ends its worker, which then removes its temporary files.
-    with contextlib.suppress(ProcessLookupError):
-        process.terminate()
-    _, family = psutil.wait_procs(family, _STOP_S)
+    process.terminate()
+    psutil.wait_procs(family, _STOP_S)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     for member in family:
@@ -363,27 +335,11 @@ def _stop(process: subprocess.Popen[bytes], port: int, kind: ServerKind) -> None
 
 
 def _family(pid: int) -> list[psutil.Process]:
-    """A process, its children, and what it has left behind in its group."""
-    members = set()
+    """A process and all that it has started."""
     with contextlib.suppress(psutil.NoSuchProcess):
         first = psutil.Process(pid)
-        members |= {first, *first.children(recursive=True)}
-    for other in psutil.process_iter():
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            if os.getpgid(other.pid) == pid:
-                members.add(other)
-    return list(members)
-
-
-def _dotted(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Cog nests what the predictor names "timing.detect"; this is undone."""
-    names: dict[str, Any] = {}
-    for name, value in metrics.items():
-        if isinstance(value, Mapping):
-            names |= {f"{name}.{inner}": number for inner, number in _dotted(value).items()}
-        else:
-            names[name] = value
-    return names
+        return [first, *first.children(recursive=True)]
+    return []
 
 
 def _gpu_memory_mib(pids: Sequence[int]) -> float | None:

@@ -41,20 +41,15 @@ class Table:
 
 @dataclass(frozen=True)
 class Chart:
-    """One mark for each label.
+    """One mark for each label; without a label it is left out.
 
-    Attributes:
-        kind: "bars" of parts with a length each, "boxes" of a Summary each (quartiles, whiskers from the
-            fastest to p95, dots for p99 and the slowest), or "lines" through points (x, y).
-        unit: of the lengths, of the summaries, or of y.
-        labels: what is drawn, by label; a chart without one is left out.
-        x_unit: of lines.
+    "bars" are made of parts with a length each. "boxes" show a Summary each: quartiles, whiskers from the
+    fastest to p95, dots for p99 and the slowest.
     """
 
-    kind: Literal["bars", "boxes", "lines"]
+    kind: Literal["bars", "boxes"]
     unit: str
     labels: Mapping[str, Any]
-    x_unit: str = ""
 
     @property
     def parts(self) -> list[str]:

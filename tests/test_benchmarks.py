@@ -28,8 +28,8 @@ from skimage.metrics import peak_signal_noise_ratio
 from benchmarks import options, runner
 from benchmarks.measure import Samples, Summary, interleave, rotated, timings_of
 from benchmarks.programs import faces, full_size, quality, requests, soak, stages
-from benchmarks.results import PRICES, Device, Prices, read_model
-from benchmarks.runner import PROGRAMS, TOOLS, main, read_report, run
+from benchmarks.results import PRICES, PROGRAMS, Device, Prices, read_model
+from benchmarks.runner import TOOLS, main, read_report, run
 from benchmarks.server import Answer, as_input, check_port, running_server
 from codeformer.engine.masker import FaceParser
 from codeformer.engine.models import load_models
@@ -402,7 +402,7 @@ def test_a_run_reports_rounds_requests_and_images(
     assert {"round_totals", "per_request", "per_image"} <= set(written)
     assert written["per_request"]["ms"]["p95"] > 0
     printed = capsys.readouterr().out
-    assert all(name in printed for name in ("p95", "round_totals", "per_request", "per_image"))
+    assert all(name in printed for name in ("p95", "round totals", "per request", "per image"))
 
 
 @pytest.mark.slow
@@ -795,7 +795,7 @@ def test_the_page_is_whole_and_shows_what_was_measured(tmp_path: Path) -> None:
     for file in COMMITTED:
         assert read_report(file).machine.commit in html
     charts = [ElementTree.fromstring(svg) for svg in re.findall(r"<svg .*?</svg>", html, re.DOTALL)]
-    assert len(charts) == 17
+    assert len(charts) == 9
     for chart in charts:
         right, bottom = map(float, chart.attrib["viewBox"].split()[2:])
         drawn = [mark for mark in chart.iter() if mark.tag in {"rect", "line", "circle", "polyline"}]
@@ -859,7 +859,8 @@ def test_a_tenth_of_a_soak_is_bad_and_every_kind_comes_in_turn() -> None:
     assert plan.count(None) == 10
     assert requests.total() == 1000
     assert sum(requests[kind.name] for kind in soak.bad_requests()) == 100
-    assert set(requests) == {kind.name for kind in [*soak.good_requests(), *soak.bad_requests()]}
+    good = [kind.name for kinds in soak.good_requests() for kind in kinds]
+    assert set(requests) == {*good, *(kind.name for kind in soak.bad_requests())}
     assert min(requests.values()) >= 10
 
 

@@ -7,10 +7,10 @@ pictures.
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, ClassVar, Final, Literal
+from typing import Annotated, Final, Literal
 
 import cv2
 import numpy as np
@@ -22,7 +22,6 @@ from benchmarks import options as opt
 from benchmarks.measure import Count, Model, Summary, interleave, ratio_of_pairs
 from benchmarks.programs.stages import picture_with
 from benchmarks.results import RepeatedReport, Weights
-from benchmarks.views import Chart
 from codeformer.engine.detector import FaceDetector, resize_for_detection
 from codeformer.engine.finder import FaceFinder, FoundFaces
 from codeformer.engine.pipeline import Pipeline
@@ -69,16 +68,8 @@ Look = Callable[[WorkingCopy], FoundFaces]
 class Found(Model):
     """What one look made of several pictures.
 
-    Attributes:
-        pictures_of: their kind.
-        second_look: whether it was on.
-        pictures: how many there were.
-        with_ghosts: those in which something would be restored that is not right.
-        faces: that they hold.
-        right: faces that would be restored in their pose.
-        wrong_pose: what would be restored at the place of a face, but in another pose.
-        extra: what would be restored elsewhere.
-        skipped: detections that would be left as they are.
+    `with_ghosts` counts pictures in which something would be restored that is not right, `wrong_pose` what
+    would be restored at the place of a face, `extra` what would be elsewhere, `skipped` what would be left.
     """
 
     pictures_of: str
@@ -95,13 +86,9 @@ class Found(Model):
 def judge(
     found_xy: Sequence[FloatArray], true_xy: Sequence[FloatArray], skipped: int = 0, *, right: float = RIGHT
 ) -> Counter[str]:
-    """The numbers of `Found` for one picture.
+    """The numbers of `Found` for one picture, from landmarks (5, 2) of what would be restored and of faces.
 
-    Args:
-        found_xy: landmarks, (5, 2) each, of what would be restored.
-        true_xy: those of the faces; each is found once at most.
-        skipped: detections left out.
-        right: the largest distance of a right one.
+    Each face is found once at most, within a distance `right`.
     """
     missing, others = list(true_xy), []
     for found in found_xy:
@@ -136,15 +123,9 @@ def _eye_distance(landmarks_xy: FloatArray) -> float:
 
 
 class Cost(Model):
-    """Times of one picture.
+    """Times of finding faces without the second look and with it, and of a whole request with it.
 
-    Attributes:
-        faces: restored by a request.
-        off_ms: of finding faces without the second look.
-        on_ms: with it.
-        request_ms: of a whole request in this process, in profile baseline, with it.
-        on_to_off: round by round.
-        share_of_request: what the second look adds, round by round.
+    `share_of_request` is that of what the second look adds. Ratios are taken round by round.
     """
 
     picture: str
@@ -159,18 +140,9 @@ class Cost(Model):
 
 
 class Result(RepeatedReport):
-    """Of both looks.
-
-    Attributes:
-        seed: of the crops.
-        turned: whole pictures by their turn.
-        whole: upright pictures by folder.
-        close_ups: central parts of aligned faces by their share of the side.
-        faceless: pictures without a face.
-        costs: of the second look, by picture.
+    """Of both looks at whole pictures by their turn, upright ones by folder, close-ups by the share of an
+    aligned face's side, and pictures without a face; the costs of the second look by picture.
     """
-
-    title: ClassVar[str] = "Finding faces"
 
     kind: Literal["faces"] = "faces"
     seed: Count
@@ -187,22 +159,11 @@ class Result(RepeatedReport):
             f"A face is right within {RIGHT} eye distances of them, in close-ups {RIGHT_TO_TEMPLATE}.",
         ]
 
-    def charts(self) -> list[Chart]:
-        bars = {
-            f"{cost.picture}, {cost.width} x {cost.height}": {
-                "first look": cost.off_ms.p50,
-                "second look": max(cost.on_ms.p50 - cost.off_ms.p50, 0.0),
-                "all else": max(cost.request_ms.p50 - cost.on_ms.p50, 0.0),
-            }
-            for cost in self.costs
-        }
-        return [Chart("bars", "median ms of a request", bars)]
-
 
 class Options(opt.InProcess):
     """The command line."""
 
-    scenes: Annotated[tuple[Path, ...], Field(description="folders of whole pictures")] = (opt.DATA,)
+    scenes: tuple[Path, ...] = Field((opt.DATA,), description="folders of whole pictures")
     close_ups: Annotated[
         Path | None, Field(description=f"a folder of aligned {FACE_SIZE} px faces to cut close-ups from")
     ] = None
@@ -210,8 +171,8 @@ class Options(opt.InProcess):
         Path | None, Field(description="RetinaFace mobile0.25 checkpoint, in place of the set's detector")
     ] = None
     limit: opt.Limit = None
-    crops: Annotated[int, Field(ge=0, description="without faces, of each whole picture")] = 3
-    seed: Annotated[int, Field(ge=0, description="of these crops")] = 0
+    crops: int = Field(3, ge=0, description="without faces, of each whole picture")
+    seed: int = Field(0, ge=0, description="of these crops")
     warmup: opt.Warmup = 1
     repeats: opt.Repeats = 7
 
@@ -222,9 +183,9 @@ def measure(options: Options) -> Result:
     loaded = opt.load(options)
     models, header = loaded.models, loaded.header
     if options.detector:
-        network, digest = _read_detector(options.detector)
-        models = replace(models, detector=FaceDetector(network.to(loaded.device)))
+        models = replace(models, detector=FaceDetector(load_teacher(options.detector).to(loaded.device)))
         name = f"{header['weights'].name}, detector {options.detector.name}"
+        digest = hashlib.sha256(options.detector.read_bytes()).hexdigest()[:16]
         hashes = header["weights"].sha256 | {"detector": digest}
         header = header | {"weights": Weights(name=name, sha256=hashes)}
     judged = _Judged(models.detector)
@@ -248,21 +209,8 @@ def measure(options: Options) -> Result:
     return Result.of(header, options, **tables, costs=costs)
 
 
-def _read_detector(file: Path) -> tuple[torch.nn.Module, str]:
-    """A detector's network, and the beginning of its file's hash."""
-    try:
-        digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    except OSError as cause:
-        raise InputError(f"--detector {file}: cannot be read ({cause.strerror}).") from cause
-    return load_teacher(file), digest[:16]
-
-
 class _Judged:
-    """Looks at pictures in both ways, and sums up what would be restored.
-
-    Args:
-        detector: of both looks.
-    """
+    """Looks at pictures in both ways, and sums up what would be restored."""
 
     def __init__(self, detector: FaceDetector) -> None:
         self._detector = detector
@@ -282,11 +230,7 @@ class _Judged:
         ]
 
     def add(
-        self,
-        kinds: Mapping[str, str],
-        picture: ImageU8,
-        true_xy: Sequence[FloatArray],
-        right: float = RIGHT,
+        self, kinds: Mapping[str, str], picture: ImageU8, true_xy: Sequence[FloatArray], right: float = RIGHT
     ) -> list[Face]:
         """Judges both looks at a picture, of some kind in each table; returns what they would restore."""
         restored = []
@@ -303,8 +247,7 @@ class _Judged:
         size_wh = (picture.shape[1], picture.shape[0])
         upright, _ = _restorable(self.looks[False], picture)
         boxes: list[FloatArray] = []
-        for turns in range(4):
-            view = np.ascontiguousarray(np.rot90(picture, turns))
+        for turns, view in _turns_of(picture):
             true_xy = [turned_points(face.landmarks_xy, turns, size_wh) for face in upright]
             kinds = {"turned": f"{90 * turns}°"} | ({} if turns else {"whole": folder})
             faces = self.add(kinds, view, true_xy)
@@ -315,19 +258,14 @@ class _Judged:
         """Boxes of whatever may be a face, in any turn, at the first look's size and as it came."""
         boxes: list[FloatArray] = []
         copy, scale = resize_for_detection(picture)
-        for frame, factor in [(copy, scale), *([(picture, 1.0)] if scale < 1 else [])]:
-            for turns in range(4):
-                view = np.ascontiguousarray(np.rot90(frame, turns))
+        for frame, factor in ((copy, scale), (picture, 1.0)):
+            for turns, view in _turns_of(frame):
                 [found] = self._detector.detect_at_size(view[None], score_threshold=_FAINT_SCORE)
                 boxes += [_turned_back(one.box_xyxy, turns, view) / factor for one in found]
         return boxes
 
     def close_ups(self, file: Path) -> None:
-        """Judges central crops of an aligned face.
-
-        Raises:
-            InputError: the picture is not an aligned face.
-        """
+        """Judges central crops of an aligned face; raises InputError for any other picture."""
         aligned = opt.read_picture(file)
         if aligned.shape[:2] != (FACE_SIZE, FACE_SIZE):
             raise InputError(f"{file}: expected an aligned {FACE_SIZE} px face, got {aligned.shape[:2]}.")
@@ -343,6 +281,11 @@ def _restorable(look: Look, picture: ImageU8) -> tuple[list[Face], int]:
     found = look(working)
     aligned, skipped = align_faces(working, found.faces)
     return [one.face for one in aligned], len(found.skipped) + len(skipped)
+
+
+def _turns_of(picture: ImageU8) -> Iterator[tuple[int, ImageU8]]:
+    for turns in range(4):
+        yield turns, np.ascontiguousarray(np.rot90(picture, turns))
 
 
 def turned_points(points_xy: FloatArray, turns: int, size_wh: tuple[int, int]) -> FloatArray:

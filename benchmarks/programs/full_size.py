@@ -31,7 +31,7 @@ class Options(opt.Options):
     """The command line."""
 
     folder: Annotated[Path, Field(description="the set's folder, for --weights")]
-    detector_from: Annotated[str, Field(description="a set with a trained detector")] = "lite"
+    detector_from: str = Field("lite", description="a set with a trained detector")
 
 
 def measure(options: Options) -> None:

@@ -7,7 +7,7 @@ is, the second lets it keep freed memory (codeformer/process.py), which cannot b
 import copy
 from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar, Final, Literal
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor
@@ -34,8 +34,6 @@ NETWORKS: Final[dict[str, tuple[Callable[[], Any], tuple[int, ...]]]] = {
 
 class Result(CallsReport):
     """A group for each network and, on a CPU, way of the allocator; a call for each form."""
-
-    title: ClassVar[str] = "Forms of the networks, official sizes"
 
     kind: Literal["networks"] = "networks"
 

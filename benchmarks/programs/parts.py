@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar, Final, Literal
+from typing import Any, Final, Literal
 
 import cv2
 import numpy as np
@@ -42,8 +42,6 @@ _STARTS: Final = 3
 
 class Result(CallsReport):
     """A group for each part; in "paste" the first call is ours, the second upstream's."""
-
-    title: ClassVar[str] = "Besides the networks"
 
     kind: Literal["parts"] = "parts"
 

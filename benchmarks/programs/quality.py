@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 import numpy as np
 import torch
@@ -74,8 +74,6 @@ class Deviation(Model):
 class Result(Report):
     """Of all configurations and fidelities."""
 
-    title: ClassVar[str] = "Quality"
-
     kind: Literal["quality"] = "quality"
     seed: Count
     degradation: Degradation
@@ -103,7 +101,7 @@ class Options(opt.InProcess):
     cases: opt.Cases = opt.DEFAULT_CASES
     fidelities: tuple[opt.Fidelity, ...] = (0.0, 0.5, 1.0)
     degradation: Degradation = "moderate"
-    seed: Annotated[int, Field(ge=0, description="of the degradations")] = 0
+    seed: int = Field(0, ge=0, description="of the degradations")
     limit: opt.Limit = None
     against: Annotated[
         str | None, Field(description="deviation of the other cases from this one; 'baseline' will do")

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, ClassVar, Final, Literal, Self, get_args
+from typing import Annotated, Literal, Self, get_args
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -18,11 +18,9 @@ from benchmarks import options as opt
 from benchmarks.measure import Amount, Count, Model, Summary, ratio_of_pairs, rotated, stage_times
 from benchmarks.results import Configuration, Picture, ServedReport
 from benchmarks.server import Answer, as_input, check_port
-from benchmarks.views import Table, row_of, shown, table_of
+from benchmarks.views import shown
 from codeformer.errors import InputError
 from codeformer.options import DEFAULT_FIDELITY, CompileBackend, RuntimeProfile, StabilityMode
-
-_LATENCIES: Final = ("round_totals", "per_request", "per_image")
 
 
 class Latency(Model):
@@ -30,6 +28,10 @@ class Latency(Model):
 
     ms: Summary
     throughput_per_s: Amount
+
+    def __str__(self) -> str:
+        ranks = ", ".join(f"{rank} {shown(getattr(self.ms, rank))}" for rank in ("p50", "p95", "p99"))
+        return f"{ranks} ms; {self.throughput_per_s:.3g} per s"
 
     @classmethod
     def of(cls, samples: Sequence[float], items: int) -> Self | None:
@@ -48,13 +50,8 @@ class Failure(Model):
 
 
 class Profile(Model):
-    """What became of one profile's requests. Failures, also those of the warm-up, enter no time.
-
-    Attributes:
-        round_totals: of rounds without a failure; None where there is none.
-        per_request: of successful requests; None where there is none.
-        per_image: a request's time, divided evenly among its images.
-        stages_ms: the server's own times.
+    """What became of one profile's requests: times of rounds without a failure, of successful requests, of
+    these divided evenly among their images, and the server's own. None where there was no success.
     """
 
     configuration: Configuration
@@ -70,29 +67,12 @@ class Profile(Model):
 class Result(ServedReport):
     """Of all profiles. `ratios_to_first` compares times request by request, where both succeeded."""
 
-    title: ClassVar[str] = "Requests over HTTP"
-
     kind: Literal["requests"] = "requests"
     batch_size: Annotated[int, Field(ge=1, le=4)]
     images: Annotated[list[Picture], Field(min_length=1)]
     setup_s: Amount
     profiles: dict[str, Profile]
     ratios_to_first: dict[str, Summary]
-
-    def tables(self) -> list[Table]:
-        rows = [
-            {"": name, "times": times, **row_of(latency.ms), "per second": shown(latency.throughput_per_s)}
-            for name, profile in self.profiles.items()
-            for times in _LATENCIES
-            if (latency := getattr(profile, times))
-        ]
-        others = dict.fromkeys(_LATENCIES)
-        profiles = {name: profile.model_copy(update=others) for name, profile in self.profiles.items()}
-        return [
-            Table("ms", rows),
-            table_of("profiles", profiles),
-            table_of("to the first profile, request by request", self.ratios_to_first),
-        ]
 
     def ms_per_image(self) -> dict[str, Summary]:
         return {name: each.per_image.ms for name, each in self.profiles.items() if each.per_image}
@@ -111,9 +91,9 @@ class Result(ServedReport):
 class Options(opt.Serving):
     """The command line."""
 
-    images: Annotated[tuple[Path, ...], Field(description="pictures, instead of a folder")] = ()
-    image_dir: Annotated[Path | None, Field(description="a folder of pictures; else data/")] = None
-    batch_size: Annotated[int, Field(ge=1, le=4, description="images in a request")] = 1
+    images: tuple[Path, ...] = Field((), description="pictures, instead of a folder")
+    image_dir: Path | None = Field(None, description="a folder of pictures; else data/")
+    batch_size: int = Field(1, ge=1, le=4, description="images in a request")
     profiles: Annotated[tuple[RuntimeProfile, ...], BeforeValidator(opt.split), Field(min_length=1)] = (
         get_args(RuntimeProfile)
     )

@@ -8,7 +8,7 @@ the ones that follow, both by the median. With several `--starts` the configurat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -35,8 +35,6 @@ class Case(Model):
 
 class Result(ServedReport):
     """Of all configurations; the best ones are those that never failed, by their medians."""
-
-    title: ClassVar[str] = "One picture, cold and warm"
 
     kind: Literal["single_image"] = "single_image"
     image: Picture
@@ -71,7 +69,7 @@ class Options(opt.Serving):
     image: Path = opt.DATA / "1.jpg"
     cases: opt.Cases = ("*",)
     codeformer_fidelity: opt.Fidelity = DEFAULT_FIDELITY
-    starts: Annotated[int, Field(ge=1, description="servers for each configuration")] = 1
+    starts: int = Field(1, ge=1, description="servers for each configuration")
     warmup: opt.Warmup = 1
     repeats: opt.Repeats = 5
 

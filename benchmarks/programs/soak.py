@@ -13,8 +13,9 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 import cv2
 import numpy as np
@@ -44,20 +45,9 @@ _CANCELLED: Final = "four pictures, fast"
 
 
 class Result(Report):
-    """What became of the requests.
-
-    Attributes:
-        requests: how many of each kind.
-        cancelled: what became of the cancelled ones, in Cog's words.
-        faults: answers that were not as expected.
-        times_ms: of good requests by kind.
-        resident_mib: (requests served, MiB), from the first that counts.
-        growth: how far memory went above what it was then, as a share.
-        most_files: the most temporary files at a time.
-        files_left: after the server's end.
+    """What became of the requests, by kind, and of the cancelled ones, in Cog's words; unexpected answers;
+    memory by requests served and its growth from the first as a share; and temporary files.
     """
-
-    title: ClassVar[str] = "Many requests of all kinds"
 
     kind: Literal["soak"] = "soak"
     requests: dict[str, Positive]
@@ -70,7 +60,8 @@ class Result(Report):
     files_left: list[str]
 
     def charts(self) -> list[Chart]:
-        return [Chart("lines", "resident MiB", {"server": self.resident_mib}, "requests")]
+        memory = {f"after {requests} requests": {"": mib} for requests, mib in self.resident_mib}
+        return [Chart("bars", "resident MiB", memory)]
 
     def problems(self) -> list[str]:
         found = [*self.faults, *(f"left behind: {path}" for path in self.files_left)]
@@ -88,14 +79,8 @@ class Result(Report):
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of request: what is sent, and either what comes back or a part of the error.
-
-    Attributes:
-        name: for people.
-        inputs: the request's.
-        shapes: (H, W, 3) of the pictures that come back.
-        faces: restored in all of them.
-        error: a part of it, for a request that has to fail.
+    """A kind of request: what is sent, and the shapes (H, W, 3) and faces of the pictures that have to come
+    back, or for a request that has to fail a part of the error.
     """
 
     name: str
@@ -121,9 +106,9 @@ class Kind:
 class Options(opt.Measuring):
     """The command line."""
 
-    requests: Annotated[int, Field(ge=2, description="good and bad ones")] = 1000
-    cancelled: Annotated[int, Field(ge=0, description="so many more")] = 10
-    settled: Annotated[int, Field(ge=1, description="memory is compared from this request on")] = 200
+    requests: int = Field(1000, ge=2, description="good and bad ones")
+    cancelled: int = Field(10, ge=0, description="so many more")
+    settled: int = Field(200, ge=1, description="memory is compared from this request on")
     port: opt.Port = 6301
     weights: opt.Weights = None
 
@@ -150,7 +135,7 @@ def growth_of(resident_mib: Sequence[tuple[int, float]]) -> float:
 
 def _send_all(plan: Sequence[Kind | None], server: Server, temporary: Path, settled: int) -> dict[str, Any]:
     """Sends the requests; the fields of the result that come of it."""
-    long_request = next(kind for kind in good_requests() if kind.name == _CANCELLED)
+    [long_request] = next(kinds for kinds in good_requests() if kinds[0].name == _CANCELLED)
     requests: Counter[str] = Counter()
     cancelled: Counter[str] = Counter()
     faults = []
@@ -207,18 +192,10 @@ def _cancel(server: Server, kind: Kind, after_s: float) -> str:
 
 def make_plan(requests: int, cancelled: int) -> list[Kind | None]:
     """The requests in order, None for one to be cancelled; one of `BAD_SHARE` of the others is bad."""
-    bad = bad_requests()
-    by_name: defaultdict[str, list[Kind]] = defaultdict(list)
-    for kind in good_requests():
-        by_name[kind.name].append(kind)
-    good = list(by_name.values())
-    plan: list[Kind | None] = []
-    for number in range(requests):
-        if number % BAD_SHARE == BAD_SHARE - 1:
-            plan.append(bad[number // BAD_SHARE % len(bad)])
-        else:
-            variants = good[number % len(good)]
-            plan.append(variants[number // len(good) % len(variants)])
+    bad, good = cycle(bad_requests()), cycle([cycle(variants) for variants in good_requests()])
+    plan: list[Kind | None] = [
+        next(bad) if number % BAD_SHARE == BAD_SHARE - 1 else next(next(good)) for number in range(requests)
+    ]
     order = random.Random(SEED)  # noqa: S311
     order.shuffle(plan)
     for _ in range(cancelled):
@@ -226,25 +203,25 @@ def make_plan(requests: int, cancelled: int) -> list[Kind | None]:
     return plan
 
 
-def good_requests() -> list[Kind]:
-    """Requests that have to succeed."""
+def good_requests() -> list[list[Kind]]:
+    """Requests that have to succeed: variants of each kind."""
     portrait = decode_image((SAMPLES / "1.jpg").read_bytes())
     small = np.asarray(cv2.resize(portrait, (200, 260), interpolation=cv2.INTER_AREA), dtype=np.uint8)
     grey: Any = np.repeat(cv2.cvtColor(small, cv2.COLOR_BGR2GRAY)[:, :, None], 3, axis=2)
     plain: Any = np.full((300, 400, 3), (90, 120, 60), np.uint8)
     tall: Any = np.full((900, 330, 3), (20, 20, 120), np.uint8)
-    # Every one has another size: what is kept for sizes would show.
-    growing = [plain[:, : 300 + number] for number in range(60)]
     optimized = {"stability_mode": "optimized", "compile_backend": "none"}
-    return [
+    # Every one has another size: what is kept for sizes would show.
+    growing = [_request("no face, many sizes", [plain[:, : 300 + number]], 0) for number in range(60)]
+    steady = [
         _request("portrait, baseline", [portrait], 1),
         _request("portrait, fast, optimized", [portrait], 1, runtime_profile="fast", **optimized),
         _request("small and grey, max_speed", [small, grey], 2, runtime_profile="max_speed"),
         _request("no face, tall", [tall], 0, runtime_profile="fast"),
         _request(_CANCELLED, [small, plain, grey, small], 3, runtime_profile="fast", **optimized),
         _request("w = 0", [small], 1, codeformer_fidelity=0.0),
-        *(_request("no face, many sizes", [picture], 0) for picture in growing),
     ]
+    return [growing, *([kind] for kind in steady)]
 
 
 def bad_requests() -> list[Kind]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 import numpy as np
 import torch
@@ -37,7 +37,7 @@ from benchmarks.measure import (
 )
 from benchmarks.programs.full_size import with_official_sizes
 from benchmarks.results import Configuration, RepeatedReport
-from benchmarks.views import Chart, Table, row_of
+from benchmarks.views import Table, row_of
 from codeformer.engine.detector import resize_for_detection
 from codeformer.engine.masker import FaceParser
 from codeformer.engine.models import Models
@@ -58,19 +58,18 @@ _COPY_BYTES: Final = 2**28
 _CEILING_REPEATS: Final = 7
 
 
-def _size(text: Any) -> Any:
-    """From text such as 640x832."""
-    return text.split("x") if isinstance(text, str) else text
-
-
-Size = Annotated[tuple[Positive, Positive], BeforeValidator(_size)]
+# From text such as 640x832.
+Size = Annotated[
+    tuple[Positive, Positive],
+    BeforeValidator(lambda given: given.split("x") if isinstance(given, str) else given),
+]
 
 
 class Options(opt.InProcess):
     """The command line."""
 
     cases: opt.Cases = opt.DEFAULT_CASES
-    faces: Annotated[tuple[Positive, ...], Field(description="in each picture")] = (1,)
+    faces: tuple[Positive, ...] = Field((1,), description="in each picture")
     sizes: Annotated[tuple[Size, ...], Field(description="WIDTHxHEIGHT")] = ((640, 832),)
     batch_sizes: tuple[Annotated[int, Field(ge=1, le=4)], ...] = (1,)
     codeformer_fidelity: opt.Fidelity = DEFAULT_FIDELITY
@@ -132,8 +131,6 @@ class Case(Model):
 class Result(RepeatedReport):
     """Of all cases; `failures` says what could not be measured."""
 
-    title: ClassVar[str] = "Stages and their limits"
-
     kind: Literal["stages"] = "stages"
     official_size: bool
     ceilings: Ceilings
@@ -155,25 +152,8 @@ class Result(RepeatedReport):
     def stages_ms(self) -> dict[str, Mapping[str, Summary]]:
         return {str(case): {name: stage.ms for name, stage in case.stages.items()} for case in self.cases}
 
-    def charts(self) -> list[Chart]:
-        return [
-            self._growth("faces", lambda case: (case.faces, f"{case.width} x {case.height}")),
-            self._growth("megapixels", lambda case: (case.width * case.height / 1e6, f"{case.faces} faces")),
-        ]
-
     def problems(self) -> list[str]:
         return self.failures
-
-    def _growth(self, x_unit: str, axis: Callable[[Request], tuple[float, str]]) -> Chart:
-        """Median time per image over an axis, all else being equal, where it has several values."""
-        lines: defaultdict[str, list[tuple[float, float]]] = defaultdict(list)
-        for case in self.cases:
-            x, other = axis(case.request)
-            batch_size = case.request.batch_size
-            label = f"{case.configuration.label}, {other}, batch {batch_size}"
-            lines[label].append((x, case.total.ms.p50 / batch_size))
-        grown = {label: sorted(line) for label, line in lines.items() if len({x for x, _ in line}) > 1}
-        return Chart("lines", "median ms per image", grown, x_unit)
 
 
 def measure(options: Options) -> Result:
@@ -279,14 +259,15 @@ def measure_ceilings(device: torch.device, dtypes: Iterable[torch.dtype | None])
     gflops = {}
     for dtype in dict.fromkeys([torch.float32, *(dtype for dtype in dtypes if dtype is not None)]):
         a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-        product = 2 * side**3 / _fastest_ms(partial(torch.matmul, a, b), device)
-        maps = torch.randn(1, _CHANNELS, *_MAP_HW, device=device).to(dtype, memory_format=torch.channels_last)
-        kernel = torch.randn(_CHANNELS, _CHANNELS, 3, 3, device=device)
-        kernel = kernel.to(dtype, memory_format=torch.channels_last)
+        product_speed = 2 * side**3 / _fastest_ms(partial(torch.matmul, a, b), device)
+        maps, kernel = (
+            torch.randn(shape, device=device).to(dtype, memory_format=torch.channels_last)
+            for shape in ((1, _CHANNELS, *_MAP_HW), (_CHANNELS, _CHANNELS, 3, 3))
+        )
         operations = 2 * 9 * _CHANNELS**2 * _MAP_HW[0] * _MAP_HW[1]
         with torch.inference_mode():
-            convolution = operations / _fastest_ms(partial(F.conv2d, maps, kernel, padding=1), device)
-        gflops[_name(dtype)] = round(max(product, convolution) / 1e6, 1)
+            convolution_speed = operations / _fastest_ms(partial(F.conv2d, maps, kernel, padding=1), device)
+        gflops[_name(dtype)] = round(max(product_speed, convolution_speed) / 1e6, 1)
     # Files, crops and paste-back are the host's work on every device.
     source = np.ones(_COPY_BYTES, np.uint8)
     target = np.empty_like(source)
