@@ -158,14 +158,8 @@ def stage_times(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Summary]:
 def peak_memory_mib(call: Call, device: torch.device, own_mib: float) -> float | None:
     """The most memory held during a call, of the GPU where there is one, else of this process.
 
-    Args:
-        call: is called once.
-        device: where it computes.
-        own_mib: the size of the call's own networks. On a GPU it replaces everything that was held before
-            the call; on a CPU the whole process counts.
-
-    Returns:
-        None where the system does not tell.
+    On a GPU `own_mib`, the size of the call's own networks, replaces everything that was held before; on a
+    CPU the whole process counts. None where the system does not tell.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

@@ -1,4 +1,4 @@
-"""What the programs' command lines have in common, and what they ask for.
+"""What the programs' command lines have in common, and what their options stand for.
 
 A program's options are a model: a field without a default is an argument, the others are options.
 """
@@ -61,7 +61,7 @@ Weights = Annotated[
     str | None, Field(description="a set's name or folder; else CODEFORMER_WEIGHTS, else official")
 ]
 Device = Annotated[str | None, Field(description="cuda or cpu; else cuda where there is one")]
-Limit = Annotated[int | None, Field(ge=1, description="so many pictures of a folder, the first ones")]
+Limit = Annotated[int | None, Field(ge=1, description="use only the first pictures of a folder")]
 OfficialSize = Annotated[
     bool, Field(description="random networks of official size; the set's detector finds the faces")
 ]

@@ -5,9 +5,9 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final, Protocol, cast
+from typing import Any, Final
 
-from benchmarks.options import Measuring, Options, parse
+from benchmarks.options import Measuring, parse
 from benchmarks.results import PRICES, PROGRAMS, Kind, Prices, Report, read_model
 from benchmarks.views import as_text
 from codeformer.errors import BenchmarkError, CodeFormerError
@@ -20,19 +20,9 @@ TOOLS: Final = {
 }
 
 
-class Program(Protocol):
-    """What a module in programs/ offers; those of `TOOLS` have no result."""
-
-    Options: type[Options]
-    Result: type[Report]
-
-    def measure(self, options: Any) -> Report | None:
-        """Does the work. Raises errors of this project."""
-
-
-def program_of(name: str) -> Program:
-    """The module of a program or tool."""
-    return cast("Program", importlib.import_module(f"benchmarks.programs.{name}"))
+def program_of(name: str) -> Any:
+    """The module of a program or tool: its `Options`, `measure(options)` and, of a program, `Result`."""
+    return importlib.import_module(f"benchmarks.programs.{name}")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -60,7 +50,7 @@ def run(name: str, arguments: Sequence[str], command: str | None = None) -> int:
         if isinstance(options, Measuring):
             output = options.output or output
             check_output(output)
-        report = program.measure(options)
+        report: Report | None = program.measure(options)
         if report is None:
             return 0
         output.write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
@@ -93,4 +83,5 @@ def read_report(path: Path) -> Report:
     kind = read_model(Kind, path).kind
     if kind not in PROGRAMS:
         raise BenchmarkError(f"{path}: expected a result of kind {', '.join(PROGRAMS)}, got {kind!r}.")
-    return read_model(program_of(kind).Result, path)
+    result: type[Report] = program_of(kind).Result
+    return read_model(result, path)

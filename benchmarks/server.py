@@ -194,7 +194,7 @@ def running_server(
     deadline_s: float = START_DEADLINE_S,
     temporary: Path | None = None,
 ) -> Iterator[Server]:
-    """Starts a server, and ends it whatever happens.
+    """Starts a server, and ends it in any case.
 
     Args:
         port: a free one; 0 for one that the kernel chooses, which "cog" does not tell.

@@ -46,7 +46,8 @@ from data.make_pictures import LANDMARKS_XY
 # is all that is known; they deviate from it by up to 0.14 themselves.
 RIGHT: Final = 0.15
 RIGHT_TO_TEMPLATE: Final = 0.25
-# How far the centres of two faces at one place may be apart, likewise; neighbours in a crowd are two apart.
+# Up to this distance of their centres, in eye distances, two faces are at one place; neighbours in a crowd
+# are two eye distances apart.
 _SAME_PLACE: Final = 1.0
 # Sides of the crops in sides of an aligned face, and how far their centres lie below its centre.
 CLOSE_UPS: Final = (0.7, 0.6, 0.5, 0.4)
@@ -255,7 +256,7 @@ class _Judged:
         return crops_outside([*boxes, *self._faint_boxes(picture)], picture, crops, rng)
 
     def _faint_boxes(self, picture: ImageU8) -> list[FloatArray]:
-        """Boxes of whatever may be a face, in any turn, at the first look's size and as it came."""
+        """Boxes of all possible faces, in any turn, at the first look's size and at the picture's own."""
         boxes: list[FloatArray] = []
         copy, scale = resize_for_detection(picture)
         for frame, factor in ((copy, scale), (picture, 1.0)):
@@ -298,7 +299,7 @@ def turned_points(points_xy: FloatArray, turns: int, size_wh: tuple[int, int]) -
 
 
 def _turned_back(box_xyxy: np.ndarray, turns: int, view: ImageU8) -> FloatArray:
-    """A box in a view, turned by so many quarters, in the frame of what it is a view of."""
+    """A box in a picture that was turned by quarter turns, in the frame of the picture before."""
     corners = np.asarray(box_xyxy, np.float64).reshape(2, 2)
     corners = turned_points(corners, -turns, (view.shape[1], view.shape[0]))
     return np.concatenate([corners.min(axis=0), corners.max(axis=0)])
@@ -315,7 +316,7 @@ def close_up_of(aligned: ImageU8, part: float) -> tuple[ImageU8, tuple[int, int]
 def crops_outside(
     boxes_xyxy: Sequence[FloatArray], picture: ImageU8, count: int, rng: np.random.Generator
 ) -> list[ImageU8]:
-    """Up to so many square crops of random sizes and places that touch none of the boxes."""
+    """Up to `count` square crops of random sizes and places that touch none of the boxes."""
     height, width = picture.shape[:2]
     boxes = np.array(boxes_xyxy).reshape(-1, 4)
     crops: list[ImageU8] = []

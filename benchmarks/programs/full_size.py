@@ -50,12 +50,7 @@ def measure(options: Options) -> None:
 
 
 def with_official_sizes(models: Models, device: torch.device) -> Models:
-    """Restorer and parser of official size, and a detector that takes as long as the official one.
-
-    Args:
-        models: whose detector finds the faces.
-        device: where they are.
-    """
+    """Restorer and parser of official size; the given detector, taking as long as the official one."""
     torch.manual_seed(SEED)
     networks: Any = (CodeFormer(), FaceParsingNetwork(), build_retinaface("resnet50"))
     restorer, parser, large = (

@@ -104,7 +104,8 @@ class Options(opt.InProcess):
     seed: int = Field(0, ge=0, description="of the degradations")
     limit: opt.Limit = None
     against: Annotated[
-        str | None, Field(description="deviation of the other cases from this one; 'baseline' will do")
+        str | None,
+        Field(description="deviation of the other cases from this one; 'baseline' is baseline/safe"),
     ] = None
     official_size: opt.OfficialSize = False
     precision: Annotated[

@@ -35,7 +35,7 @@ class Latency(Model):
 
     @classmethod
     def of(cls, samples: Sequence[float], items: int) -> Self | None:
-        """Of times in ms in which so many items were served; None without samples."""
+        """Of times in ms in which `items` were served; None without samples."""
         if not samples:
             return None
         return cls(ms=Summary.of(samples), throughput_per_s=round(items / (sum(samples) / 1e3), 4))

@@ -107,7 +107,7 @@ class Options(opt.Measuring):
     """The command line."""
 
     requests: int = Field(1000, ge=2, description="good and bad ones")
-    cancelled: int = Field(10, ge=0, description="so many more")
+    cancelled: int = Field(10, ge=0, description="further ones, which are cancelled")
     settled: int = Field(200, ge=1, description="memory is compared from this request on")
     port: opt.Port = 6301
     weights: opt.Weights = None

@@ -103,7 +103,7 @@ class Stage(Model):
 
 
 class Request(Model):
-    """What was asked: so many copies of a picture with so many faces."""
+    """What was asked: copies of a picture, each with the same number of faces."""
 
     picture: str
     faces: Count
@@ -230,7 +230,7 @@ def _serve(pipeline: Pipeline, configuration: Configuration, request: Request, f
 
 
 def picture_with(faces: int, size_wh: tuple[int, int]) -> ImageU8:
-    """A picture with so many faces in rows, as large as fits, (H, W, 3) uint8 BGR."""
+    """A picture with a number of faces in rows, as large as fits, (H, W, 3) uint8 BGR."""
     width, height = size_wh
     columns = max(1, round((faces * width / height) ** 0.5))
     rows = -(-faces // columns)
