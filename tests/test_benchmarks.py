@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from benchmarks.programs import faces, full_size, quality, requests, soak, stage
 from benchmarks.results import PRICES, PROGRAMS, Device, Prices, read_model
 from benchmarks.runner import TOOLS, main, read_report, run
 from benchmarks.server import Answer, as_input, check_port, running_server
+from benchmarks.views import as_text
 from codeformer.engine.masker import FaceParser
 from codeformer.engine.models import load_models
 from codeformer.errors import BenchmarkError
@@ -757,6 +759,26 @@ def test_committed_results_are_read_and_written_as_they_are(file: Path) -> None:
     assert not report.machine.commit.endswith("+"), "measured on code that is in no commit"
     assert report.machine.versions["torch"]
     assert report.problems() == []
+
+
+def medians_in(data: Any) -> Iterator[float]:
+    """The medians of all distributions in a result's JSON."""
+    if isinstance(data, dict) and "p50" in data:
+        yield data["p50"]
+    elif isinstance(data, dict | list):
+        for part in data.values() if isinstance(data, dict) else data:
+            yield from medians_in(part)
+
+
+@pytest.mark.parametrize("file", COMMITTED, ids=lambda file: file.name)
+def test_every_distribution_of_a_result_is_shown(file: Path) -> None:
+    text = as_text(read_report(file).section(read_model(Prices, PRICES)))
+    expected = [
+        f"{p50:,.0f}" if p50 >= 1000 else f"{p50:.4g}" for p50 in medians_in(json.loads(file.read_text()))
+    ]
+    words = {word.strip(",;()") for word in text.split()}
+    assert len(expected) >= 7
+    assert not [number for number in expected if number not in words]
 
 
 @pytest.mark.parametrize(
