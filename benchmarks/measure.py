@@ -1,17 +1,19 @@
 """The one way time is measured here.
 
 Warm up; wait for the device before reading the clock; keep every sample; report the median and the
-quartiles. Configurations that are compared take turns, so that a machine's slow minute hits them alike, and
-are compared round by round: the ratio of two medians hides what the ratios of pairs show.
+quartiles. Configurations that are compared take turns, so that a slow minute of the machine affects all of
+them, and are compared round by round: the ratio of two medians hides what the ratios of pairs show.
 """
 
+import os
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Final, Self
 
 import numpy as np
-import psutil
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -21,7 +23,9 @@ _CLEAR_PEAK: Final = Path("/proc/self/clear_refs")
 STAGES: Final = ("decode", "detect", "align", "restore", "parse", "paste", "encode")
 
 Call = Callable[[], Any]
+Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
+Amount = Annotated[float, Field(ge=0)]
 
 
 class Model(BaseModel):
@@ -53,59 +57,82 @@ class Summary(Model):
         values = np.asarray(samples, dtype=np.float64)
         if not values.size or not np.isfinite(values).all():
             raise ValueError(f"expected finite samples, at least one; got {list(samples)[:10]}.")
-        p25, p50, p75, p95, p99 = np.percentile(values, (25, 50, 75, 95, 99))
-        numbers = {"avg": values.mean(), "p25": p25, "p50": p50, "p75": p75, "p95": p95, "p99": p99}
-        numbers |= {"min": values.min(), "max": values.max()}
+        numbers = {f"p{rank}": np.percentile(values, rank) for rank in (25, 50, 75, 95, 99)}
+        numbers |= {"avg": values.mean(), "min": values.min(), "max": values.max()}
         return cls(count=values.size, **{name: round(float(value), 4) for name, value in numbers.items()})
 
-    def spread(self, digits: int = 1) -> str:
-        """The median, and the quartiles in brackets."""
-        p25, p50, p75 = (f"{value:,.{digits}f}" for value in (self.p25, self.p50, self.p75))
-        return f"{p50} ({p25} to {p75})"
+    @classmethod
+    def of_any(cls, samples: Sequence[float]) -> Self | None:
+        """Of any number of samples; None of none."""
+        return cls.of(samples) if samples else None
+
+    def __str__(self) -> str:
+        return f"{digits(self.p50)} ({digits(self.p25)} to {digits(self.p75)})"
+
+    def divided_by(self, number: int) -> Self:
+        """Of each sample's part."""
+        parts = {name: value / number for name, value in self if name != "count"}
+        return self.model_copy(update=parts)
 
 
-def synchronise(device: torch.device) -> None:
-    """Waits until the device has done all it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def digits(value: float) -> str:
+    """A number as it is shown: four digits of it, or all before the point."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+class Timing(Model):
+    """The time of a call, and its ratio to that of the first call it took turns with, round by round."""
+
+    ms: Summary
+    to_first: Summary | None = None
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Times in ms and results of one call, round by round."""
+
+    times_ms: list[float] = field(default_factory=list)
+    results: list[Any] = field(default_factory=list)
 
 
 def time_call(call: Call, device: torch.device) -> tuple[float, Any]:
     """Milliseconds of one call, from an idle device to an idle device, and what it returned."""
-    synchronise(device)
+    _wait_for(device)
     started = time.perf_counter()
     result = call()
-    synchronise(device)
+    _wait_for(device)
     return (time.perf_counter() - started) * 1e3, result
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def interleave(
     calls: Mapping[str, Call], device: torch.device, *, warmup: int, repeats: int
-) -> dict[str, list[tuple[float, Any]]]:
-    """Times calls in turns.
-
-    Args:
-        calls: by name.
-        device: waited for around each call.
-        warmup: rounds that do not count.
-        repeats: rounds that do; each begins with another call.
-
-    Returns:
-        For each name, time in ms and result of each round.
-    """
-    samples: dict[str, list[tuple[float, Any]]] = {name: [] for name in calls}
+) -> dict[str, Samples]:
+    """Times calls in turns: `warmup` rounds that do not count, then `repeats`, each begun by another call."""
+    samples = {name: Samples() for name in calls}
     for _ in range(warmup):
         for call in calls.values():
             call()
     for turn in range(repeats):
         for name in rotated(list(calls), turn):
-            samples[name].append(time_call(calls[name], device))
+            elapsed_ms, result = time_call(calls[name], device)
+            samples[name].times_ms.append(elapsed_ms)
+            samples[name].results.append(result)
     return samples
 
 
-def times_of(samples: Mapping[str, Sequence[tuple[float, Any]]]) -> dict[str, list[float]]:
-    """The times of `interleave` alone, in ms."""
-    return {name: [elapsed_ms for elapsed_ms, _ in rounds] for name, rounds in samples.items()}
+def timings_of(samples: Mapping[str, Samples]) -> dict[str, Timing]:
+    """Summaries of calls that took turns."""
+    timings: dict[str, Timing] = {}
+    for name, ours in samples.items():
+        first = next(iter(samples.values()))
+        to_first = ratio_of_pairs(ours.times_ms, first.times_ms) if timings else None
+        timings[name] = Timing(ms=Summary.of(ours.times_ms), to_first=to_first)
+    return timings
 
 
 def rotated(items: Sequence[str], by: int) -> list[str]:
@@ -119,11 +146,6 @@ def ratio_of_pairs(of: Sequence[float], to: Sequence[float]) -> Summary:
     return Summary.of([ours / theirs for ours, theirs in zip(of, to, strict=True)])
 
 
-def ratios_to_first(times: Mapping[str, Sequence[float]]) -> dict[str, Summary]:
-    """The ratios of each to the first one, round by round."""
-    return {name: ratio_of_pairs(times[name], times[next(iter(times))]) for name in list(times)[1:]}
-
-
 def stage_times(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Summary]:
     """Summaries over requests of the stage times that `codeformer.serving.request` measures, in ms."""
     names = dict.fromkeys(name for each in metrics for name in each if name.startswith("timing."))
@@ -133,58 +155,31 @@ def stage_times(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Summary]:
     }
 
 
-def medians(stages_ms: Mapping[str, Summary]) -> dict[str, float]:
-    """The median of each stage of `STAGES`, in their order."""
-    return {stage: stages_ms[stage].p50 for stage in STAGES if stage in stages_ms}
+def peak_memory_mib(call: Call, device: torch.device, own_mib: float) -> float | None:
+    """The most memory held during a call, of the GPU where there is one, else of this process.
 
-
-class PeakMemory:
-    """The most memory that is held during a call: of the GPU where there is one, else of this process.
-
-    Use: `with PeakMemory(device) as peak: ...`, then `peak.mib`; None where the system does not tell.
-
-    Args:
-        device: where the call works.
-        own_mib: what the call's own networks take. On a GPU this much is counted for what was held before,
-            whatever else was there; on a CPU the whole process counts.
+    On a GPU `own_mib`, the size of the call's own networks, replaces everything that was held before; on a
+    CPU the whole process counts. None where the system does not tell.
     """
-
-    mib: float | None = None
-
-    def __init__(self, device: torch.device, own_mib: float = 0.0) -> None:
-        self._device = device
-        self._own_mib = own_mib
-
-    def __enter__(self) -> "PeakMemory":
-        if self._device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self._device)
-            self._before_mib = torch.cuda.memory_allocated(self._device) / 2**20
-        else:
-            try:
-                _CLEAR_PEAK.write_text("5", encoding="ascii")
-                self._can_reset = True
-            except OSError:
-                self._can_reset = False
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._device.type == "cuda":
-            peak_mib = torch.cuda.max_memory_allocated(self._device) / 2**20
-            self.mib = round(peak_mib - self._before_mib + self._own_mib, 1)
-        elif self._can_reset and (mib := peak_rss_mib([psutil.Process().pid])) is not None:
-            self.mib = round(mib, 1)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        return round((torch.cuda.max_memory_allocated(device) - before) / 2**20 + own_mib, 1)
+    try:
+        _CLEAR_PEAK.write_text("5", encoding="ascii")
+    except OSError:
+        call()
+        return None
+    call()
+    return peak_resident_mib([os.getpid()])
 
 
-def peak_rss_mib(pids: Sequence[int]) -> float | None:
+def peak_resident_mib(pids: Sequence[int]) -> float | None:
     """The sum of processes' peak resident memory in MiB, None where the system does not tell."""
-    total = 0
-    for pid in pids:
-        try:
-            status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
-        except OSError:
-            return None
-        peak = next((line for line in status.splitlines() if line.startswith("VmHWM:")), None)
-        if peak is None:
-            return None
-        total += int(peak.split()[1])
-    return total / 1024
+    try:
+        statuses = [Path(f"/proc/{pid}/status").read_text(encoding="utf-8") for pid in pids]
+    except OSError:
+        return None
+    peaks_kib = [int(peak) for status in statuses for peak in re.findall(r"VmHWM:\s+(\d+)", status)]
+    return round(sum(peaks_kib) / 1024, 1) if len(peaks_kib) == len(pids) else None

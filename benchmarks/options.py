@@ -1,4 +1,4 @@
-"""What the programs' command lines have in common, and what they ask for.
+"""What the programs' command lines have in common, and what their options stand for.
 
 A program's options are a model: a field without a default is an argument, the others are options.
 """
@@ -37,19 +37,17 @@ COMMITTED: Final = frozenset({"1.jpg", "2.jpg", "3.jpg", "4.jpg"})
 SUFFIXES: Final = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 _MODES: Final[list[Any]] = [("safe", "eager"), *(("optimized", backend) for backend in COMPILE_BACKENDS)]
 # Every sensible configuration by its label; in safe mode the backend is not used.
-CASES: Final[dict[str, Configuration]] = {
-    case.label: case
+_ALL: Final = [
+    Configuration(
+        runtime_profile=profile,
+        stability_mode=mode,
+        compile_backend=backend,
+        codeformer_fidelity=DEFAULT_FIDELITY,
+    )
     for profile in get_args(RuntimeProfile)
     for mode, backend in _MODES
-    for case in [
-        Configuration(
-            runtime_profile=profile,
-            stability_mode=mode,
-            compile_backend=backend,
-            codeformer_fidelity=DEFAULT_FIDELITY,
-        )
-    ]
-}
+]
+CASES: Final = {case.label: case for case in _ALL}
 DEFAULT_CASES: Final = ("baseline/safe", "fast/optimized/none", "max_speed/optimized/none")
 
 Port = Annotated[int, Field(ge=0, description="a free one; 0: the system chooses (not with cog)")]
@@ -63,6 +61,7 @@ Weights = Annotated[
     str | None, Field(description="a set's name or folder; else CODEFORMER_WEIGHTS, else official")
 ]
 Device = Annotated[str | None, Field(description="cuda or cpu; else cuda where there is one")]
+Limit = Annotated[int | None, Field(ge=1, description="use only the first pictures of a folder")]
 OfficialSize = Annotated[
     bool, Field(description="random networks of official size; the set's detector finds the faces")
 ]
@@ -78,7 +77,7 @@ class Options(BaseModel):
 class Measuring(Options):
     """The options of a program that has a result."""
 
-    output: Annotated[Path | None, Field(description="the result; else benchmarks/last_*.json")] = None
+    output: Path | None = Field(None, description="the result; else benchmarks/last_*.json")
 
 
 class InProcess(Measuring):
@@ -97,8 +96,8 @@ class Serving(Measuring):
         Field(description="`cog serve` in Docker, Cog's server in this environment, or the first possible"),
     ] = "auto"
     weights: Weights = None
-    timeout_sec: Annotated[float, Field(description="for each request")] = 600.0
-    start_timeout_sec: Annotated[float, Field(description="for the server to become ready")] = 600.0
+    timeout_sec: float = Field(600.0, description="for each request")
+    start_timeout_sec: float = Field(600.0, description="for the server to become ready")
 
 
 _Options = TypeVar("_Options", bound=Options)
@@ -163,37 +162,35 @@ class Loaded:
     header: dict[str, Any]
 
 
-def load(options: InProcess, *repeated: str) -> Loaded:
-    """Loads the networks that the options ask for, fetched if need be; keeps freed memory as a server does.
-
-    Args:
-        options: --weights, --device and others.
-        repeated: as for `header_of`.
-    """
+def load(options: InProcess) -> Loaded:
+    """Loads the networks that are asked for, fetched if need be; keeps freed memory as a server does."""
     device = available_device(options.device)
     weights = load_weight_set(options.weights)
-    header = header_of(options, device, weights, *repeated)
+    header = header_of(device, weights)
     fetch_set(weights, progress=True)
     tune_process(device)
     return Loaded(device, weights, load_models(weights, device), header)
 
 
-def server_header(options: Serving, *repeated: str) -> dict[str, Any]:
+def server_header(options: Serving) -> dict[str, Any]:
     """The fields of a result of requests that are known before the server starts; fetches its weights."""
-    kind = server_kind(None if options.server == "auto" else options.server)
+    kind = server_kind(options.server)
     weights = load_weight_set(options.weights)
     # An image serves weights of its own.
-    header = header_of(options, available_device(None), weights if kind == "direct" else None, *repeated)
+    header = header_of(available_device(None), weights if kind == "direct" else None)
     if kind == "direct":
         fetch_set(weights, progress=True)
     return header | {"server": kind}
 
 
 def server_of(options: Serving) -> AbstractContextManager[Server]:
-    """A server, started as the options in `SERVER` say."""
-    kind = None if options.server == "auto" else options.server
-    deadline_s = options.start_timeout_sec
-    return running_server(options.port, kind=kind, weights=options.weights, deadline_s=deadline_s)
+    """A server, started as the options say."""
+    return running_server(
+        options.port,
+        kind=server_kind(options.server),
+        weights=options.weights,
+        deadline_s=options.start_timeout_sec,
+    )
 
 
 def pictures_in(folder: Path) -> list[Path]:
@@ -202,16 +199,13 @@ def pictures_in(folder: Path) -> list[Path]:
     Raises:
         InputError: there are none.
     """
-
-    def parts(file: Path) -> list[Any]:
-        # Text and numbers alternate, so that like is compared with like.
-        pieces = re.split(r"(\d+)", file.name.lower())
-        return [int(piece) if index % 2 else piece for index, piece in enumerate(pieces)]
-
     files = [file for file in folder.glob("*") if file.suffix.lower() in SUFFIXES and file.is_file()]
     if not files:
         raise InputError(f"{folder}: expected pictures ({', '.join(SUFFIXES)}), found none; see `make data`.")
-    return sorted(files, key=parts)
+    # Numbers of the same length sort as text.
+    return sorted(
+        files, key=lambda file: re.sub(r"\d+", lambda digits: digits[0].zfill(20), file.name.lower())
+    )
 
 
 def benchmark_pictures(folder: Path) -> list[Path]:
@@ -235,11 +229,7 @@ def benchmark_pictures(folder: Path) -> list[Path]:
 
 
 def read_picture(file: Path) -> ImageU8:
-    """A picture (H, W, 3) uint8 BGR.
-
-    Raises:
-        InputError: it cannot be read, or is no usable picture.
-    """
+    """A picture (H, W, 3) uint8 BGR; raises InputError if it cannot be read, or is no usable picture."""
     try:
         return decode_image(file.read_bytes())
     except OSError as cause:
@@ -249,10 +239,6 @@ def read_picture(file: Path) -> ImageU8:
 
 
 def describe_picture(file: Path) -> Picture:
-    """A picture's name and size.
-
-    Raises:
-        InputError: it cannot be read, or is no usable picture.
-    """
+    """A picture's name and size; raises InputError if it cannot be read, or is no usable picture."""
     height, width = read_picture(file).shape[:2]
     return Picture(name=file.name, width=width, height=height)

@@ -1,15 +1,14 @@
-"""What the programs' results have in common: types, files, provenance, costs."""
+"""What the programs' results have in common: types, files, provenance, costs, and how they are shown."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, TypeVar
+from typing import Annotated, Any, Final, Literal, Self, TypeVar
 
 import torch
 from pydantic import BaseModel, Field, ValidationError
 
-from benchmarks.measure import STAGES, Model, Positive, Summary, medians
-from benchmarks.views import Bars, Boxes, Chart, Section, Table, cell, sentence
+from benchmarks.measure import STAGES, Amount, Count, Model, Positive, Summary, Timing
+from benchmarks.views import Chart, Section, Table, is_parts, row_of, shown, table_of, title_of
 from codeformer.engine.plan import ExecutionPlan, resolve_plan
 from codeformer.errors import BenchmarkError
 from codeformer.evaluation.machine import describe_machine
@@ -17,12 +16,20 @@ from codeformer.options import CompileBackend, RuntimeProfile, StabilityMode
 from codeformer.weights.manifest import WeightSet
 
 PRICES: Final = Path(__file__).with_name("prices.json")
-IMAGES_PRICED: Final = 1000
+
+# Each is a module in programs/, and the kind of its results.
+PROGRAMS: Final = {
+    "requests": "How long do requests take over HTTP, profile against profile?",
+    "single_image": "Which configuration answers one picture fastest, cold and warm?",
+    "stages": "Where does the time go, and how far is each stage from the hardware's limit?",
+    "parts": "What does a request cost besides its networks, and what does a start cost?",
+    "networks": "What is each rewriting of the networks worth, at official size?",
+    "quality": "How good are the pictures, and what does a faster profile change in them?",
+    "faces": "Which faces are found, what is mistaken for one, and what does the second look cost?",
+    "soak": "Does a server stay sound over many requests, bad and cancelled ones included?",
+}
 
 _Model = TypeVar("_Model", bound=BaseModel)
-
-Count = Annotated[int, Field(ge=0)]
-Amount = Annotated[float, Field(ge=0)]
 
 
 class Device(Model):
@@ -59,11 +66,14 @@ class Weights(Model):
 
 
 class Picture(Model):
-    """A picture's name and size in px; 0 for a file that is none."""
+    """A picture's name and size in px; 0 for a file that is not a picture."""
 
     name: str
     width: Count
     height: Count
+
+    def __str__(self) -> str:
+        return f"{self.name}, {self.width} x {self.height}"
 
 
 class Configuration(Model):
@@ -73,6 +83,9 @@ class Configuration(Model):
     stability_mode: StabilityMode
     compile_backend: CompileBackend
     codeformer_fidelity: Annotated[float, Field(ge=0, le=1)]
+
+    def __str__(self) -> str:
+        return f"{self.label}, w = {self.codeformer_fidelity:g}"
 
     @property
     def label(self) -> str:
@@ -92,16 +105,11 @@ class Prices(Model):
     note: str = ""
     per_hour: dict[str, Amount]
 
-    @property
-    def header(self) -> str:
-        """Of a column of costs."""
-        return f"{self.currency} per {IMAGES_PRICED} images"
-
     def cost(self, ms_per_image: float, device: Device) -> float | None:
         """What 1000 images cost on a machine that does nothing else; None where the table has no price."""
         name = "CPU" if device.type == "cpu" else device.name
         price = next((price for part, price in self.per_hour.items() if part in name), None)
-        return None if price is None else ms_per_image / 1e3 * IMAGES_PRICED * price / 3600
+        return None if price is None else ms_per_image * price / 3600
 
 
 class Kind(BaseModel):
@@ -110,10 +118,11 @@ class Kind(BaseModel):
     kind: str
 
 
-class Report(Model, ABC):
+class Report(Model):
     """A result of a program. Its `kind` is the program's name.
 
-    A program's own result adds its fields, says what it shows, and what went wrong.
+    A program's own result adds its fields. Fields that hold models or mappings are shown as tables, all
+    others as a note; a program overrides the methods below where that is not enough.
     """
 
     kind: str
@@ -122,33 +131,67 @@ class Report(Model, ABC):
     """None for random values, and for an image, which serves weights of its own."""
     command: str
 
-    @abstractmethod
-    def section(self, prices: Prices, /) -> Section:
-        """What is shown of it."""
+    @classmethod
+    def of(cls, header: Mapping[str, Any], options: BaseModel, **measured: Any) -> Self:
+        """A result of what was measured; the fields that are options, too, are taken from these."""
+        return cls(**{**options.model_dump(include=set(cls.model_fields)), **header, **measured})
+
+    def notes(self) -> list[str]:
+        """Everything of this result that is in no table."""
+        facts = [f"{title_of(name)} {shown(value)}" for name, value in self._own() if _is_fact(value)]
+        return ["; ".join(facts) + "."]
+
+    def tables(self) -> list[Table]:
+        return [table_of(title_of(name), value) for name, value in self._own() if _is_table(value)]
+
+    def charts(self) -> list[Chart]:
+        return []
+
+    def ms_per_image(self) -> dict[str, Summary]:
+        """What has a price, by label."""
+        return {}
+
+    def stages_ms(self) -> dict[str, Mapping[str, Summary]]:
+        """The times of a request's stages, by label."""
+        return {}
 
     def problems(self) -> list[str]:
         """What went wrong, in words; the program's exit status is 1 where anything did."""
         return []
 
-    def provenance(self) -> list[str]:
-        """With what it was measured, in sentences."""
-        machine, device = self.machine, self.machine.device
-        details = {"driver": device.driver, "CUDA": device.cuda, "memory, GiB": device.memory_gib}
-        known = ", ".join(f"{name} {value}" for name, value in details.items() if value is not None)
-        versions = ", ".join(f"{name} {version}" for name, version in machine.versions.items())
-        made_with = sentence(
-            f"{device.name} ({known})" if known else device.name,
-            f"{machine.cpu}, {machine.cores} cores, {machine.threads} threads",
-            f"load {machine.load_average[0]:g}",
-            f"weights {self.weights.name}" if self.weights else "random weights",
-            f"commit {machine.commit}, {machine.time}",
-            f"Python {machine.python}, {versions}",
+    def section(self, prices: Prices) -> Section:
+        """What is shown of it."""
+        times = self.ms_per_image()
+        rows = []
+        for label, ms in times.items():
+            rows.append({"": label, **row_of(ms), "per second": shown(1e3 / ms.avg)})
+            cost = prices.cost(ms.avg, self.machine.device)
+            rows[-1][f"{prices.currency} per 1000 images"] = shown(cost)
+        stages = {
+            label: {stage: found[stage].p50 for stage in STAGES if stage in found}
+            for label, found in self.stages_ms().items()
+        }
+        charts = [
+            Chart("boxes", "ms per image", times),
+            Chart("bars", "median ms of a request", {label: bar for label, bar in stages.items() if bar}),
+        ]
+        return Section(
+            PROGRAMS[self.kind],
+            self.notes(),
+            [*self.tables(), Table("ms per image", rows)],
+            [*charts, *self.charts()],
+            self.problems(),
+            self._provenance(),
         )
-        return [made_with, f"Made by: {self.command}"]
 
-    def write(self, path: Path) -> None:
-        """Writes it as strict JSON."""
-        path.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    def _own(self) -> list[tuple[str, Any]]:
+        return [(name, value) for name, value in self if name not in Report.model_fields]
+
+    def _provenance(self) -> list[str]:
+        facts = row_of(self.machine) | {"load average": f"{self.machine.load_average[0]:g}"}
+        facts["weights"] = self.weights.name if self.weights else "random"
+        known = [f"{title} {text}" for title, text in facts.items() if text != "-"]
+        return ["; ".join(known) + ".", f"Made by: {self.command}"]
 
 
 class RepeatedReport(Report):
@@ -157,34 +200,25 @@ class RepeatedReport(Report):
     warmup: Count
     repeats: Positive
 
-    @property
-    def rounds(self) -> str:
-        """How many there were, in words."""
-        return f"{self.repeats} rounds after {self.warmup} of warm-up"
+
+class CallsReport(RepeatedReport):
+    """Times of calls that took turns, by group and name."""
+
+    groups: dict[str, dict[str, Timing]]
+
+    def tables(self) -> list[Table]:
+        rows = [
+            {"": group, "call": name, **row_of(timing)}
+            for group, calls in self.groups.items()
+            for name, timing in calls.items()
+        ]
+        return [Table("calls", rows)]
 
 
 class ServedReport(RepeatedReport):
     """A result of requests to a server."""
 
     server: Literal["cog", "direct"]
-
-    def stages_and_costs(
-        self, times_ms: Mapping[str, Summary], stages_ms: Mapping[str, Mapping[str, Summary]], prices: Prices
-    ) -> tuple[Table, list[Chart]]:
-        """A table of the server's own times, and charts of these, of the times per image and of costs."""
-        bars = {label: medians(stages) for label, stages in stages_ms.items()}
-        rows = [
-            {"median ms of a stage": label} | {stage: cell(bar.get(stage)) for stage in STAGES}
-            for label, bar in bars.items()
-        ]
-        costs = {label: prices.cost(times.avg, self.machine.device) for label, times in times_ms.items()}
-        priced = {label: {"cost": cost} for label, cost in costs.items() if cost is not None}
-        charts: list[Chart] = [
-            Boxes("ms per image, over HTTP", times_ms),
-            Bars("median ms of a request", bars),
-            Bars(f"{prices.header}, on a machine that does nothing else", priced),
-        ]
-        return Table(rows), charts
 
 
 def read_model(model: type[_Model], path: Path) -> _Model:
@@ -203,26 +237,20 @@ def read_model(model: type[_Model], path: Path) -> _Model:
         raise BenchmarkError(f"{path}: at {place}: {first['msg'][:300]}.") from cause
 
 
-def header_of(
-    options: BaseModel, device: torch.device, weights: WeightSet | None, *repeated: str
-) -> dict[str, Any]:
-    """The fields of a result that are known before the work begins.
-
-    Args:
-        options: the program's.
-        device: that computes.
-        weights: None for random values, and for those of an image.
-        repeated: names of options that are fields of the result, too.
-    """
+def header_of(device: torch.device, weights: WeightSet | None) -> dict[str, Any]:
+    """The fields of every result, as they are before the work begins; without weights for random values."""
     hashes = {role: file.sha256[:16] for role, file in weights.files()} if weights else {}
     return {
         "machine": Machine.model_validate(describe_machine(device)),
         "weights": Weights(name=weights.name, sha256=hashes) if weights else None,
-        **options.model_dump(include={"command", *repeated}),
     }
 
 
-def latency_cells(times_ms: Summary) -> dict[str, str]:
-    """Cells of a table of times."""
-    names = {"avg": "avg ms", "p50": "p50", "p95": "p95", "p99": "p99", "min": "fastest", "max": "slowest"}
-    return {title: cell(getattr(times_ms, name)) for name, title in names.items()}
+def _is_table(value: Any) -> bool:
+    return isinstance(value, dict) or (isinstance(value, list) and any(map(is_parts, value)))
+
+
+def _is_fact(value: Any) -> bool:
+    if isinstance(value, list):
+        return not any(is_parts(item) or isinstance(item, tuple) for item in value)
+    return not (isinstance(value, dict) or is_parts(value))

@@ -5,6 +5,7 @@ import contextlib
 import json
 import mimetypes
 import os
+import re
 import shutil
 import signal
 import socket
@@ -13,14 +14,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
 import psutil
 import requests
 
-from benchmarks.measure import peak_rss_mib
+from benchmarks.measure import peak_resident_mib
 from codeformer.errors import BenchmarkError
 from scripts.write_schema import SERVER_SCHEMA, write_schema
 
@@ -40,13 +41,8 @@ _DEAD: Final = {"SETUP_FAILED": "failed: its setup failed", "DEFUNCT": "is defun
 
 @dataclass(frozen=True)
 class Answer:
-    """What a request came to.
-
-    Attributes:
-        elapsed_ms: from sending to the last byte of the answer.
-        metrics: the server's by dotted names, empty for a failed request.
-        pictures: the files that came back.
-        error: what went wrong, in the server's words; None for success.
+    """What a request came to: the time from sending to the last byte of the answer, the server's metrics by
+    dotted names and the files that came back, or what went wrong, in the server's words.
     """
 
     elapsed_ms: float
@@ -54,16 +50,33 @@ class Answer:
     pictures: Sequence[bytes] = ()
     error: str | None = None
 
+    @classmethod
+    def read(cls, reply: requests.Response, elapsed_ms: float) -> "Answer":
+        """From what a server sent."""
+        try:
+            body = reply.json()
+        except ValueError:
+            return cls(elapsed_ms, error=f"HTTP {reply.status_code}: {reply.text[:500]}")
+        if reply.status_code == 200 and body.get("status") == "succeeded":
+            pictures = [base64.b64decode(uri.partition(",")[2]) for uri in body.get("output") or ()]
+            # Cog nests what the predictor names "timing.detect".
+            nested = {
+                k: v if isinstance(v, dict) else {"": v} for k, v in (body.get("metrics") or {}).items()
+            }
+            metrics = {
+                f"{k}.{name}".rstrip("."): v for k, group in nested.items() for name, v in group.items()
+            }
+            return cls(elapsed_ms, metrics, pictures)
+        error = body.get("error") or body.get("detail") or body
+        return cls(elapsed_ms, error=f"HTTP {reply.status_code}: {error}")
+
+    def without_pictures(self) -> "Answer":
+        """What there is to keep of an answer whose pictures are not looked at."""
+        return replace(self, pictures=())
+
 
 class Server:
-    """A server that has been started.
-
-    Args:
-        process: that was started.
-        port: where it listens; 0 for one that the kernel chooses, found out while the server starts.
-        log: what it prints.
-        kind: how it was started.
-    """
+    """A server that has been started, and what it prints to a log; of port 0 it finds out the real one."""
 
     setup_s: float
 
@@ -73,17 +86,17 @@ class Server:
         self._log = log
         self._session = direct_session()
         self.kind = kind
+        # Of the server's first process; the others are its children.
+        self.pid = process.pid
 
     @property
     def url(self) -> str:
-        """Where it listens."""
         return f"http://{HOST}:{self._port}"
 
     def predict(self, inputs: Mapping[str, Any], timeout_s: float) -> Answer:
-        """Sends a request and waits for its answer, or until the server has got over its lateness.
+        """Sends a request and waits for its answer; after a timeout, until the server is idle again.
 
-        Raises:
-            BenchmarkError: the server is gone, or does not come to an end with a late request.
+        Raises BenchmarkError if the server has ended, or does not finish a request that timed out.
         """
         body = json.dumps({"input": dict(inputs)}).encode()
         headers = {"Content-Type": "application/json"}
@@ -95,25 +108,22 @@ class Server:
                     f"{self.url}/predictions", data=body, headers=headers, timeout=timeout_s
                 )
             except requests.Timeout:
-                late = Answer(_since(started), error=f"no answer within {timeout_s:g} s (--timeout-sec)")
+                elapsed_ms = (time.perf_counter() - started) * 1e3
                 self.wait_until_idle(max(timeout_s, _BUSY_S))
-                return late
+                return Answer(elapsed_ms, error=f"no answer within {timeout_s:g} s (--timeout-sec)")
             except requests.RequestException as cause:
                 raise self._error(f"does not answer any more ({type(cause).__name__})") from cause
-            elapsed_ms = _since(started)
+            elapsed_ms = (time.perf_counter() - started) * 1e3
             if reply.status_code == 503:
                 raise self._error("can serve no more")
             if reply.status_code != 409 or time.monotonic() > deadline:
-                return _read_answer(reply, elapsed_ms)
+                return Answer.read(reply, elapsed_ms)
             time.sleep(_POLL_S)
 
     def predict_as(self, name: str, inputs: Mapping[str, Any], timeout_s: float) -> str:
         """Sends a request under a name it can be cancelled by; returns what became of it, in Cog's word.
 
-        May be called from another thread.
-
-        Raises:
-            BenchmarkError: there is no proper answer.
+        May be called from another thread. Raises BenchmarkError if there is no proper answer.
         """
         url = f"{self.url}/predictions/{name}"
         try:
@@ -128,28 +138,16 @@ class Server:
             session.post(f"{self.url}/predictions/{name}/cancel", timeout=_BUSY_S)
 
     def wait_until_started(self, limit_s: float) -> None:
-        """Waits until a new server takes requests.
-
-        Raises:
-            BenchmarkError: it ends, its setup fails, or it takes too long.
-        """
+        """Waits until a new server takes requests; raises BenchmarkError if it ends, fails or is late."""
         self._wait_for("READY", limit_s, "was not ready in time", every_s=_POLL_S)
 
     def wait_until_busy(self, limit_s: float) -> None:
-        """Waits until the server is at work on a request that was sent from another thread.
-
-        Raises:
-            BenchmarkError: it does not begin.
-        """
+        """Waits until the server is at work on a request of another thread; raises BenchmarkError."""
         self._wait_for("BUSY", limit_s, "does not begin with a request")
 
     def wait_until_idle(self, limit_s: float) -> None:
-        """Waits until the server takes requests again.
-
-        Raises:
-            BenchmarkError: it does not.
-        """
-        self._wait_for("READY", limit_s, "does not get over a late request")
+        """Waits until the server takes requests again; raises BenchmarkError if it does not."""
+        self._wait_for("READY", limit_s, "does not finish a request that timed out or was cancelled")
 
     def _wait_for(self, wanted: str, limit_s: float, otherwise: str, every_s: float = _STATE_POLL_S) -> None:
         state = "no answer"
@@ -158,44 +156,33 @@ class Server:
             if self._process.poll() is not None:
                 raise self._error(f"ended with status {self._process.returncode}")
             self._port = self._port or _port_of(self.pid)
-            state, setup_log = self._health() if self._port else (state, "")
+            with contextlib.suppress(requests.RequestException, ValueError):
+                health = self._session.get(f"{self.url}/health-check", timeout=5).json()
+                state = str(health.get("status"))
+                if state in _DEAD:
+                    raise self._error(_DEAD[state], (health.get("setup") or {}).get("logs") or "")
             if state == wanted:
                 return
-            if state in _DEAD:
-                raise self._error(_DEAD[state], setup_log)
             time.sleep(every_s)
         raise self._error(f"{otherwise} ({state})")
 
-    def _health(self) -> tuple[str, str]:
-        """The server's state in its own word, and what its setup said."""
-        try:
-            health = self._session.get(f"{self.url}/health-check", timeout=5).json()
-        except (requests.RequestException, ValueError):
-            return "no answer", ""
-        return str(health.get("status")), str((health.get("setup") or {}).get("logs") or "")
-
     def _error(self, what: str, log: str = "") -> BenchmarkError:
-        end = (log.strip() or _read(self._log).strip())[-_TAIL_CHARACTERS:]
-        return BenchmarkError(f"the server {what}; the end of its log:\n{end}")
-
-    @property
-    def pid(self) -> int:
-        """Of the server's first process; the others are its children."""
-        return self._process.pid
+        log = log.strip() or self._log.read_text(encoding="utf-8", errors="replace").strip()
+        return BenchmarkError(f"the server {what}; the end of its log:\n{log[-_TAIL_CHARACTERS:]}")
 
     def resident_mib(self) -> float:
         """What the server's processes hold in memory now."""
         return float(sum(member.memory_info().rss for member in _family(self.pid))) / 2**20
 
-    def peak_memory_mib(self) -> tuple[float, str] | tuple[None, None]:
+    def peak_memory_mib(self) -> tuple[float | None, str | None]:
         """The most memory the server has held so far, and of what: the GPU or its processes."""
         if self.kind == "cog":
             return None, None
         pids = [member.pid for member in _family(self.pid)]
         if (gpu := _gpu_memory_mib(pids)) is not None:
             return gpu, "GPU"
-        peak = peak_rss_mib(pids)
-        return (None, None) if peak is None else (peak, "server processes")
+        peak = peak_resident_mib(pids)
+        return peak, None if peak is None else "server processes"
 
 
 @contextlib.contextmanager
@@ -207,20 +194,18 @@ def running_server(
     deadline_s: float = START_DEADLINE_S,
     temporary: Path | None = None,
 ) -> Iterator[Server]:
-    """Starts a server, and ends it whatever happens.
+    """Starts a server, and ends it in any case.
 
     Args:
-        port: a free one; 0 for one that the kernel chooses, so that nobody else can take it first (not
-            possible with "cog", which does not tell it).
-        kind: "cog" for `cog serve` in Docker, "direct" for Cog's server in this environment; None takes
-            the first that is possible here.
-        weights: the weight set; None for the server's own choice, the only one in Docker.
+        port: a free one; 0 for one that the kernel chooses, which "cog" does not tell.
+        kind: "cog" for `cog serve` in Docker, "direct" for Cog's server in this environment; else the first
+            possible.
+        weights: the weight set; in Docker the image's own.
         deadline_s: how long to wait until it is ready; `cog serve` may have to build the image first.
-        temporary: where a direct server keeps temporary files; None for the system's folder.
+        temporary: where a direct server keeps temporary files, if not in the system's folder.
 
     Raises:
-        BenchmarkError: the port is in use, the server cannot be started, its setup fails, it is not ready in
-            time, or does not give the port back; shows the server's own words.
+        BenchmarkError: the port is in use or stays so, or the server cannot be started or fails; quotes it.
     """
     check_port(port)
     kind = server_kind(kind)
@@ -229,13 +214,11 @@ def running_server(
             "--weights: an image serves its own weights; leave it out, or use --server direct."
         )
     if kind == "cog" and not port:
-        raise BenchmarkError(
-            "--port 0: `cog serve` needs a number; name a free port, or use --server direct."
-        )
+        raise BenchmarkError("--port 0: `cog serve` needs a number; name a free one, or use --server direct.")
     with tempfile.TemporaryDirectory(prefix="codeformer-bench-") as folder:
         log = Path(folder) / "server.log"
         started = time.monotonic()
-        process = _start(kind, port, weights, Path(folder), log, temporary)
+        process = _start(kind, port, weights, log, temporary)
         server = Server(process, port, log, kind)
         try:
             server.wait_until_started(deadline_s)
@@ -245,17 +228,15 @@ def running_server(
             _stop(process, port, kind)
 
 
-def server_kind(wanted: ServerKind | None) -> ServerKind:
+def server_kind(wanted: Literal["auto", "cog", "direct"] | None) -> ServerKind:
     """The way to start a server that was asked for, else the first one possible here."""
-    return wanted or ("cog" if shutil.which("cog") and shutil.which("docker") else "direct")
+    if wanted in ("cog", "direct"):
+        return wanted
+    return "cog" if shutil.which("cog") and shutil.which("docker") else "direct"
 
 
 def check_port(port: int) -> None:
-    """Fails if something listens there already: its answers would be taken for the new server's.
-
-    Raises:
-        BenchmarkError: the port is in use, or not ours to use.
-    """
+    """Raises BenchmarkError for a port in use, whose answers would be taken for the new server's."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -264,30 +245,33 @@ def check_port(port: int) -> None:
             raise BenchmarkError(f"port {port}: cannot be used ({cause}); name a free --port.") from cause
 
 
+def as_uri(data: bytes, mime: str = "image/jpeg") -> str:
+    """A file as the data URI that goes into a request."""
+    return f"data:{mime};base64,{base64.b64encode(data).decode('ascii')}"
+
+
 def as_input(path: Path) -> str:
     """A picture file as the data URI that goes into a request."""
-    mime = mimetypes.guess_type(path)[0] or "image/jpeg"
-    return f"data:{mime};base64,{base64.b64encode(path.read_bytes()).decode('ascii')}"
+    return as_uri(path.read_bytes(), mimetypes.guess_type(path)[0] or "image/jpeg")
 
 
-def _read(log: Path) -> str:
-    try:
-        return log.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return "(no log)"
+def direct_session() -> requests.Session:
+    """A session that bypasses any proxy: proxies are for other hosts. For one thread."""
+    session = requests.Session()
+    session.trust_env = False
+    return session
 
 
 def _start(
-    kind: ServerKind, port: int, weights: str | None, folder: Path, log: Path, temporary: Path | None
+    kind: ServerKind, port: int, weights: str | None, log: Path, temporary: Path | None
 ) -> subprocess.Popen[bytes]:
     environment = dict(os.environ)
-    if kind == "cog":
-        command = ["cog", "serve", "-p", str(port)]
-    else:
+    command = ["cog", "serve", "-p", str(port)]
+    if kind == "direct":
         write_schema(SERVER_SCHEMA)
         command = [sys.executable, "-m", "cog.server.http", "--host", HOST]
         environment |= {
-            # Other threads than the first could not keep freed memory in arenas of their own.
+            # Threads other than the first could not keep freed memory in arenas of their own.
             "MALLOC_ARENA_MAX": "1",
             # What `cog build` takes from predict.py.
             "COG_MAX_CONCURRENCY": "8",
@@ -296,16 +280,15 @@ def _start(
             "PORT": str(port),
             "COG_PREDICT_TYPE_STUB": "predict.py:Predictor",
             # What another server has compiled would make this one's start look fast.
-            "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
-            "TRITON_CACHE_DIR": str(folder / "triton"),
+            "TORCHINDUCTOR_CACHE_DIR": str(log.with_name("inductor")),
+            "TRITON_CACHE_DIR": str(log.with_name("triton")),
         }
         if temporary:
             environment["TMPDIR"] = str(temporary)
         if weights:
-            # A folder is meant as seen from here, not from where the server runs.
-            environment["CODEFORMER_WEIGHTS"] = (
-                str(Path(weights).resolve()) if Path(weights).is_dir() else weights
-            )
+            # A folder is relative to where this process runs, not to where the server does.
+            folder = Path(weights)
+            environment["CODEFORMER_WEIGHTS"] = str(folder.resolve()) if folder.is_dir() else weights
     with log.open("wb") as output:
         try:
             return subprocess.Popen(  # noqa: S603
@@ -315,13 +298,6 @@ def _start(
             raise BenchmarkError(
                 f"{command[0]}: cannot be started ({cause.strerror}); see --server."
             ) from cause
-
-
-def direct_session() -> requests.Session:
-    """A session that goes past any proxy: those are for other hosts. For one thread."""
-    session = requests.Session()
-    session.trust_env = False
-    return session
 
 
 def _port_of(pid: int) -> int:
@@ -336,14 +312,13 @@ def _port_of(pid: int) -> int:
 def _stop(process: subprocess.Popen[bytes], port: int, kind: ServerKind) -> None:
     """Ends the server and all that it has started; what does not follow SIGTERM is killed."""
     if kind == "cog":
-        # The container is no child of ours: it has to end itself.
+        # The container is not a child of this process: it has to end itself.
         with contextlib.suppress(requests.RequestException), direct_session() as session:
             session.post(f"http://{HOST}:{port}/shutdown", timeout=5)
     family = _family(process.pid)
     # The server ends its worker, which then removes its temporary files.
-    with contextlib.suppress(ProcessLookupError):
-        process.terminate()
-    _, family = psutil.wait_procs(family, _STOP_S)
+    process.terminate()
+    psutil.wait_procs(family, _STOP_S)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     for member in family:
@@ -353,7 +328,7 @@ def _stop(process: subprocess.Popen[bytes], port: int, kind: ServerKind) -> None
     deadline = time.monotonic() + _STOP_S
     while True:
         try:
-            # It comes free a moment later.
+            # The port becomes free a moment later.
             return check_port(port)
         except BenchmarkError:
             if time.monotonic() > deadline:
@@ -362,39 +337,11 @@ def _stop(process: subprocess.Popen[bytes], port: int, kind: ServerKind) -> None
 
 
 def _family(pid: int) -> list[psutil.Process]:
-    """A process, its children, and what it has left behind in its group."""
-    members = set()
+    """A process and all that it has started."""
     with contextlib.suppress(psutil.NoSuchProcess):
         first = psutil.Process(pid)
-        members |= {first, *first.children(recursive=True)}
-    for other in psutil.process_iter():
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            if os.getpgid(other.pid) == pid:
-                members.add(other)
-    return list(members)
-
-
-def _read_answer(reply: requests.Response, elapsed_ms: float) -> Answer:
-    try:
-        body = reply.json()
-    except ValueError:
-        return Answer(elapsed_ms, error=f"HTTP {reply.status_code}: {reply.text[:500]}")
-    if reply.status_code == 200 and body.get("status") == "succeeded":
-        pictures = [base64.b64decode(uri.partition(",")[2]) for uri in body.get("output") or ()]
-        return Answer(elapsed_ms, _dotted(body.get("metrics") or {}), pictures)
-    error = body.get("error") or body.get("detail") or body
-    return Answer(elapsed_ms, error=f"HTTP {reply.status_code}: {error}")
-
-
-def _dotted(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Cog nests what the predictor names "timing.detect"; this is undone."""
-    names: dict[str, Any] = {}
-    for name, value in metrics.items():
-        if isinstance(value, Mapping):
-            names |= {f"{name}.{inner}": number for inner, number in _dotted(value).items()}
-        else:
-            names[name] = value
-    return names
+        return [first, *first.children(recursive=True)]
+    return []
 
 
 def _gpu_memory_mib(pids: Sequence[int]) -> float | None:
@@ -404,15 +351,7 @@ def _gpu_memory_mib(pids: Sequence[int]) -> float | None:
         lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout  # noqa: S603
     except (OSError, subprocess.CalledProcessError):
         return None
-    rows = [line.split(",") for line in lines.splitlines() if line.count(",") == 1]
-    # Where processes must not see each other's memory, the column holds words.
-    held = [
-        float(memory)
-        for pid, memory in rows
-        if pid.strip().isdigit() and int(pid) in set(pids) and memory.strip().replace(".", "", 1).isdigit()
-    ]
+    # Where processes must not see each other's memory, the column holds words, and no line matches.
+    rows = re.findall(r"^\s*(\d+)\s*,\s*([\d.]+)\s*$", lines, re.MULTILINE)
+    held = [float(memory) for pid, memory in rows if int(pid) in pids]
     return sum(held) if held else None
-
-
-def _since(started: float) -> float:
-    return (time.perf_counter() - started) * 1e3

@@ -1,54 +1,55 @@
-"""What a result shows, and how: as text for the terminal, and as a part of the HTML page.
+"""How results are shown: as text for the terminal, and as parts of the HTML page.
 
-A program's result says it once, as a `Section`; everything about looks is here and in templates/page.html.
+What a result holds is shown by the names of its fields; everything about looks is here and in
+templates/page.html.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, Literal
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from pydantic import BaseModel
 
-from benchmarks.measure import Summary
+from benchmarks.measure import digits
 
 # Okabe and Ito's colours, told apart with every kind of colour vision.
 COLOURS: Final = ("#56B4E9", "#E69F00", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#F0E442", "#000000")
+_UNITS: Final = {"ms": "ms", "s": "s", "mib": "MiB", "db": "dB"}
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells as they are shown, by column; without a row it is left out.
+    """Rows of cells as they are shown, by column; columns without a value are left out."""
 
-    The first `text_columns` hold words, the others numbers.
-    """
-
+    title: str
     rows: Sequence[Mapping[str, str]]
-    text_columns: int = 1
-
-    def __bool__(self) -> bool:
-        return bool(self.rows)
 
     @property
-    def header(self) -> list[str]:
-        """The columns of all rows, in order."""
-        return list(dict.fromkeys(column for row in self.rows for column in row))
-
-    @property
-    def cells(self) -> list[list[str]]:
-        """Row by row; empty where a row lacks a column."""
-        columns = self.header
-        return [[row.get(column, "") for column in columns] for row in self.rows]
+    def columns(self) -> list[tuple[bool, list[str]]]:
+        """Each column's title and cells, empty where a row lacks it, and whether they are numbers."""
+        titles = dict.fromkeys(title for row in self.rows for title in row)
+        columns = {title: [row.get(title, "") for row in self.rows] for title in titles}
+        return [
+            (all(cell[:1] in "-0123456789" for cell in cells), [title, *cells])
+            for title, cells in columns.items()
+            if set(cells) - {"", "-"}
+        ]
 
 
 @dataclass(frozen=True)
-class Bars:
-    """A horizontal bar for each label, made of parts."""
+class Chart:
+    """One mark for each label; without a label it is left out.
 
+    "bars" are made of parts with a length each. "boxes" show a Summary each: quartiles, whiskers from the
+    fastest to p95, dots for p99 and the slowest.
+    """
+
+    kind: Literal["bars", "boxes"]
     unit: str
-    labels: Mapping[str, Mapping[str, float]]
-    kind: str = "bars"
+    labels: Mapping[str, Any]
 
     @property
     def parts(self) -> list[str]:
@@ -56,75 +57,86 @@ class Bars:
         return list(dict.fromkeys(part for bar in self.labels.values() for part in bar))
 
     @property
-    def longest(self) -> float:
-        """The length of the longest bar."""
-        return max(sum(bar.values()) for bar in self.labels.values())
-
-
-@dataclass(frozen=True)
-class Boxes:
-    """A box for each label: quartiles, whiskers from the fastest to p95, dots for p99 and the slowest."""
-
-    unit: str
-    labels: Mapping[str, Summary]
-    kind: str = "boxes"
-
-
-@dataclass(frozen=True)
-class Lines:
-    """A line for each label, through points (x, y)."""
-
-    x_unit: str
-    y_unit: str
-    labels: Mapping[str, Sequence[tuple[float, float]]]
-    kind: str = "lines"
-
-
-Chart = Bars | Boxes | Lines
+    def longest_bar(self) -> float:
+        return float(max(sum(bar.values()) for bar in self.labels.values()))
 
 
 @dataclass(frozen=True)
 class Section:
-    """All that is shown of one result; charts without a label are left out."""
+    """All that is shown of one result."""
 
     title: str
     notes: Sequence[str]
     tables: Sequence[Table]
-    charts: Sequence[Chart] = field(default=())
+    charts: Sequence[Chart]
+    problems: Sequence[str]
+    provenance: Sequence[str]
 
 
-def sentence(*parts: str) -> str:
-    """The parts in one note."""
-    return "; ".join(parts) + "."
+def title_of(name: str) -> str:
+    """Such as "peak memory, MiB" for peak_memory_mib."""
+    *words, last = name.split("_")
+    if words and last in _UNITS:
+        return f"{' '.join(words)}, {_UNITS[last]}"
+    return _UNITS.get(name, name.replace("_", " "))
 
 
-def cell(value: float | None, digits: int = 1) -> str:
-    """A number for a table, a dash for none."""
-    return "-" if value is None else f"{value:,.{digits}f}"
+def shown(value: Any) -> str:
+    """A value in a table: the length of a list, a dash for None."""
+    if isinstance(value, float):
+        return digits(value)
+    if isinstance(value, list):
+        return str(len(value))
+    names = {None: "-", True: "on", False: "off"}
+    return names[value] if value is None or isinstance(value, bool) else str(value)
+
+
+def is_parts(value: Any) -> bool:
+    """Whether a value is a model that is shown field by field, not in words of its own."""
+    return isinstance(value, BaseModel) and type(value).__str__ is BaseModel.__str__
+
+
+def row_of(model: BaseModel) -> dict[str, str]:
+    """A model as cells by the titles of its fields, with those of its parts in their place."""
+    row: dict[str, str] = {}
+    for name, value in model:
+        if isinstance(value, Mapping):
+            row |= {key: shown(part) for key, part in value.items()}
+        elif is_parts(value):
+            row |= row_of(value)
+        else:
+            row[title_of(name)] = shown(value)
+    return row
+
+
+def table_of(title: str, items: Sequence[BaseModel] | Mapping[str, Any]) -> Table:
+    """A row for each model, or for each item of a mapping, whose names are the first column."""
+    if not isinstance(items, Mapping):
+        return Table(title, [row_of(item) for item in items])
+    return Table(
+        title,
+        [
+            {"": name} | (row_of(item) if isinstance(item, BaseModel) else {"value": shown(item)})
+            for name, item in items.items()
+        ],
+    )
 
 
 def as_text(section: Section) -> str:
-    """For the terminal: everything but the charts."""
+    """For the terminal: title, notes and tables."""
     lines = [section.title, *section.notes]
-    for table in filter(None, section.tables):
-        rows = [table.header, *table.cells]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines.append("")
-        for row in rows:
-            cells = [
-                text.ljust(width) if column < table.text_columns else text.rjust(width)
-                for column, (text, width) in enumerate(zip(row, widths, strict=True))
-            ]
-            lines.append("  ".join(cells).rstrip())
+    for table in section.tables:
+        columns = []
+        for is_number, cells in table.columns:
+            width = max(map(len, cells))
+            columns.append([cell.rjust(width) if is_number else cell.ljust(width) for cell in cells])
+        rows = ["  ".join(row).rstrip() for row in zip(*columns, strict=True)]
+        lines += ["", f"{table.title}:", *rows] if rows else []
     return "\n".join(lines)
 
 
-def as_page(parts: Sequence[tuple[Section, Sequence[str], Sequence[str]]]) -> str:
-    """One HTML page that needs nothing else.
-
-    Args:
-        parts: each section with the problems and the provenance of its result.
-    """
+def as_page(sections: Sequence[Section]) -> str:
+    """One HTML page that needs nothing else."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).with_name("templates")),
         autoescape=True,
@@ -132,7 +144,7 @@ def as_page(parts: Sequence[tuple[Section, Sequence[str], Sequence[str]]]) -> st
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("page.html").render(parts=parts, colours=COLOURS, ticks=ticks)
+    return environment.get_template("page.html").render(sections=sections, colours=COLOURS, ticks=ticks)
 
 
 def ticks(largest: float) -> list[float]:

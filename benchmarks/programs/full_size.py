@@ -31,7 +31,7 @@ class Options(opt.Options):
     """The command line."""
 
     folder: Annotated[Path, Field(description="the set's folder, for --weights")]
-    detector_from: Annotated[str, Field(description="a set with a trained detector")] = "lite"
+    detector_from: str = Field("lite", description="a set with a trained detector")
 
 
 def measure(options: Options) -> None:
@@ -50,20 +50,15 @@ def measure(options: Options) -> None:
 
 
 def with_official_sizes(models: Models, device: torch.device) -> Models:
-    """Restorer and parser of official size, and a detector that takes as long as the official one.
-
-    Args:
-        models: whose detector finds the faces.
-        device: where they are.
-    """
+    """Restorer and parser of official size; the given detector, taking as long as the official one."""
     torch.manual_seed(SEED)
-    networks = (CodeFormer(), FaceParsingNetwork(), build_retinaface("resnet50"))
-    restorer, parser, large = (_ready(network, device) for network in networks)
-    return Models(
-        detector=FaceDetector(_SlowedDetector(models.detector.network, large)),
-        restorers={"codeformer": CodeFormerRestorer(restorer)},
-        masker=FaceParser(parser),
+    networks: Any = (CodeFormer(), FaceParsingNetwork(), build_retinaface("resnet50"))
+    restorer, parser, large = (
+        network.to(device).eval().requires_grad_(requires_grad=False) for network in networks
     )
+    detector = _SlowedDetector(models.detector.network, large)
+    restorers = {"codeformer": CodeFormerRestorer(restorer)}
+    return Models(FaceDetector(detector), restorers, FaceParser(parser))
 
 
 class _SlowedDetector(nn.Module):
@@ -77,7 +72,3 @@ class _SlowedDetector(nn.Module):
     def forward(self, x: Tensor) -> Any:
         self.unused(x)
         return self.used(x)
-
-
-def _ready(network: Any, device: torch.device) -> Any:
-    return network.to(device).eval().requires_grad_(requires_grad=False)

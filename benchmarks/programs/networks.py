@@ -7,17 +7,15 @@ is, the second lets it keep freed memory (codeformer/process.py), which cannot b
 import copy
 from collections.abc import Callable
 from functools import partial
-from typing import Annotated, Any, Final, Literal
+from typing import Any, Final, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from benchmarks import options as opt
-from benchmarks.measure import Model, Summary, interleave, ratios_to_first, times_of
+from benchmarks.measure import Call, interleave, timings_of
 from benchmarks.programs.full_size import SEED
-from benchmarks.results import Prices, RepeatedReport, header_of
-from benchmarks.views import Section, Table
+from benchmarks.results import CallsReport, header_of
 from codeformer.engine.plan import available_device, torch_switches
 from codeformer.engine.precision import half_dtype_of
 from codeformer.networks.codeformer import CodeFormer
@@ -32,38 +30,12 @@ NETWORKS: Final[dict[str, tuple[Callable[[], Any], tuple[int, ...]]]] = {
     "parser": (FaceParsingNetwork, (1, 3, 512, 512)),
     "detector": (partial(build_retinaface, "resnet50"), (1, 3, 832, 640)),
 }
-_MEMORY: Final = {None: "", True: " (freed memory kept)", False: " (allocator as it is)"}
 
 
-class Network(Model):
-    """One network's forms; `keeps_memory` is None where the memory is not the host's."""
-
-    network: Literal["restorer", "parser", "detector"]
-    keeps_memory: bool | None
-    forms_ms: dict[str, Summary]
-    ratios_to_first: dict[str, Summary]
-
-
-class Result(RepeatedReport):
-    """Of all networks."""
+class Result(CallsReport):
+    """A group for each network and, on a CPU, way of the allocator; a call for each form."""
 
     kind: Literal["networks"] = "networks"
-    networks: Annotated[list[Network], Field(min_length=1)]
-
-    def section(self, _prices: Prices, /) -> Section:
-        rows = [
-            {
-                "network": row.network,
-                "form": f"{form}{_MEMORY[row.keeps_memory]}",
-                "median ms (quartiles)": times.spread(),
-                "to the first form": row.ratios_to_first[form].spread(3)
-                if form in row.ratios_to_first
-                else "1",
-            }
-            for row in self.networks
-            for form, times in row.forms_ms.items()
-        ]
-        return Section("Forms of the networks, official sizes", [f"{self.rounds}."], [Table(rows, 2)])
 
 
 class Options(opt.Measuring):
@@ -77,29 +49,24 @@ class Options(opt.Measuring):
 
 def measure(options: Options) -> Result:
     device = available_device(options.device)
-    header = header_of(options, device, None, "warmup", "repeats")
+    header = header_of(device, None)
     torch.manual_seed(SEED)
-    networks = []
-    for keeps_memory in (False, True) if device.type == "cpu" else (None,):
-        if keeps_memory:
+    groups = {}
+    for memory in (", allocator as it is", ", freed memory kept") if device.type == "cpu" else ("",):
+        if "kept" in memory:
             keep_freed_memory()
         for name in options.networks:
-            times = _times(name, device, options)
-            forms_ms = {form: Summary.of(elapsed) for form, elapsed in times.items()}
-            networks.append(
-                Network(
-                    network=name,
-                    keeps_memory=keeps_memory,
-                    forms_ms=forms_ms,
-                    ratios_to_first=ratios_to_first(times),
+            # As requests run: without TF32.
+            with torch.inference_mode(), torch_switches(cudnn_benchmark=True):
+                samples = interleave(
+                    _forms(name, device), device, warmup=options.warmup, repeats=options.repeats
                 )
-            )
-            print(f"measured {name}{_MEMORY[keeps_memory]}")
-    return Result(**header | {"networks": networks})
+            groups[f"{name}{memory}"] = timings_of(samples)
+            print(f"measured {name}{memory}")
+    return Result.of(header, options, groups=groups)
 
 
-@torch.inference_mode()
-def _times(name: str, device: torch.device, options: Options) -> dict[str, list[float]]:
+def _forms(name: str, device: torch.device) -> dict[str, Call]:
     build, shape = NETWORKS[name]
     network = build().to(device).eval()
     channels_last = copy.deepcopy(network).to(memory_format=torch.channels_last)
@@ -107,15 +74,12 @@ def _times(name: str, device: torch.device, options: Options) -> dict[str, list[
     x = torch.randn(shape, device=device)
     x_last = x.contiguous(memory_format=torch.channels_last)
     half = half_dtype_of(device) or torch.bfloat16
-    calls = {
+    return {
         "as published": partial(_forward, network, x),
         "channels-last": partial(_forward, channels_last, x_last),
         "for inference": partial(_forward, rewritten, x_last),
         f"for inference, {half}".replace("torch.", ""): partial(_forward, rewritten, x_last, half),
     }
-    # As requests run: without TF32.
-    with torch_switches(cudnn_benchmark=True):
-        return times_of(interleave(calls, device, warmup=options.warmup, repeats=options.repeats))
 
 
 def _forward(network: Any, x: Tensor, half_dtype: torch.dtype | None = None) -> Any:

@@ -1,11 +1,12 @@
 """What a request costs besides its networks, and what a start costs: part by part, in this process.
 
-The detector's network is replaced by its recorded answer, so that what remains is ours: copy, normalisation,
-decoding, suppression. Paste-back is compared with upstream's way of it, on whole frames.
+The detector's network is replaced by its recorded answer, so that what remains is our own code: copy,
+normalisation, decoding, suppression. Paste-back is compared with upstream's method, on whole frames.
 """
 
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Final, Literal
 
@@ -16,10 +17,9 @@ from torch import Tensor, nn
 
 from benchmarks import options as opt
 from benchmarks.full_frame import paste_full_frame
-from benchmarks.measure import Call, Summary, interleave, ratio_of_pairs, time_call, times_of
-from benchmarks.results import Prices, RepeatedReport
+from benchmarks.measure import Call, Summary, Timing, interleave, time_call, timings_of
+from benchmarks.results import CallsReport
 from benchmarks.server import ROOT
-from benchmarks.views import Section, Table, sentence
 from codeformer.engine import device_pixels
 from codeformer.engine.detector import FaceDetector, anchors_for
 from codeformer.engine.masker import TemplateMask, soften_labels
@@ -31,7 +31,6 @@ from codeformer.imaging.geometry import FACE_SIZE, crop_face, invert
 from codeformer.imaging.pasting import paste_face
 from codeformer.imaging.traits import is_gray
 from codeformer.serving.request import SAMPLES
-from codeformer.weights.manifest import WeightSet
 
 LARGE_WH: Final = (4000, 3000)
 SMALL_WH: Final = (640, 832)
@@ -41,18 +40,10 @@ _FACE_IN_CROP: Final = 290
 _STARTS: Final = 3
 
 
-class Result(RepeatedReport):
-    """Of all parts; `full_frame_to_region` is upstream's paste-back to ours, round by round."""
+class Result(CallsReport):
+    """A group for each part; in "paste" the first call is ours, the second upstream's."""
 
     kind: Literal["parts"] = "parts"
-    parts_ms: dict[str, Summary]
-    full_frame_to_region: Summary
-
-    def section(self, _prices: Prices, /) -> Section:
-        ratio = f"{self.full_frame_to_region.p50:.0f}x"
-        note = sentence("In process", self.rounds, f"pasting into the face's region alone is {ratio} faster")
-        rows = [{"part": name, "median ms (quartiles)": t.spread(2)} for name, t in self.parts_ms.items()]
-        return Section("Besides the networks", [note], [Table(rows)])
 
 
 class Options(opt.InProcess):
@@ -63,22 +54,31 @@ class Options(opt.InProcess):
 
 
 def measure(options: Options) -> Result:
-    loaded = opt.load(options, "warmup", "repeats")
-    calls = _parts(loaded.models.detector, loaded.device)
+    loaded = opt.load(options)
+    device, rounds = loaded.device, {"warmup": options.warmup, "repeats": options.repeats}
+    groups = {}
     with torch_switches(cudnn_benchmark=False):
-        times = times_of(interleave(calls, loaded.device, warmup=options.warmup, repeats=options.repeats))
-    parts = times | _starts(loaded.weights, loaded.device)
-    return Result(
-        **loaded.header,
-        parts_ms={name: Summary.of(elapsed) for name, elapsed in parts.items()},
-        full_frame_to_region=ratio_of_pairs(times["paste, full frame"], times["paste"]),
+        for part, calls in _parts(loaded.models.detector, device).items():
+            groups[part] = timings_of(interleave(calls, device, **rounds))
+    load = partial(Pipeline.load, loaded.weights, device, download=False)
+    starts: dict[str, Callable[[], float]] = {
+        "import of torch and torchvision": lambda: _import_ms("torch, torchvision"),
+        "import of predict": lambda: _import_ms("predict"),
+        "loading the networks": lambda: time_call(load, device)[0],
+    }
+    groups["start"] = {
+        name: Timing(ms=Summary.of([once() for _ in range(_STARTS)])) for name, once in starts.items()
+    }
+    return Result.of(loaded.header, options, groups=groups)
+
+
+def _parts(detector: FaceDetector, device: torch.device) -> dict[str, dict[str, Call]]:
+    portrait = decode_image((SAMPLES / "1.jpg").read_bytes())
+    large, small, face = (
+        np.asarray(cv2.resize(portrait, size_wh, interpolation=cv2.INTER_CUBIC), dtype=np.uint8)
+        for size_wh in (LARGE_WH, SMALL_WH, (FACE_SIZE, FACE_SIZE))
     )
-
-
-def _parts(detector: FaceDetector, device: torch.device) -> dict[str, Call]:
-    large, small = (_sample(size_wh) for size_wh in (LARGE_WH, SMALL_WH))
     recorded = _recorded(detector, small)
-    face = np.asarray(cv2.resize(small[: SMALL_WH[0]], (FACE_SIZE, FACE_SIZE)), dtype=np.uint8)
     face_there = torch.from_numpy(face).to(device)
     mask_there = TemplateMask().masks(face_there[None])[0][0].contiguous()
     mask = mask_there.cpu().numpy()
@@ -88,34 +88,31 @@ def _parts(detector: FaceDetector, device: torch.device) -> dict[str, Call]:
     canvas_there = torch.from_numpy(large).to(device).clone()
     jpeg = encode_jpeg(large)
     labels = torch.ones(1, FACE_SIZE, FACE_SIZE, dtype=torch.int64, device=device)
-    return {
-        "detect, without its network": lambda: recorded.detect([small]),
-        "anchors, new size": _new_anchors(device),
-        "crop": lambda: crop_face(large, invert(matrix)),
-        "crop, on the device": lambda: device_pixels.crop_face(canvas_there, invert(matrix)),
-        "mask": lambda: soften_labels(labels),
-        "paste": lambda: paste_face(canvas, face, matrix, mask),
-        "paste, full frame": lambda: paste_full_frame(large, face, matrix, mask),
-        "paste, on the device": lambda: device_pixels.paste_face(
-            canvas_there, face_there, matrix, mask_there
-        ),
-        "grey or not": lambda: is_gray(large),
-        "decode": lambda: decode_image(jpeg),
-        "encode": lambda: encode_jpeg(large),
-    }
 
-
-def _sample(size_wh: tuple[int, int]) -> ImageU8:
-    portrait = decode_image((SAMPLES / "1.jpg").read_bytes())
-    return np.asarray(cv2.resize(portrait, size_wh, interpolation=cv2.INTER_CUBIC), dtype=np.uint8)
-
-
-def _new_anchors(device: torch.device) -> Call:
-    def call() -> Tensor:
+    def new_anchors() -> Tensor:
         anchors_for.cache_clear()
         return anchors_for(SMALL_WH[1], SMALL_WH[0], device)
 
-    return call
+    def paste_there() -> None:
+        device_pixels.paste_face(canvas_there, face_there, matrix, mask_there)
+
+    return {
+        "detection": {"without its network": lambda: recorded.detect([small])},
+        "anchors": {"new size": new_anchors},
+        "crop": {
+            "on the host": lambda: crop_face(large, invert(matrix)),
+            "on the device": lambda: device_pixels.crop_face(canvas_there, invert(matrix)),
+        },
+        "mask": {"of a face": lambda: soften_labels(labels)},
+        "paste": {
+            "in the face's region": lambda: paste_face(canvas, face, matrix, mask),
+            "on the full frame": lambda: paste_full_frame(large, face, matrix, mask),
+            "in the face's region, on the device": paste_there,
+        },
+        "grey or not": {"12 megapixels": lambda: is_gray(large)},
+        "decode": {"12 megapixels": lambda: decode_image(jpeg)},
+        "encode": {"12 megapixels": lambda: encode_jpeg(large)},
+    }
 
 
 class _Recorded(nn.Module):
@@ -139,16 +136,6 @@ def _recorded(detector: FaceDetector, picture: ImageU8) -> FaceDetector:
             "expected a face in data/1.jpg, found none; use weights with a trained detector."
         )
     return recorded
-
-
-def _starts(weights: WeightSet, device: torch.device) -> dict[str, list[float]]:
-    """Milliseconds of what happens before a first request, each several times."""
-    load = partial(Pipeline.load, weights, device, download=False)
-    return {
-        "start: import of torch and torchvision": [_import_ms("torch, torchvision") for _ in range(_STARTS)],
-        "start: import of predict": [_import_ms("predict") for _ in range(_STARTS)],
-        "start: loading the networks": [time_call(load, device)[0] for _ in range(_STARTS)],
-    }
 
 
 def _import_ms(modules: str) -> float:

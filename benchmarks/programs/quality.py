@@ -4,9 +4,9 @@ Clean pictures are degraded, each with its own seed, restored, and compared with
 of the whole picture and of its faces (as found in the clean picture), and NIQE, which needs no reference.
 """
 
-import dataclasses
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, cast
 
@@ -15,10 +15,10 @@ import torch
 from pydantic import Field
 
 from benchmarks import options as opt
-from benchmarks.measure import Model, Summary
+from benchmarks.measure import Count, Model, Summary
 from benchmarks.programs.full_size import with_official_sizes
-from benchmarks.results import Configuration, Count, Prices, Report
-from benchmarks.views import Section, Table, cell
+from benchmarks.results import Configuration, Report
+from benchmarks.views import Table, row_of, table_of
 from codeformer.engine.codeformer import CodeFormerRestorer
 from codeformer.engine.detector import FaceDetector
 from codeformer.engine.models import Models
@@ -48,16 +48,6 @@ class Scores(Model):
     face_psnr_db: Summary | None = None
     face_ssim: Summary | None = None
     niqe: Summary | None = None
-
-    def cells(self) -> dict[str, str]:
-        """Means, as cells of a table."""
-        columns = [("PSNR, dB", self.psnr_db, 2), ("SSIM", self.ssim, 4)]
-        more = [
-            ("faces: PSNR, dB", self.face_psnr_db, 2),
-            ("faces: SSIM", self.face_ssim, 4),
-            ("NIQE", self.niqe, 2),
-        ]
-        return {title: cell(of.avg if of else None, digits) for title, of, digits in [*columns, *more]}
 
 
 class Restored(Model):
@@ -96,33 +86,13 @@ class Result(Report):
     restored: list[Restored]
     deviations: list[Deviation]
 
-    def section(self, _prices: Prices, /) -> Section:
-        notes = [f"{len(self.images)} pictures; {self.degradation} degradation, seed {self.seed}; means."]
-        if self.clean_niqe:
-            notes.append(f"NIQE of the clean pictures: {self.clean_niqe.avg:.2f}.")
-        elif self.machine.versions.get("basicsr") == NOT_INSTALLED:
-            notes.append("No NIQE: basicsr was not installed.")
-        rows = [{"configuration": "degraded", "w": ""} | self.degraded.cells()]
-        rows += [
-            _named(row.configuration) | row.scores.cells() | {"faces": str(row.faces)}
-            for row in self.restored
-        ]
-        deviations = [
-            {
-                **_named(row.configuration),
-                "deviation from": row.against.label,
-                "largest, levels": cell(row.max_levels, 0),
-                "mean, levels": cell(row.mean_levels, 4),
-                "PSNR, dB": cell(row.psnr_db),
-                "equal codes": "-" if row.equal_codes is None else f"{row.equal_codes:.2%}",
-            }
-            for row in self.deviations
-        ]
-        return Section("Quality", notes, [Table(rows), Table(deviations)])
+    def notes(self) -> list[str]:
+        has_niqe = self.machine.versions.get("basicsr") != NOT_INSTALLED
+        return super().notes() + ([] if has_niqe else ["No NIQE: basicsr was not installed."])
 
-
-def _named(configuration: Configuration) -> dict[str, str]:
-    return {"configuration": configuration.label, "w": f"{configuration.codeformer_fidelity:g}"}
+    def tables(self) -> list[Table]:
+        restored = [{"configuration": "degraded", **row_of(self.degraded)}, *map(row_of, self.restored)]
+        return [Table("restored", restored), table_of("deviations", self.deviations)]
 
 
 class Options(opt.InProcess):
@@ -132,10 +102,11 @@ class Options(opt.InProcess):
     cases: opt.Cases = opt.DEFAULT_CASES
     fidelities: tuple[opt.Fidelity, ...] = (0.0, 0.5, 1.0)
     degradation: Degradation = "moderate"
-    seed: Annotated[int, Field(ge=0, description="of the degradations")] = 0
-    limit: Annotated[int | None, Field(ge=1, description="so many pictures, the first ones")] = None
+    seed: int = Field(0, ge=0, description="of the degradations")
+    limit: opt.Limit = None
     against: Annotated[
-        str | None, Field(description="deviation of the other cases from this one; 'baseline' will do")
+        str | None,
+        Field(description="deviation of the other cases from this one; 'baseline' is baseline/safe"),
     ] = None
     official_size: opt.OfficialSize = False
     precision: Annotated[
@@ -150,7 +121,7 @@ def measure(options: Options) -> Result:
         raise InputError(f"--against {against}: expected one of {', '.join(opt.CASES)}.")
     cases = opt.cases_of([against, *options.cases] if against else options.cases)
     files = opt.pictures_in(options.reference)[: options.limit]
-    loaded = opt.load(options, "seed", "degradation", "official_size", "precision")
+    loaded = opt.load(options)
     device = loaded.device
     models = with_official_sizes(loaded.models, device) if options.official_size else loaded.models
     clean = [opt.read_picture(file) for file in files]
@@ -159,37 +130,35 @@ def measure(options: Options) -> Result:
     for index, picture in enumerate(clean):
         rng = np.random.default_rng((options.seed, index))
         degraded.append(DEGRADATIONS[options.degradation].sample(rng).apply(picture, rng))
-    crops = _crops(models.detector, degraded, device) if against else None
-    codes = {} if crops is None else {name: _codes(models, cases[name], crops) for name in cases}
+    crops = _crops(models.detector, degraded) if against else []
+    codes = {name: _codes(models, case, crops, device) for name, case in cases.items() if crops}
     restored: list[Restored] = []
     deviations: list[Deviation] = []
     for fidelity in options.fidelities:
         outputs: dict[str, list[ImageU8]] = {}
-        configurations = opt.cases_of(list(cases), fidelity)
-        for name, configuration in configurations.items():
+        for name, configuration in opt.cases_of(list(cases), fidelity).items():
             plan = configuration.plan(device)
             if options.precision and configuration.runtime_profile != "baseline":
-                plan = dataclasses.replace(plan, half_dtype=PRECISIONS[options.precision])
+                plan = replace(plan, half_dtype=PRECISIONS[options.precision])
             pipeline = Pipeline(models, device)
             results = [pipeline.restore([picture], fidelity, plan)[0] for picture in degraded]
             outputs[name] = [result.image_bgr for result in results]
-            faces = sum(len(result.faces) for result in results)
             found = scores(outputs[name], clean, boxes)
+            faces = sum(len(result.faces) for result in results)
             restored.append(Restored(configuration=configuration, scores=found, faces=faces))
-            print(f"measured {name}, w = {fidelity:g}")
-        if against:
-            deviations += [
-                Deviation(
+            if against and name != against:
+                # The first of the cases is the one they are compared with.
+                deviation = Deviation(
                     configuration=configuration,
-                    against=configurations[against],
+                    against=restored[-len(outputs)].configuration,
                     equal_codes=_share_of_equal(codes[name], codes[against]) if codes else None,
                     **_differences(outputs[name], outputs[against]),
                 )
-                for name, configuration in configurations.items()
-                if name != against
-            ]
-    return Result(
-        **loaded.header,
+                deviations.append(deviation)
+            print(f"measured {configuration}")
+    return Result.of(
+        loaded.header,
+        options,
         images=[file.name for file in files],
         clean_niqe=_niqe(clean),
         degraded=scores(degraded, clean, boxes),
@@ -214,19 +183,17 @@ def _face_boxes(detector: FaceDetector, picture: ImageU8) -> list[Box]:
 def scores(results: Sequence[ImageU8], clean: Sequence[ImageU8], boxes: Sequence[Sequence[Box]]) -> Scores:
     """Scores of pictures (H, W, 3) uint8 BGR against clean ones, and of their faces in boxes."""
     values: defaultdict[str, list[float]] = defaultdict(list)
+    whole: Box = np.s_[:, :]
     for result, truth, faces in zip(results, clean, boxes, strict=True):
-        whole: list[Box] = [np.s_[:, :]]
-        for prefix, regions in (("", whole), ("face_", faces)):
-            for region in regions:
-                values[f"{prefix}psnr_db"].append(metrics.psnr_db(result[region], truth[region]))
-                values[f"{prefix}ssim"].append(metrics.ssim(result[region], truth[region]))
+        for prefix, region in [("", whole), *(("face_", face) for face in faces)]:
+            values[f"{prefix}psnr_db"].append(metrics.psnr_db(result[region], truth[region]))
+            values[f"{prefix}ssim"].append(metrics.ssim(result[region], truth[region]))
     summaries: dict[str, Any] = {name: Summary.of(numbers) for name, numbers in values.items()}
     return Scores(**summaries, niqe=_niqe(results))
 
 
 def _niqe(pictures: Sequence[ImageU8]) -> Summary | None:
-    numbers = [value for picture in pictures if (value := metrics.niqe(picture)) is not None]
-    return Summary.of(numbers) if numbers else None
+    return Summary.of_any([value for value in map(metrics.niqe, pictures) if value is not None])
 
 
 def _differences(ours: Sequence[ImageU8], theirs: Sequence[ImageU8]) -> dict[str, float]:
@@ -243,22 +210,24 @@ def _share_of_equal(a: torch.Tensor, b: torch.Tensor) -> float:
     return round(float((a == b).double().mean()), 6)
 
 
-def _crops(detector: FaceDetector, pictures: Sequence[ImageU8], device: torch.device) -> torch.Tensor | None:
-    """The aligned faces of all pictures, (N, 512, 512, 3) uint8 BGR; None where there is no face."""
+def _crops(detector: FaceDetector, pictures: Sequence[ImageU8]) -> list[ImageU8]:
+    """The aligned faces of all pictures, (512, 512, 3) uint8 BGR each."""
     crops = []
-    for picture in pictures:
-        working = make_working_copy(picture)
+    for working in map(make_working_copy, pictures):
         with torch_switches(cudnn_benchmark=False):
             [found] = detector.detect([working.image_bgr])
         faces, _ = align_faces(working, found)
         crops += [crop_face(working.image_bgr, face.working_to_face) for face in faces]
-    return torch.from_numpy(np.stack(crops)).to(device) if crops else None
+    return crops
 
 
-def _codes(models: Models, configuration: Configuration, crops: torch.Tensor) -> torch.Tensor:
+def _codes(
+    models: Models, configuration: Configuration, crops: Sequence[ImageU8], device: torch.device
+) -> torch.Tensor:
     """The codes that a configuration predicts; in float32 in every profile, whatever the fidelity."""
-    plan = configuration.plan(crops.device)
+    plan = configuration.plan(device)
     chosen = models.optimized(plan.compile_backend) if plan.optimized else models
     restorer = cast("CodeFormerRestorer", chosen.restorers["codeformer"])
+    batches = torch.split(torch.from_numpy(np.stack(crops)).to(device), plan.micro_batch)
     with torch_switches(cudnn_benchmark=plan.cudnn_benchmark):
-        return torch.cat([restorer.codes(batch) for batch in torch.split(crops, plan.micro_batch)])
+        return torch.cat([restorer.codes(batch) for batch in batches])

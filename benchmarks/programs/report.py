@@ -1,4 +1,4 @@
-"""One HTML page of any results, to be sent as it is: charts, tables, costs, and with what it was measured."""
+"""One HTML page of any results, to be sent as it is: charts, tables, costs, and how they were measured."""
 
 from pathlib import Path
 from typing import Annotated
@@ -21,8 +21,7 @@ class Options(opt.Options):
 
 def measure(options: Options) -> None:
     prices = read_model(Prices, options.prices)
-    reports = [read_report(file) for file in options.files]
+    sections = [read_report(file).section(prices) for file in options.files]
     check_output(options.output)
-    page = as_page([(report.section(prices), report.problems(), report.provenance()) for report in reports])
-    options.output.write_text(page, encoding="utf-8")
+    options.output.write_text(as_page(sections), encoding="utf-8")
     print(f"wrote {options.output}")

@@ -5,9 +5,9 @@ and images, where the server spent its time, and what failed. Profiles take turn
 Without pictures of your own it measures those of data/, and makes the missing ones first.
 """
 
-import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Literal, Self, get_args
@@ -15,15 +15,12 @@ from typing import Annotated, Literal, Self, get_args
 from pydantic import BeforeValidator, Field, model_validator
 
 from benchmarks import options as opt
-from benchmarks.measure import Model, Summary, ratio_of_pairs, rotated, stage_times
-from benchmarks.results import Amount, Configuration, Count, Picture, Prices, ServedReport, latency_cells
+from benchmarks.measure import Amount, Count, Model, Summary, ratio_of_pairs, rotated, stage_times
+from benchmarks.results import Configuration, Picture, ServedReport
 from benchmarks.server import Answer, as_input, check_port
-from benchmarks.views import Section, Table, cell, sentence
+from benchmarks.views import shown
 from codeformer.errors import InputError
 from codeformer.options import DEFAULT_FIDELITY, CompileBackend, RuntimeProfile, StabilityMode
-
-Request = Sequence[Path]
-Sent = tuple[Request, Answer]
 
 
 class Latency(Model):
@@ -31,6 +28,17 @@ class Latency(Model):
 
     ms: Summary
     throughput_per_s: Amount
+
+    def __str__(self) -> str:
+        ranks = ", ".join(f"{rank} {shown(getattr(self.ms, rank))}" for rank in ("p50", "p95", "p99"))
+        return f"{ranks} ms; {self.throughput_per_s:.3g} per s"
+
+    @classmethod
+    def of(cls, samples: Sequence[float], items: int) -> Self | None:
+        """Of times in ms in which `items` were served; None without samples."""
+        if not samples:
+            return None
+        return cls(ms=Summary.of(samples), throughput_per_s=round(items / (sum(samples) / 1e3), 4))
 
 
 class Failure(Model):
@@ -42,13 +50,8 @@ class Failure(Model):
 
 
 class Profile(Model):
-    """What became of one profile's requests. Failures, those of the warm-up too, count as nothing else.
-
-    Attributes:
-        round_totals: of rounds without a failure; None where there is none.
-        per_request: of successful requests; None where there is none.
-        per_image: a request's time, shared out evenly.
-        stages_ms: the server's own times.
+    """What became of one profile's requests: times of rounds without a failure, of successful requests, of
+    these divided evenly among their images, and the server's own. None where there was no success.
     """
 
     configuration: Configuration
@@ -71,33 +74,11 @@ class Result(ServedReport):
     profiles: dict[str, Profile]
     ratios_to_first: dict[str, Summary]
 
-    def section(self, prices: Prices, /) -> Section:
-        first, profile = next(iter(self.profiles.items()))
-        settings = profile.configuration
-        notes = [
-            sentence(
-                f"{len(self.images)} pictures, {self.batch_size} a request",
-                self.rounds,
-                f"{first} is {settings.label}, fidelity {settings.codeformer_fidelity:g}",
-            )
-        ]
-        notes += [f"{name} / {first}, by request: {r.spread(3)}." for name, r in self.ratios_to_first.items()]
-        rows = []
-        for name, profile in self.profiles.items():
-            for of in ("round_totals", "per_request", "per_image"):
-                latency: Latency | None = getattr(profile, of)
-                if latency:
-                    rows.append({"profile": name, "times": of} | latency_cells(latency.ms))
-                    rows[-1] |= {"per second": cell(latency.throughput_per_s, 2)}
-                    rows[-1] |= {"failed": str(profile.failed_requests), "faces": str(profile.faces)}
-            if profile.per_image:
-                rows[-1][prices.header] = cell(prices.cost(profile.per_image.ms.avg, self.machine.device), 3)
-        stages, charts = self.stages_and_costs(
-            {name: each.per_image.ms for name, each in self.profiles.items() if each.per_image},
-            {name: each.stages_ms for name, each in self.profiles.items() if each.stages_ms},
-            prices,
-        )
-        return Section("Requests over HTTP", notes, [Table(rows, 2), stages], charts)
+    def ms_per_image(self) -> dict[str, Summary]:
+        return {name: each.per_image.ms for name, each in self.profiles.items() if each.per_image}
+
+    def stages_ms(self) -> dict[str, Mapping[str, Summary]]:
+        return {name: each.stages_ms for name, each in self.profiles.items()}
 
     def problems(self) -> list[str]:
         return [
@@ -110,9 +91,9 @@ class Result(ServedReport):
 class Options(opt.Serving):
     """The command line."""
 
-    images: Annotated[tuple[Path, ...], Field(description="pictures, instead of a folder")] = ()
-    image_dir: Annotated[Path | None, Field(description="a folder of pictures; else data/")] = None
-    batch_size: Annotated[int, Field(ge=1, le=4, description="images in a request")] = 1
+    images: tuple[Path, ...] = Field((), description="pictures, instead of a folder")
+    image_dir: Path | None = Field(None, description="a folder of pictures; else data/")
+    batch_size: int = Field(1, ge=1, le=4, description="images in a request")
     profiles: Annotated[tuple[RuntimeProfile, ...], BeforeValidator(opt.split), Field(min_length=1)] = (
         get_args(RuntimeProfile)
     )
@@ -134,16 +115,29 @@ class Options(opt.Serving):
         return {profile: Configuration(runtime_profile=profile, **shared) for profile in self.profiles}
 
 
+@dataclass(frozen=True)
+class Sent:
+    """A request's files, and what came back."""
+
+    files: Sequence[Path]
+    answer: Answer
+
+    @property
+    def ok(self) -> bool:
+        """Whether it succeeded."""
+        return self.answer.error is None
+
+
 def measure(options: Options) -> Result:
     check_port(options.port)
-    header = opt.server_header(options, "warmup", "repeats", "batch_size")
+    header = opt.server_header(options)
     configurations = options.configurations()
     files = options.images or opt.benchmark_pictures(options.image_dir or opt.DATA)
     if missing := [str(file) for file in files if not file.is_file()]:
         raise InputError(f"--images: no such file: {', '.join(missing)}.")
     encoded = {file: as_input(file) for file in files}
     size = options.batch_size
-    requests = [files[start : start + size] for start in range(0, len(files), size)]
+    batches = [files[start : start + size] for start in range(0, len(files), size)]
     sent: dict[str, list[list[Sent]]] = {name: [] for name in configurations}
     rounds = options.warmup + options.repeats
     with opt.server_of(options) as server:
@@ -151,18 +145,16 @@ def measure(options: Options) -> Result:
         for turn in range(rounds):
             for answers in sent.values():
                 answers.append([])
-            for number, request in enumerate(requests):
-                # In turns within a round too: the first to see a picture pays for its size.
+            for number, batch in enumerate(batches):
+                # In turns within a round, too: the first to see a picture pays for its size.
                 for name in rotated(list(sent), turn + number):
-                    inputs = configurations[name].model_dump() | {
-                        "images": [encoded[file] for file in request]
-                    }
-                    answer = server.predict(inputs, options.timeout_sec)
-                    # The pictures that came back are not looked at, and need not be kept.
-                    sent[name][-1].append((request, dataclasses.replace(answer, pictures=())))
+                    images = {"images": [encoded[file] for file in batch]}
+                    answer = server.predict(configurations[name].model_dump() | images, options.timeout_sec)
+                    sent[name][-1].append(Sent(batch, answer.without_pictures()))
             print(f"{'warm-up' if turn < options.warmup else 'measured'}: round {turn + 1} of {rounds}")
-    return Result(
-        **header,
+    return Result.of(
+        header,
+        options,
         images=[_describe(file) for file in files],
         setup_s=round(server.setup_s, 3),
         profiles={
@@ -175,54 +167,49 @@ def measure(options: Options) -> Result:
 def profile_of(configuration: Configuration, rounds: Sequence[Sequence[Sent]], warmup: int) -> Profile:
     """What became of a profile's requests, round by round; the times of the first `warmup` do not count."""
     failures = Counter(
-        (tuple(file.name for file in files), answer.error)
-        for files, answer in chain(*rounds)
-        if answer.error is not None
+        (tuple(file.name for file in sent.files), str(sent.answer.error))
+        for sent in chain(*rounds)
+        if not sent.ok
     )
-    good = [(files, answer) for files, answer in chain(*rounds[warmup:]) if answer.error is None]
-    whole = [sent for sent in rounds[warmup:] if all(answer.error is None for _, answer in sent)]
-    each = [answer.elapsed_ms / len(files) for files, answer in good for _ in files]
+    counted = rounds[warmup:]
+    good = [sent for sent in chain(*counted) if sent.ok]
+    whole = [each for each in counted if all(sent.ok for sent in each)]
+    per_image = [sent.answer.elapsed_ms / len(sent.files) for sent in good for _ in sent.files]
     return Profile(
         configuration=configuration,
         failures=[
-            Failure(images=list(names), error=error, count=number)
-            for (names, error), number in failures.items()
+            Failure(images=list(names), error=error, count=count)
+            for (names, error), count in failures.items()
         ],
         failed_requests=failures.total(),
-        faces=sum(int(answer.metrics.get("faces.restored", 0)) for _, answer in good),
-        round_totals=_latency(
-            [sum(answer.elapsed_ms for _, answer in sent) for sent in whole],
-            sum(len(files) for files, _ in chain(*whole)),
+        faces=sum(int(sent.answer.metrics.get("faces.restored", 0)) for sent in good),
+        round_totals=Latency.of(
+            [sum(sent.answer.elapsed_ms for sent in each) for each in whole],
+            sum(len(sent.files) for sent in chain(*whole)),
         ),
-        per_request=_latency([answer.elapsed_ms for _, answer in good], len(good)),
-        per_image=_latency(each, len(each)),
-        stages_ms=stage_times([answer.metrics for _, answer in good]),
+        per_request=Latency.of([sent.answer.elapsed_ms for sent in good], len(good)),
+        per_image=Latency.of(per_image, len(per_image)),
+        stages_ms=stage_times([sent.answer.metrics for sent in good]),
     )
-
-
-def _latency(samples: Sequence[float], items: int) -> Latency | None:
-    if not samples:
-        return None
-    return Latency(ms=Summary.of(samples), throughput_per_s=round(items / (sum(samples) / 1e3), 4))
 
 
 def ratios(sent: Mapping[str, Sequence[Sequence[Sent]]]) -> dict[str, Summary]:
     """Times of each profile to the first one's, request by request, where both succeeded."""
-    answers = {name: [answer for _, answer in chain(*rounds)] for name, rounds in sent.items()}
-    first, *others = answers
-    pairs = {
-        name: [
-            (ours.elapsed_ms, theirs.elapsed_ms)
-            for ours, theirs in zip(answers[name], answers[first], strict=True)
-            if ours.error is None and theirs.error is None
+    first, *others = sent
+    found = {}
+    for name in others:
+        pairs = [
+            (ours.answer.elapsed_ms, theirs.answer.elapsed_ms)
+            for ours, theirs in zip(chain(*sent[name]), chain(*sent[first]), strict=True)
+            if ours.ok and theirs.ok
         ]
-        for name in others
-    }
-    return {name: ratio_of_pairs(*zip(*both, strict=True)) for name, both in pairs.items() if both}
+        if pairs:
+            found[name] = ratio_of_pairs(*zip(*pairs, strict=True))
+    return found
 
 
 def _describe(file: Path) -> Picture:
-    """Name and size; a file that is no picture is the server's to refuse, and has no size."""
+    """Name and size; a file that is not a picture is left for the server to refuse, and has no size."""
     try:
         return opt.describe_picture(file)
     except InputError:

@@ -5,7 +5,6 @@ Every good one has to succeed with pictures of the right size, every bad one to 
 memory must not grow, no file may be left, and requests of one kind have to take about the same time.
 """
 
-import base64
 import random
 import tempfile
 import time
@@ -14,6 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -22,10 +22,10 @@ import numpy as np
 from pydantic import Field
 
 from benchmarks import options as opt
-from benchmarks.measure import Positive, Summary
-from benchmarks.results import Amount, Count, Prices, Report, header_of
-from benchmarks.server import Answer, Server, running_server
-from benchmarks.views import Lines, Section, Table, cell, sentence
+from benchmarks.measure import Amount, Count, Positive, Summary
+from benchmarks.results import Report, header_of
+from benchmarks.server import Answer, Server, as_uri, running_server
+from benchmarks.views import Chart
 from codeformer.engine.plan import available_device
 from codeformer.errors import BenchmarkError, InputError
 from codeformer.imaging.files import ImageU8, decode_image, encode_jpeg
@@ -45,17 +45,8 @@ _CANCELLED: Final = "four pictures, fast"
 
 
 class Result(Report):
-    """What became of the requests.
-
-    Attributes:
-        requests: how many of each kind.
-        cancelled: what became of the cancelled ones, in Cog's words.
-        faults: answers that were not as expected.
-        times_ms: of good requests by kind.
-        resident_mib: (requests served, MiB), from the first that counts.
-        growth: how far memory went above what it was then, as a share.
-        most_files: the most temporary files at a time.
-        files_left: after the server's end.
+    """What became of the requests, by kind, and of the cancelled ones, in Cog's words; unexpected answers;
+    memory by requests served and its growth from the first as a share; and temporary files.
     """
 
     kind: Literal["soak"] = "soak"
@@ -68,23 +59,9 @@ class Result(Report):
     most_files: Count
     files_left: list[str]
 
-    def section(self, _prices: Prices, /) -> Section:
-        statuses = ", ".join(f"{number} {status}" for status, number in self.cancelled.items())
-        note = sentence(
-            f"{sum(self.requests.values())} requests",
-            f"{sum(self.cancelled.values())} more were cancelled ({statuses})",
-            f"{len(self.problems()) or 'no'} problems",
-            f"memory {self.growth:+.2%} from request {self.resident_mib[0][0]} on",
-            f"at most {self.most_files} files at a time, {len(self.files_left) or 'none'} left",
-        )
-        rows = []
-        for kind, number in self.requests.items():
-            rows.append({"request": kind, "times": str(number)})
-            if times := self.times_ms.get(kind):
-                rows[-1] |= {"p50 ms": cell(times.p50, 0), "p99 ms": cell(times.p99, 0)}
-                rows[-1]["p99 to p50"] = cell(times.p99 / times.p50, 2)
-        memory = Lines("requests", "resident MiB", {"server": self.resident_mib})
-        return Section("Many requests of all kinds", [note], [Table(rows)], [memory])
+    def charts(self) -> list[Chart]:
+        memory = {f"after {requests} requests": {"": mib} for requests, mib in self.resident_mib}
+        return [Chart("bars", "resident MiB", memory)]
 
     def problems(self) -> list[str]:
         found = [*self.faults, *(f"left behind: {path}" for path in self.files_left)]
@@ -102,14 +79,8 @@ class Result(Report):
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of request: what is sent, and either what comes back or a part of the error.
-
-    Attributes:
-        name: for people.
-        inputs: the request's.
-        shapes: (H, W, 3) of the pictures that come back.
-        faces: restored in all of them.
-        error: a part of it, for a request that has to fail.
+    """A kind of request: what is sent, and the shapes (H, W, 3) and faces of the pictures that have to come
+    back, or for a request that has to fail a part of the error.
     """
 
     name: str
@@ -135,9 +106,9 @@ class Kind:
 class Options(opt.Measuring):
     """The command line."""
 
-    requests: Annotated[int, Field(ge=2, description="good and bad ones")] = 1000
-    cancelled: Annotated[int, Field(ge=0, description="so many more")] = 10
-    settled: Annotated[int, Field(ge=1, description="memory is compared from this request on")] = 200
+    requests: int = Field(1000, ge=2, description="good and bad ones")
+    cancelled: int = Field(10, ge=0, description="further ones, which are cancelled")
+    settled: int = Field(200, ge=1, description="memory is compared from this request on")
     port: opt.Port = 6301
     weights: opt.Weights = None
 
@@ -145,17 +116,16 @@ class Options(opt.Measuring):
 def measure(options: Options) -> Result:
     if options.settled >= options.requests:
         raise InputError(f"--settled: expected a number below {options.requests}, the number of --requests.")
-    weights = load_weight_set(options.weights)
-    header = header_of(options, available_device(None), weights)
+    header = header_of(available_device(None), load_weight_set(options.weights))
+    plan = make_plan(options.requests, options.cancelled)
     with tempfile.TemporaryDirectory(prefix="codeformer-soak-") as folder:
         temporary = Path(folder)
         with running_server(
             options.port, kind="direct", weights=options.weights, temporary=temporary
         ) as server:
-            plan = make_plan(options.requests, options.cancelled)
-            found = _work_through(plan, server, temporary, options.settled)
+            found = _send_all(plan, server, temporary, options.settled)
         files_left = sorted(str(path.relative_to(temporary)) for path in temporary.rglob("*"))
-    return Result(**header, **found, files_left=files_left)
+    return Result.of(header, options, **found, files_left=files_left)
 
 
 def growth_of(resident_mib: Sequence[tuple[int, float]]) -> float:
@@ -163,11 +133,9 @@ def growth_of(resident_mib: Sequence[tuple[int, float]]) -> float:
     return round(max(mib for _, mib in resident_mib) / resident_mib[0][1] - 1, 5)
 
 
-def _work_through(
-    plan: Sequence[Kind | None], server: Server, temporary: Path, settled: int
-) -> dict[str, Any]:
+def _send_all(plan: Sequence[Kind | None], server: Server, temporary: Path, settled: int) -> dict[str, Any]:
     """Sends the requests; the fields of the result that come of it."""
-    long_request = next(kind for kind in good_requests() if kind.name == _CANCELLED)
+    [long_request] = next(kinds for kinds in good_requests() if kinds[0].name == _CANCELLED)
     requests: Counter[str] = Counter()
     cancelled: Counter[str] = Counter()
     faults = []
@@ -194,8 +162,8 @@ def _work_through(
             resident_mib.append((served, round(server.resident_mib(), 1)))
     resident_mib.append((requests.total(), round(server.resident_mib(), 1)))
     return {
-        "requests": requests,
-        "cancelled": cancelled,
+        "requests": dict(requests),
+        "cancelled": dict(cancelled),
         "faults": faults,
         "times_ms": {name: Summary.of(values) for name, values in times_ms.items()},
         "resident_mib": resident_mib,
@@ -205,7 +173,7 @@ def _work_through(
 
 
 def _cancel(server: Server, kind: Kind, after_s: float) -> str:
-    """Begins a request and cancels it; what became of it: it may have been faster than that.
+    """Begins a request and cancels it; returns what became of it, since it may have been faster.
 
     Raises:
         BenchmarkError: it ended in another way, or the server does not serve afterwards.
@@ -224,56 +192,47 @@ def _cancel(server: Server, kind: Kind, after_s: float) -> str:
 
 def make_plan(requests: int, cancelled: int) -> list[Kind | None]:
     """The requests in order, None for one to be cancelled; one of `BAD_SHARE` of the others is bad."""
-    bad = bad_requests()
-    kinds: defaultdict[str, list[Kind]] = defaultdict(list)
-    for kind in good_requests():
-        kinds[kind.name].append(kind)
-    alike = list(kinds.values())
-    chosen: list[Kind | None] = []
-    for number in range(requests):
-        turn, is_bad = number // BAD_SHARE, number % BAD_SHARE == BAD_SHARE - 1
-        among = alike[number % len(alike)]
-        chosen.append(bad[turn % len(bad)] if is_bad else among[number // len(alike) % len(among)])
+    bad, good = cycle(bad_requests()), cycle([cycle(variants) for variants in good_requests()])
+    plan: list[Kind | None] = [
+        next(bad) if number % BAD_SHARE == BAD_SHARE - 1 else next(next(good)) for number in range(requests)
+    ]
     order = random.Random(SEED)  # noqa: S311
-    order.shuffle(chosen)
+    order.shuffle(plan)
     for _ in range(cancelled):
-        chosen.insert(order.randrange(len(chosen)), None)
-    return chosen
+        plan.insert(order.randrange(len(plan)), None)
+    return plan
 
 
-def good_requests() -> list[Kind]:
-    """Requests that have to succeed."""
+def good_requests() -> list[list[Kind]]:
+    """Requests that have to succeed: variants of each kind."""
     portrait = decode_image((SAMPLES / "1.jpg").read_bytes())
     small = np.asarray(cv2.resize(portrait, (200, 260), interpolation=cv2.INTER_AREA), dtype=np.uint8)
     grey: Any = np.repeat(cv2.cvtColor(small, cv2.COLOR_BGR2GRAY)[:, :, None], 3, axis=2)
     plain: Any = np.full((300, 400, 3), (90, 120, 60), np.uint8)
     tall: Any = np.full((900, 330, 3), (20, 20, 120), np.uint8)
-    # Every one has another size: what is kept for sizes shows.
-    growing = [plain[:, : 300 + number] for number in range(60)]
     optimized = {"stability_mode": "optimized", "compile_backend": "none"}
-    return [
+    # Every one has another size: what is kept for sizes would show.
+    growing = [_request("no face, many sizes", [plain[:, : 300 + number]], 0) for number in range(60)]
+    steady = [
         _request("portrait, baseline", [portrait], 1),
         _request("portrait, fast, optimized", [portrait], 1, runtime_profile="fast", **optimized),
         _request("small and grey, max_speed", [small, grey], 2, runtime_profile="max_speed"),
         _request("no face, tall", [tall], 0, runtime_profile="fast"),
         _request(_CANCELLED, [small, plain, grey, small], 3, runtime_profile="fast", **optimized),
         _request("w = 0", [small], 1, codeformer_fidelity=0.0),
-        *(_request("no face, many sizes", [picture], 0) for picture in growing),
     ]
+    return [growing, *([kind] for kind in steady)]
 
 
 def bad_requests() -> list[Kind]:
     """Requests that have to fail, each with its own message."""
     picture = encode_jpeg(np.full((64, 64, 3), 128, np.uint8))
-    good = _uri(picture)
+    good = as_uri(picture)
+    text, half, empty = as_uri(b"no picture at all"), as_uri(picture[: len(picture) // 2]), as_uri(b"")
     return [
-        Kind("text", {"images": [good, _uri(b"no picture at all")]}, error="Image 2: not a picture"),
-        Kind(
-            "cut short",
-            {"images": [_uri(picture[: len(picture) // 2])]},
-            error="Image 1: the file is damaged",
-        ),
-        Kind("empty", {"images": [_uri(b"")]}, error="Image 1: the file is empty"),
+        Kind("text", {"images": [good, text]}, error="Image 2: not a picture"),
+        Kind("cut short", {"images": [half]}, error="Image 1: the file is damaged"),
+        Kind("empty", {"images": [empty]}, error="Image 1: the file is empty"),
         Kind("five pictures", {"images": [good] * 5}, error="1 to 4 pictures"),
         Kind("no picture", {"images": []}, error="1 to 4 pictures"),
         Kind("w = 7", {"images": [good], "codeformer_fidelity": 7}, error="fidelity"),
@@ -283,9 +242,5 @@ def bad_requests() -> list[Kind]:
 
 
 def _request(name: str, pictures: Sequence[ImageU8], faces: int, **inputs: Any) -> Kind:
-    images = [_uri(encode_jpeg(np.ascontiguousarray(picture))) for picture in pictures]
+    images = [as_uri(encode_jpeg(np.ascontiguousarray(picture))) for picture in pictures]
     return Kind(name, {"images": images, **inputs}, tuple(picture.shape for picture in pictures), faces)
-
-
-def _uri(data: bytes) -> str:
-    return f"data:image/jpeg;base64,{base64.b64encode(data).decode()}"
