@@ -69,6 +69,7 @@ def test_a_data_uri(server: CogServer, png: bytes, smooth: np.ndarray) -> None:
         "losing_detail": 0,
         "float32_retries": 0,
         "memory_retries": 0,
+        "per_pass": 0.0,
     }
     assert metrics["images"] == {"count": 1, "without_faces": 1, "sizes": ["160x90"]}
     assert metrics["timing"]["detect"] > 0

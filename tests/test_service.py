@@ -156,7 +156,8 @@ def test_a_header_that_tells_no_size_reserves_nothing(data: bytes) -> None:
 
 def test_sizes_come_from_the_header_alone(photo: Path) -> None:
     height, width = gradient().shape[:2]
-    assert size_of(photo.read_bytes()[:-300]) == (width, height)
+    # The pixels are gone, the header is whole.
+    assert size_of(photo.read_bytes()[:-30]) == (width, height)
 
 
 def test_the_service_takes_as_many_as_cog_lets_in() -> None:

@@ -79,6 +79,11 @@ class OutputFolder:
                 shutil.rmtree(folder, ignore_errors=True)
         return paths
 
+    def discard(self, paths: Sequence[Path]) -> None:
+        """Removes results that nobody will read."""
+        for folder in {path.parent for path in paths}:
+            shutil.rmtree(folder, ignore_errors=True)
+
     def sweep(self, older_than_s: float = KEPT_S) -> None:
         """Removes results that nobody has read in this time."""
         for folder in self.path.glob("*"):

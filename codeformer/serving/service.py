@@ -92,8 +92,13 @@ class Service:
         """
         stop = threading.Event()
         work = asyncio.create_task(self._serve(sources, options, stop))
-        # Whoever cancels this call does not wait for the answer.
-        work.add_done_callback(lambda done: done.cancelled() or done.exception())
+
+        def forget(done: asyncio.Task[tuple[list[Path], Metrics]]) -> None:
+            # Whoever has cancelled this call takes no answer, and hears of no error.
+            if done.exception() is None and stop.is_set():
+                self._outputs.discard(done.result()[0])
+
+        work.add_done_callback(forget)
         try:
             return await asyncio.shield(work)
         except asyncio.CancelledError:
