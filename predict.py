@@ -11,6 +11,7 @@ from codeformer.limits import Limits
 from codeformer.log import configure_server_log
 from codeformer.options import Options
 from codeformer.process import tune_process
+from codeformer.serving.fetching import FetchPolicy
 from codeformer.serving.outputs import OutputFolder
 from codeformer.serving.request import serve, warm_up
 from codeformer.serving.worker import Worker
@@ -23,6 +24,7 @@ class Predictor(BaseRunner):
         """Loads the networks, fetching and verifying their weights, and tries them once."""
         configure_server_log()
         self.limits = Limits.from_environment()
+        self.fetch_policy = FetchPolicy.from_environment()
         cpu_precision()  # refuses a wrong value before any weights are fetched
         device = available_device()
         tune_process(device)
@@ -101,6 +103,7 @@ class Predictor(BaseRunner):
             ),
             stop=threading.Event(),
             limits=self.limits,
+            fetch_policy=self.fetch_policy,
         )
         for name, value in outcome.metrics.items():
             self.record_metric(name, value)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from codeformer.errors import CancelledError, OptionError, TimeLimitError
+from codeformer.errors import CancelledError, ImageError, OptionError, TimeLimitError
 
 MEGAPIXELS_VARIABLE: Final = "CODEFORMER_MAX_MEGAPIXELS"
 FACES_VARIABLE: Final = "CODEFORMER_MAX_FACES"
@@ -55,6 +55,13 @@ class Limits:
         """Of each file: four uncompressed 16-bit samples a pixel, and something for profiles and notes."""
         return 8 * self.max_pixels + _NOTES_BYTES
 
+    def check_bytes(self, count: int, index: int) -> None:
+        """Raises ImageError when a file, the `index`-th of its request, is longer than allowed."""
+        if count > self.max_bytes:
+            raise ImageError(
+                f"expected at most {self.max_bytes:,} bytes, got {count:,}; use a smaller copy.", index
+            )
+
 
 DEFAULT_LIMITS: Final = Limits()
 
@@ -64,13 +71,18 @@ class Deadline:
 
     Args:
         seconds: from now.
-        stop: set when the request is cancelled.
+        stops: one of them is set when the request is cancelled.
+        ends: of `time.monotonic`, where it is not from now.
     """
 
-    def __init__(self, seconds: float, stop: threading.Event | None = None) -> None:
+    def __init__(self, seconds: float, *stops: threading.Event | None, ends: float | None = None) -> None:
         self._seconds = seconds
-        self._ends = time.monotonic() + seconds
-        self._stop = stop
+        self._ends = time.monotonic() + seconds if ends is None else ends
+        self._stops = stops
+
+    def or_when(self, stop: threading.Event) -> "Deadline":
+        """The same deadline for a part of the request, which is also cancelled when `stop` is set."""
+        return Deadline(self._seconds, *self._stops, stop, ends=self._ends)
 
     def check(self, where: str) -> None:
         """Looks whether it is time to end.
@@ -82,7 +94,7 @@ class Deadline:
             TimeLimitError: the time is over.
             CancelledError: the request was cancelled.
         """
-        if self._stop is not None and self._stop.is_set():
+        if any(stop is not None and stop.is_set() for stop in self._stops):
             raise CancelledError(where)
         if time.monotonic() > self._ends:
             raise TimeLimitError(self._seconds, where)
