@@ -6,6 +6,7 @@ checks included, is what a server does.
 
 import gzip
 import http.server
+import re
 import shutil
 import socket
 import ssl
@@ -24,6 +25,7 @@ from codeformer.engine.pipeline import Pipeline
 from codeformer.errors import CancelledError, ImageError, OptionError, TimeLimitError
 from codeformer.imaging.files import decode_image, encode_jpeg
 from codeformer.limits import Deadline, Limits
+from codeformer.serving import fetching
 from codeformer.serving.fetching import DEFAULT_POLICY, FetchPolicy, fetch, is_public
 from codeformer.serving.request import serve
 from predict import Predictor
@@ -101,8 +103,8 @@ class Internet(http.server.BaseHTTPRequestHandler):
         while True:
             self.wfile.write(bytes(1 << 16))
 
-    def send_announced(self, _: str) -> None:
-        self.answer(Content_Length=str(10**12))
+    def send_announced(self, length: str) -> None:
+        self.answer(Content_Length=length)
         self.drip(b"-")
 
     def send_bomb(self, times: str) -> None:
@@ -328,15 +330,32 @@ def test_an_answer_without_a_picture_is_named_by_its_number_alone(net: Connectio
         assert f"answered {status}; check it" in refusal(f"http://pictures.example/status?{status}")
 
 
-@pytest.mark.parametrize("path", ["endless", "announced", "bomb?1", "bomb?2"])
+@pytest.mark.parametrize("path", ["endless", "bomb?1", "bomb?2"])
 def test_more_bytes_than_a_picture_has_are_not_read(net: Connections, path: str) -> None:
     text = refusal(f"http://pictures.example/{path}")
-    start, count = "Image 2: expected at most 72,000,000 bytes, got ", "1,000,000,000,000"
-    assert text.startswith(start)
-    if path != "announced":
-        count = text.removeprefix(start).partition(";")[0]
-        assert int(count.replace(",", "")) < 73_000_000, "it stops there, also where it decompresses"
-    assert text == f"{start}{count}; use a smaller copy."
+    found = re.fullmatch(
+        r"Image 2: expected at most 72,000,000 bytes, got ([\d,]+); use a smaller copy\.", text
+    )
+    assert found
+    assert int(found[1].replace(",", "")) < 73_000_000, "it stops there, also where it decompresses"
+
+
+def test_an_announced_length_is_enough_to_refuse(net: Connections) -> None:
+    announced = "http://pictures.example/announced"
+    assert "at most 72,000,000 bytes, got 1,000,000,000,000;" in refusal(f"{announced}?{10**12}")
+    assert len(refusal(f"{announced}?{'9' * 4000}")) < 200
+    for nonsense in ("9" * 6000, "-5", "none"):
+        with pytest.raises((TimeLimitError, ImageError)) as raised:
+            fetch(f"{announced}?{nonsense}", 2, SMALL, DEFAULT_POLICY, Deadline(0.5))
+        assert "9999" not in str(raised.value)
+
+
+def test_a_host_that_keeps_silent_is_not_waited_for_until_the_deadline(
+    net: Connections, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetching, "_READ_S", 0.3)
+    assert "cannot be fetched (its host is too slow)" in refusal("http://pictures.example/silence")
+    assert Internet.hung_up.wait(20)
 
 
 def test_a_compressed_picture_is_decompressed(net: Connections) -> None:

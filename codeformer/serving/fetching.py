@@ -32,6 +32,7 @@ _CONNECT_S: Final = 10.0
 # Between two pieces of data.
 _READ_S: Final = 30.0
 _CHUNK_BYTES: Final = 1 << 18
+_LONGEST_ANNOUNCED: Final = 10**15
 # Between two looks at the deadline.
 _LOOK_S: Final = 0.1
 
@@ -249,9 +250,8 @@ class _Transfer:
     def _body(self, response: urllib3.BaseHTTPResponse) -> bytes:
         if not 200 <= response.status < 300:
             raise self._error(f"the address answered {response.status}; check it.")
-        announced = response.headers.get("Content-Length", "")
-        if announced.isdecimal():
-            self._limits.check_bytes(int(announced), self._index)
+        # A host may announce any number.
+        self._limits.check_bytes(min(response.length_remaining or 0, _LONGEST_ANNOUNCED), self._index)
         data = bytearray()
         # A piece is no longer than this after decompression, too.
         while chunk := response.read1(_CHUNK_BYTES, decode_content=True):
@@ -314,7 +314,7 @@ def _headers(target: Url) -> dict[str, str]:
 
 def _reason(cause: urllib3.exceptions.HTTPError) -> str:
     if isinstance(cause, urllib3.exceptions.TimeoutError):
-        return f"nothing came for {_READ_S:g} s"
+        return "its host is too slow"
     if isinstance(cause, urllib3.exceptions.SSLError):
         return "no trusted TLS connection"
     return type(cause).__name__
