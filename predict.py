@@ -15,6 +15,7 @@ from codeformer.limits import Limits, batch_wait_s
 from codeformer.log import configure_server_log
 from codeformer.options import Options
 from codeformer.process import tune_process
+from codeformer.serving.fetching import FetchPolicy
 from codeformer.serving.outputs import OutputFolder
 from codeformer.serving.service import Service
 from codeformer.serving.shutdown import Keeper, end_server, ignore_termination, listening_port
@@ -29,6 +30,7 @@ class Predictor(BaseRunner):
         """Loads the networks, fetching and verifying their weights, and tries them once."""
         configure_server_log()
         limits, wait_s = Limits.from_environment(), batch_wait_s()
+        fetch_policy = FetchPolicy.from_environment()
         cpu_precision()  # refuses a wrong value before any weights are fetched
         device = available_device()
         tune_process(device)
@@ -40,7 +42,7 @@ class Predictor(BaseRunner):
             # This is the worker of a server, and no test or other program.
             ignore_termination()
             keeper, give_up = Keeper(listening_port(os.getppid())), end_server
-        self.service = Service(pipeline, limits, self.outputs, keeper, wait_s, give_up)
+        self.service = Service(pipeline, limits, fetch_policy, self.outputs, keeper, wait_s, give_up)
         self.service.warm_up()
 
     def healthcheck(self) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from codeformer.errors import CancelledError, OptionError, TimeLimitError
+from codeformer.errors import CancelledError, ImageError, OptionError, TimeLimitError
 
 MEGAPIXELS_VARIABLE: Final = "CODEFORMER_MAX_MEGAPIXELS"
 FACES_VARIABLE: Final = "CODEFORMER_MAX_FACES"
@@ -62,6 +62,13 @@ class Limits:
         """Largest size of each file: four 16-bit samples per pixel, and 64 MB for profiles and metadata."""
         return 8 * self.max_pixels + _METADATA_BYTES
 
+    def check_bytes(self, count: int, index: int) -> None:
+        """Raises ImageError when a file, the `index`-th of its request, is longer than allowed."""
+        if count > self.max_bytes:
+            raise ImageError(
+                f"expected at most {self.max_bytes:,} bytes, got {count:,}; use a smaller copy.", index
+            )
+
 
 DEFAULT_LIMITS: Final = Limits()
 
@@ -71,13 +78,18 @@ class Deadline:
 
     Args:
         seconds: time limit, counted from now.
-        stop: an event that is set when the request is cancelled.
+        stops: events, of which one is set when the request is cancelled.
+        ends: the end in the time of `time.monotonic`, where it is not counted from now.
     """
 
-    def __init__(self, seconds: float, stop: threading.Event | None = None) -> None:
+    def __init__(self, seconds: float, *stops: threading.Event | None, ends: float | None = None) -> None:
         self._seconds = seconds
-        self._ends = time.monotonic() + seconds
-        self._stop = stop
+        self._ends = time.monotonic() + seconds if ends is None else ends
+        self._stops = stops
+
+    def or_when(self, stop: threading.Event) -> "Deadline":
+        """The same deadline for a part of the request, which is also cancelled when `stop` is set."""
+        return Deadline(self._seconds, *self._stops, stop, ends=self._ends)
 
     def check(self, where: str) -> None:
         """Raises an error if the request has to end.
@@ -89,7 +101,7 @@ class Deadline:
             TimeLimitError: the time is over.
             CancelledError: the request was cancelled.
         """
-        if self._stop is not None and self._stop.is_set():
+        if any(stop is not None and stop.is_set() for stop in self._stops):
             raise CancelledError(where)
         if time.monotonic() > self._ends:
             raise TimeLimitError(self._seconds, where)

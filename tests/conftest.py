@@ -21,6 +21,7 @@ from codeformer.limits import DEFAULT_LIMITS, Limits
 from codeformer.networks.codeformer import CodeFormer
 from codeformer.networks.parsenet import FaceParsingNetwork
 from codeformer.networks.retinaface import build_retinaface
+from codeformer.serving.fetching import FetchPolicy
 from codeformer.serving.outputs import OutputFolder
 from codeformer.serving.service import Service
 from codeformer.serving.shutdown import Keeper
@@ -74,7 +75,7 @@ def models_of(detector: FaceDetector, restorer: FaceRestorer, masker: FaceMasker
 
 def service_of(pipeline: Pipeline, limits: Limits = DEFAULT_LIMITS, **options: Any) -> Service:
     """A service that nobody has to keep alive."""
-    return Service(pipeline, limits, OutputFolder(), Keeper(None), **options)
+    return Service(pipeline, limits, FetchPolicy(), OutputFolder(), Keeper(None), **options)
 
 
 def make_channels_last_restorer() -> CodeFormer:

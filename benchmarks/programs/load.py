@@ -1,8 +1,8 @@
 """Many clients at a time: how many requests per second, how long each takes, how busy the device is.
 
-First clients that send their next request when they have their answer, one to sixteen of them; then requests
-that come at fixed rates, up to more than the server can do, whether or not the earlier ones are answered. A
-full server answers 409; such a request is refused, and a client sends it again. With --simulated the scheduler
+First clients that send their next request when they have their answer, one to sixteen of them; then
+requests that come at fixed rates, up to more than the server can do, whether or not the earlier ones are
+answered. A full server answers 409; such a request is refused, and a client sends it again. With --simulated the scheduler
 works in this process with a device that takes a fixed time for each pass and some more for each face, and no
 server is started: that shows how batches fill up, not how fast anything is.
 """
@@ -45,9 +45,9 @@ _AGAIN_S: Final = 0.02
 class Load(Model):
     """What a number of clients, or a rate of requests, came to.
 
-    Answers per second; times from sending to the last byte; the time until the first turn at the device; faces
-    of all requests that went through the networks at a time; and the share of the time in which the thread of
-    the device worked.
+    Answers per second; times from sending to the last byte; the time until the first turn at the device; the
+    faces of all requests that went through the networks at a time; and the share of the time in which the
+    thread of the device worked.
     """
 
     clients: Count | None = None

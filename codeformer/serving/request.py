@@ -2,7 +2,6 @@
 
 import base64
 import binascii
-import itertools
 import logging
 import os
 import stat
@@ -10,35 +9,27 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 from urllib.parse import unquote_to_bytes
 
-import requests
-import urllib3
-
 from codeformer.engine.pipeline import Pipeline, RestoredImage, recipe_of
 from codeformer.engine.plan import resolve_plan
 from codeformer.engine.stages import STAGES
-from codeformer.errors import CodeFormerError, ImageError, OptionError
+from codeformer.errors import CancelledError, CodeFormerError, ImageError, OptionError
 from codeformer.imaging.files import ImageU8, decode_image, encode_jpeg
 from codeformer.limits import DEFAULT_LIMITS, Deadline, Limits
 from codeformer.locations import shipped
 from codeformer.options import Options
+from codeformer.serving.fetching import DEFAULT_POLICY, FetchPolicy, fetch
 
 logger = logging.getLogger(__name__)
 
 MAX_IMAGES: Final = 4
 DEFAULT_OPTIONS: Final = Options()
-# Decoders and encoders leave Python's lock to others while they work.
-_FILE_WORKERS: Final = min(MAX_IMAGES, os.cpu_count() or 1)
 SAMPLES: Final = shipped("data")
-
-# Seconds to connect, and between two pieces of data.
-_FETCH_TIMEOUT_S: Final = (10.0, 30.0)
-_CHUNK_BYTES: Final = 1 << 18
 
 # Numbers, for images.sizes "WIDTHxHEIGHT" strings, and for faces.skip_reasons sentences.
 Metrics = dict[str, float | int | list[str]]
@@ -68,6 +59,7 @@ def serve(
     options: Options = DEFAULT_OPTIONS,
     *,
     limits: Limits = DEFAULT_LIMITS,
+    fetch_policy: FetchPolicy = DEFAULT_POLICY,
     stop: threading.Event | None = None,
 ) -> Outcome:
     """Restores 1 to 4 picture files. Every input is checked before any work begins.
@@ -79,6 +71,7 @@ def serve(
             name a sample picture ("data/1.jpg"); it never opens another file.
         options: what is to be done.
         limits: pixels, faces and time of this request.
+        fetch_policy: where pictures may be fetched from.
         stop: to be set to cancel it; looked at between stages.
 
     Raises:
@@ -98,12 +91,8 @@ def serve(
     check_count(paths)
     found: dict[int, RestoredImage] = {}
     encodings: dict[int, Future[bytes]] = {}
-    with ThreadPoolExecutor(_FILE_WORKERS, thread_name_prefix="codeformer-files") as workers:
-        images = list(
-            workers.map(
-                _read, paths, itertools.count(1), itertools.repeat(limits), itertools.repeat(deadline)
-            )
-        )
+    with ThreadPoolExecutor(MAX_IMAGES, thread_name_prefix="codeformer-files") as workers:
+        images = _read_all(workers, paths, limits, fetch_policy, deadline)
         decoded = time.perf_counter()
         for number, result in pipeline.stream(
             enumerate(images, start=1), recipe, options.selection, plan, limits, deadline
@@ -142,25 +131,51 @@ def describe(metrics: Metrics) -> str:
     )
 
 
-def _read(source: object, index: int, limits: Limits, deadline: Deadline) -> ImageU8:
-    return decode_image(read_source(source, index, limits, deadline), index, limits)
+def _read_all(
+    workers: ThreadPoolExecutor,
+    sources: Sequence[object],
+    limits: Limits,
+    fetch_policy: FetchPolicy,
+    deadline: Deadline,
+) -> list[ImageU8]:
+    """All at the same time. Once one has failed, those that are still being fetched are given up."""
+    failed = threading.Event()
+    futures = [
+        workers.submit(_read, source, index, limits, fetch_policy, deadline.or_when(failed))
+        for index, source in enumerate(sources, start=1)
+    ]
+    wait(futures, return_when=FIRST_EXCEPTION)
+    failed.set()
+    # The first picture's failure of its own, before those that follow from another's.
+    for future in sorted(futures, key=lambda future: isinstance(future.exception(), CancelledError)):
+        future.result()
+    return [future.result() for future in futures]
 
 
-def read_source(source: object, index: int, limits: Limits, deadline: Deadline) -> bytes:
+def _read(
+    source: object, index: int, limits: Limits, fetch_policy: FetchPolicy, deadline: Deadline
+) -> ImageU8:
+    return decode_image(read_source(source, index, limits, fetch_policy, deadline), index, limits)
+
+
+def read_source(
+    source: object, index: int, limits: Limits, fetch_policy: FetchPolicy, deadline: Deadline
+) -> bytes:
     """The bytes of a picture file.
 
     Args:
         source: a path; or a string: an http(s) address, a data URI or the name of a sample picture.
         index: its place in the request, from 1, for error messages.
         limits: of its bytes.
+        fetch_policy: from where addresses may be fetched.
         deadline: of the request, for transfers.
 
     Raises:
-        ImageError: it cannot be read, or is too long.
+        ImageError: it cannot be read, may not be fetched, or is too long.
     """
     head = source[:8].lower() if isinstance(source, str) else ""
     if head.startswith(("http://", "https://")):
-        return _fetch(str(source), index, limits, deadline)
+        return fetch(str(source), index, limits, fetch_policy, deadline)
     if head.startswith("data:"):
         return _unpack(str(source), index)
     return _read_file(source if isinstance(source, Path) else _sample_picture(source, index), index, limits)
@@ -171,39 +186,10 @@ def _read_file(path: Path, index: int, limits: Limits) -> bytes:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
             raise ImageError("expected a file, got a folder or a device.", index)
-        _check_bytes(status.st_size, index, limits)
+        limits.check_bytes(status.st_size, index)
         return path.read_bytes()
     except OSError as cause:
         raise ImageError(f"the file cannot be read ({cause.strerror}).", index) from cause
-
-
-def _check_bytes(count: int, index: int, limits: Limits) -> None:
-    if count > limits.max_bytes:
-        raise ImageError(
-            f"expected at most {limits.max_bytes:,} bytes, got {count:,}; use a smaller copy.", index
-        )
-
-
-def _fetch(address: str, index: int, limits: Limits, deadline: Deadline) -> bytes:
-    """What an http(s) address delivers; other schemes are followed nowhere, also not by redirections."""
-    data = bytearray()
-    try:
-        with requests.get(address, stream=True, timeout=_FETCH_TIMEOUT_S) as response:
-            if not response.ok:
-                raise ImageError(
-                    f"the address answered {response.status_code} {response.reason}; check it.", index
-                )
-            # What has come so far, so that a server that trickles meets the deadline.
-            while chunk := response.raw.read1(_CHUNK_BYTES, decode_content=True):
-                deadline.check(f"the end of image {index}'s transfer")
-                data += chunk
-                _check_bytes(len(data), index, limits)
-    except (requests.RequestException, urllib3.exceptions.HTTPError, UnicodeError) as cause:
-        # Its own text may tell more of the server's network than a client needs to know.
-        raise ImageError(
-            f"the address cannot be fetched ({type(cause).__name__}); check it.", index
-        ) from cause
-    return bytes(data)
 
 
 def _unpack(uri: str, index: int) -> bytes:

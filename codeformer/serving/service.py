@@ -20,10 +20,11 @@ from codeformer.engine.picture import RestoredImage
 from codeformer.engine.pipeline import Pipeline, recipe_of
 from codeformer.engine.plan import resolve_plan
 from codeformer.engine.precision import half_dtype_of
-from codeformer.errors import DeviceError, InferenceError
+from codeformer.errors import CancelledError, DeviceError, InferenceError
 from codeformer.imaging.files import decode_image, encode_jpeg, size_of
 from codeformer.limits import Deadline, Limits
 from codeformer.options import Options
+from codeformer.serving.fetching import FetchPolicy
 from codeformer.serving.outputs import OutputFolder
 from codeformer.serving.request import SAMPLES, Metrics, check_count, describe, metrics_of, read_source
 from codeformer.serving.scheduler import Scheduler, Ticket
@@ -45,6 +46,7 @@ class Service:
     Args:
         pipeline: loaded; nobody else may use it.
         limits: of each request, and of the pictures in memory.
+        fetch_policy: from where addresses may be fetched.
         outputs: where results go.
         keeper: keeps the server from ending while there is work.
         batch_wait_s: as for `Scheduler`.
@@ -55,6 +57,7 @@ class Service:
         self,
         pipeline: Pipeline,
         limits: Limits,
+        fetch_policy: FetchPolicy,
         outputs: OutputFolder,
         keeper: Keeper,
         batch_wait_s: float = 0.0,
@@ -62,6 +65,7 @@ class Service:
     ) -> None:
         self._pipeline = pipeline
         self._limits = limits
+        self._fetch_policy = fetch_policy
         self._outputs = outputs
         self._keeper = keeper
         self._files = ThreadPoolExecutor(_FILE_THREADS, thread_name_prefix="codeformer-files")
@@ -125,11 +129,15 @@ class Service:
         recipe = recipe_of(options.restorer, options.codeformer_fidelity, options.strength)
         work = self._pipeline.work_for(recipe, options.selection, plan, self._limits, deadline)
         check_count(sources)
+        failed = threading.Event()
         files = await self._all(
             [
-                partial(read_source, source, number, self._limits, deadline)
+                partial(
+                    read_source, source, number, self._limits, self._fetch_policy, deadline.or_when(failed)
+                )
                 for number, source in enumerate(sources, start=1)
-            ]
+            ],
+            failed,
         )
         async with self._pixels.taken(sum(width * height for width, height in map(size_of, files))):
             deadline.check("decoding")
@@ -137,7 +145,8 @@ class Service:
                 [
                     partial(decode_image, data, number, self._limits)
                     for number, data in enumerate(files, start=1)
-                ]
+                ],
+                failed,
             )
             del files
             decoded = time.perf_counter()
@@ -166,10 +175,15 @@ class Service:
         logger.info("%s", describe(metrics))
         return paths, metrics
 
-    async def _all(self, calls: Sequence[Callable[[], ResultT]]) -> list[ResultT]:
+    async def _all(self, calls: Sequence[Callable[[], ResultT]], failed: threading.Event) -> list[ResultT]:
         """The results of calls that run at the same time; or their first error, once all have ended."""
         tasks = [asyncio.create_task(self._in_thread(call)) for call in calls]
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        # Those that are still being fetched are given up, and what has failed by itself is told first.
+        failed.set()
         await asyncio.wait(tasks)
+        for task in sorted(tasks, key=lambda task: isinstance(task.exception(), CancelledError)):
+            task.result()
         return [task.result() for task in tasks]
 
     async def _in_thread(self, call: Callable[[], ResultT]) -> ResultT:
