@@ -2,9 +2,9 @@
 
 First clients that send their next request when they have their answer, one to sixteen of them; then
 requests that come at fixed rates, up to more than the server can do, whether or not the earlier ones are
-answered. A full server answers 409; such a request is refused, and a client sends it again. With --simulated the scheduler
-works in this process with a device that takes a fixed time for each pass and some more for each face, and no
-server is started: that shows how batches fill up, not how fast anything is.
+answered. A full server answers 409; such a request is refused, and a client sends it again. With --simulated
+the scheduler works in this process with a device that takes a fixed time for each pass and some more for each
+face, and no server is started: that shows how batches fill up, not how fast anything is.
 """
 
 import dataclasses
