@@ -21,6 +21,7 @@ from codeformer.engine.plan import ExecutionPlan, resolve_plan
 from codeformer.errors import (
     BackendConflictError,
     CancelledError,
+    DeviceError,
     FaceLimitError,
     InferenceError,
     TimeLimitError,
@@ -261,19 +262,25 @@ def test_log_lines_go_to_their_own_request(
     assert {name for name, text in lines if "restore failed on" in text} == {"nobody"}
 
 
-def test_what_has_ended_holds_nothing(device: Device) -> None:
-    device.restorer.is_open.set()
+@pytest.mark.parametrize("ending", ["done", "failed", "cancelled", "late"])
+def test_what_has_ended_holds_nothing(device: Device, ending: str) -> None:
     image = picture(10)
     seen = weakref.ref(image)
-    client = device.ask([image])
-    assert client.failure() is None
+    device.occupy()
+    device.restorer.fails_at = 10 if ending == "failed" else None
+    client = device.ask([image, picture(20)], seconds=0.01 if ending == "late" else 1e6)
+    if ending == "cancelled":
+        client.stop.set()
+    device.go_on()
+    assert (client.failure() is None) == (ending == "done")
+    kept = client.failure()
     del client, image
     gc.disable()
     try:
         deadline = time.monotonic() + 20
         while seen() is not None and time.monotonic() < deadline:
             time.sleep(0.01)
-        assert seen() is None
+        assert seen() is None, f"held, maybe by {kept!r}"
     finally:
         gc.enable()
 
@@ -294,6 +301,17 @@ def test_a_device_that_computes_no_more_ends_the_server(
     assert isinstance(device.ask([picture(10)]).failure(), InferenceError)
     wait_until(lambda: device.given_up)
     assert "no such kernel" in device.given_up[0]
+
+
+def test_when_the_thread_ends_nobody_waits_for_ever(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    device.occupy()
+    waiting = device.ask([picture(10)])
+    monkeypatch.setattr(device.scheduler, "_drop_finished", lambda: 1 / 0)
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    device.go_on()
+    assert isinstance(waiting.failure(), DeviceError)
+    assert not device.scheduler.is_alive() or device.given_up
+    assert isinstance(device.ask([picture(10)]).failure(), DeviceError)
 
 
 def test_a_bug_reaches_the_request_that_met_it_and_the_next_one_works(

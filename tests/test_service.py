@@ -9,14 +9,14 @@ import pytest
 from PIL import Image
 
 from codeformer.engine.pipeline import Pipeline
-from codeformer.errors import ImageError, OptionError
+from codeformer.errors import ImageError, OptionError, TimeLimitError
 from codeformer.imaging.files import decode_image, size_of
-from codeformer.limits import Limits
+from codeformer.limits import Deadline, Limits
 from codeformer.options import Options
 from codeformer.serving import service as service_module
 from codeformer.serving.service import MAX_REQUESTS, PixelBudget, Service
 from tests.conftest import service_of
-from tests.test_files import gradient, save
+from tests.test_files import gradient, png_header, save
 
 
 @pytest.fixture
@@ -94,6 +94,33 @@ def test_pictures_wait_until_there_is_room_and_a_large_one_comes_in_alone() -> N
     asyncio.run(all_at_once())
     assert most == 250
     assert inside == []
+
+
+def test_who_waits_for_room_hears_that_it_is_too_late() -> None:
+    async def scenario() -> None:
+        budget = PixelBudget(10)
+        deadline = Deadline(0.05)
+        async with budget.taken(10):
+            with pytest.raises(TimeLimitError):
+                async with budget.taken(5, lambda: deadline.check("decoding")):
+                    pass
+        async with asyncio.timeout(20), budget.taken(10):
+            pass
+
+    asyncio.run(scenario())
+
+
+def test_a_claimed_size_is_refused_before_it_waits_for_room(blind_pipeline: Pipeline, tmp_path: Path) -> None:
+    huge = tmp_path / "huge.png"
+    huge.write_bytes(png_header(60_000, 60_000))
+    service = service_of(blind_pipeline)
+
+    async def scenario() -> None:
+        async with service._pixels.taken(1):
+            with pytest.raises(ImageError, match="expected at most"):
+                await asyncio.wait_for(service.serve([huge], Options()), 20)
+
+    asyncio.run(scenario())
 
 
 def test_a_cancelled_wait_gives_its_place_back() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from codeformer.engine.canvas import Canvas
 from codeformer.engine.graphs import batch_size_of
-from codeformer.engine.memory import batch_size_for, release_cached_memory
+from codeformer.engine.memory import batch_size_for, release_failed_attempt
 from codeformer.engine.models import ModelStore
 from codeformer.engine.plan import ExecutionPlan, torch_switches
 from codeformer.engine.restorer import match_gray
@@ -146,7 +146,7 @@ class Engine:
             try:
                 passed = self._pass(batch)
             except DeviceMemoryError as failure:
-                release_cached_memory(self._device)
+                release_failed_attempt(failure, self._device)
                 if len(batch) > 1:
                     logger.warning("%s Trying half as many faces at a time.", failure)
                     self._room[key] = (len(batch) // 2, 0)

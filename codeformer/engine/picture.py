@@ -12,7 +12,7 @@ import torch
 from codeformer.engine.canvas import Canvas, DeviceCanvas, HostCanvas
 from codeformer.engine.engine import BatchKey, FaceJob, FaceResult
 from codeformer.engine.finder import FoundFaces
-from codeformer.engine.memory import is_out_of_memory, release_cached_memory
+from codeformer.engine.memory import is_out_of_memory, release_failed_attempt
 from codeformer.engine.plan import torch_switches
 from codeformer.engine.stages import Span, Stage, StageTimes, run_stage
 from codeformer.errors import CodeFormerError, FaceLimitError
@@ -194,7 +194,7 @@ class Picture:
                     raise
                 self.add_shortage()
                 logger.warning("%s stays in the host's memory: %s", self.name, cause)
-                release_cached_memory(self._device)
+                release_failed_attempt(cause, self._device)
         return HostCanvas(self.image_bgr, self.working, self._device)
 
     @torch.inference_mode()
@@ -232,7 +232,7 @@ class Picture:
             # The host has room for it; crops still come from the copy on the device.
             self.add_shortage()
             logger.warning("%s is pasted in the host's memory: %s", job.where, cause)
-            release_cached_memory(self._device)
+            release_failed_attempt(cause, self._device)
             self._canvas = HostCanvas(self._canvas.to_image(), self.working, self._device)
             self._canvas.paste(face, place, mask, self._recipe.strength)
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from codeformer.engine.engine import BatchKey, Engine, FaceJob
 from codeformer.engine.finder import FaceFinder, FoundFaces
-from codeformer.engine.memory import release_cached_memory
+from codeformer.engine.memory import release_failed_attempt
 from codeformer.engine.models import ModelStore
 from codeformer.engine.picture import Picture, RestoredImage
 from codeformer.engine.plan import torch_switches
@@ -178,7 +178,7 @@ def _detect(
     except InferenceError as failure:
         lacks_memory = isinstance(failure, DeviceMemoryError)
         if lacks_memory:
-            release_cached_memory(device)
+            release_failed_attempt(failure, device)
         if len(pictures) == 1 and (is_second_try or not lacks_memory):
             return [failure]
         logger.warning("%s Trying again, one picture at a time.", failure)

@@ -156,9 +156,11 @@ def _decode(data: bytes, index: int | None, limits: Limits) -> ImageU8:
 def size_of(data: bytes) -> tuple[int, int]:
     """Width and height in px from a file's header, before anything is decoded; 0 and 0 if it tells none."""
     try:
+        if data.startswith(tiff.MAGIC):
+            data = tiff.Directories(io.BytesIO(data)).with_main_first(data)
         with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
             return picture.size
-    except (Image.DecompressionBombError, *_DECODER_ERRORS):
+    except (MemoryError, Image.DecompressionBombError, *_DECODER_ERRORS):
         return 0, 0
 
 

@@ -7,13 +7,14 @@ tells when a file that was open for reading is closed: then it goes. What nobody
 import ctypes
 import fcntl
 import os
+import select
 import shutil
 import struct
 import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,9 +25,11 @@ _PREFIX: Final = "codeformer-outputs-"
 _YOUNG_S: Final = 60.0
 # Results that nobody has read, of a cancelled request for example, are kept for so long.
 KEPT_S: Final = 300.0
+_SWEEP_EVERY_S: Final = 60.0
 
 # From Linux's inotify.h.
 _IN_CLOSE_NOWRITE: Final = 0x10
+_IN_IGNORED: Final = 0x8000
 _IN_ISDIR: Final = 0x40000000
 _IN_CLOEXEC: Final = 0o2000000
 _EVENT: Final = struct.Struct("iIII")
@@ -48,7 +51,7 @@ class OutputFolder:
             self._lock()
         except OSError as cause:
             raise _in_words(cause) from cause
-        self._readers = _Readers()
+        self._readers = _Readers(self.sweep)
 
     def write(self, jpegs: Sequence[bytes]) -> list[Path]:
         """Writes 1.jpg, 2.jpg, ... into a folder of their own, or nothing; from any thread.
@@ -64,7 +67,7 @@ class OutputFolder:
         try:
             if not self.path.is_dir():
                 # Cleaners of temporary folders take what is old.
-                self.path.mkdir(mode=0o700)
+                self.path.mkdir(mode=0o700, exist_ok=True)
                 self._lock()
             folder = Path(tempfile.mkdtemp(dir=self.path))
             paths = [folder / f"{number}.jpg" for number in range(1, len(jpegs) + 1)]
@@ -103,9 +106,14 @@ class OutputFolder:
 
 
 class _Readers:
-    """Removes files of watched folders once somebody has read them; nothing where there is no inotify."""
+    """Removes files of watched folders once somebody has read them; nothing where there is no inotify.
 
-    def __init__(self) -> None:
+    Args:
+        look_after: called once a minute or so.
+    """
+
+    def __init__(self, look_after: Callable[[], None]) -> None:
+        self._look_after = look_after
         self._folders: dict[int, Path] = {}
         self._guard = threading.Lock()
         library: Any = ctypes.CDLL(None, use_errno=True)
@@ -125,9 +133,15 @@ class _Readers:
 
     def _remove_read(self) -> None:
         while True:
+            ready, _, _ = select.select([self._handle], [], [], _SWEEP_EVERY_S)
+            if not ready:
+                self._look_after()
+                continue
             for number, mask, name in _events(os.read(self._handle, _BUFFER_BYTES)):
                 with self._guard:
-                    folder = self._folders.get(number)
+                    folder = (
+                        self._folders.pop(number, None) if mask & _IN_IGNORED else self._folders.get(number)
+                    )
                 if folder is None or not name or mask & _IN_ISDIR or not mask & _IN_CLOSE_NOWRITE:
                     continue
                 _unlink(folder / name)

@@ -19,10 +19,11 @@ from functools import partial
 from types import TracebackType
 
 from codeformer.engine.engine import FaceJob, FaceResult
+from codeformer.engine.memory import clear_frames_of
 from codeformer.engine.picture import Picture, RestoredImage
 from codeformer.engine.pipeline import Pipeline
 from codeformer.engine.stream import Work, find_faces, take_result
-from codeformer.errors import CodeFormerError, InferenceError
+from codeformer.errors import CodeFormerError, DeviceError
 from codeformer.imaging.files import ImageU8
 
 logger = logging.getLogger(__name__)
@@ -57,6 +58,13 @@ class Ticket:
         self._context = contextvars.copy_context()
         self._submitted = time.monotonic()
         self._waited_s = 0.0
+
+    def fail(self, failure: BaseException) -> None:
+        """Ends the request, if it has not ended yet."""
+        self.faces.clear()
+        self.pictures.clear()
+        if not self.done.done():
+            self.done.set_exception(failure)
 
     def is_to_go_on(self) -> bool:
         """Whether there is still somebody to work for; ends it if it was cancelled or is too late."""
@@ -125,10 +133,15 @@ class _Blame:
         self, _kind: type[BaseException] | None, failure: BaseException | None, _where: TracebackType | None
     ) -> bool:
         if failure is not None:
+            # Whoever keeps the failure keeps no pictures with it.
+            clear_frames_of(failure)
             for ticket in self._tickets:
-                if not ticket.done.done():
-                    ticket.done.set_exception(failure)
+                ticket.fail(failure)
         return True
+
+
+def _over() -> DeviceError:
+    return DeviceError("the device", "nothing works with it any more; the server ends.")
 
 
 class Scheduler:
@@ -151,6 +164,7 @@ class Scheduler:
         self._give_up = give_up
         self._new: queue.SimpleQueue[Ticket] = queue.SimpleQueue()
         self._turns: deque[Ticket] = deque()
+        self._is_over = False
         self._thread = threading.Thread(target=self._work, name="codeformer-device", daemon=True)
         self._thread.start()
 
@@ -160,6 +174,8 @@ class Scheduler:
 
     def submit(self, ticket: Ticket) -> None:
         """Hands a request over; from any thread. To cancel it, set the stop of its deadline."""
+        if self._is_over:
+            ticket.fail(_over())
         self._new.put(ticket)
 
     def _work(self) -> None:
@@ -174,6 +190,10 @@ class Scheduler:
                 self._drop_finished()
         finally:
             self._give_up("the thread that works with the device has ended")
+            self._is_over = True
+            self._admit()
+            for ticket in self._turns:
+                ticket.fail(_over())
 
     def _admit(self) -> None:
         """Takes new requests in, without waiting for any."""
@@ -188,18 +208,23 @@ class Scheduler:
             ticket.prepare(self._pipeline)
             return
         self._wait_for_others(ticket)
+        self._bring_along(ticket)
+        self._restore(self._choose(ticket))
+
+    def _bring_along(self, ticket: Ticket) -> None:
+        """Finds the faces of requests that may share the pass, until it is full."""
         for other in self._turns:
-            # Finding faces is short beside restoring them, and so they come along.
             if other.ready_at is None and other.work.key == ticket.work.key and self._has_room(ticket):
                 other.prepare(self._pipeline)
-        self._restore(self._choose(ticket))
 
     def _wait_for_others(self, ticket: Ticket) -> None:
         """Waits for new requests while the pass is not full, as long as it may."""
         until = (ticket.ready_at or 0.0) + self._wait_s
         while self._has_room(ticket) and (left_s := until - time.monotonic()) > 0:
-            with contextlib.suppress(queue.Empty):
-                self._turns.append(self._new.get(timeout=left_s))
+            self._bring_along(ticket)
+            if self._has_room(ticket):
+                with contextlib.suppress(queue.Empty):
+                    self._turns.append(self._new.get(timeout=left_s))
 
     def _has_room(self, ticket: Ticket) -> bool:
         return self._waiting_faces(ticket) < ticket.work.key.plan.micro_batch
@@ -256,8 +281,8 @@ class Scheduler:
         finished = [ticket for ticket in self._turns if ticket.done.done()]
         for ticket in finished:
             self._turns.remove(ticket)
-            failure = ticket.done.exception()
-            if isinstance(failure, InferenceError) and not self._pipeline.is_alive():
+            failure = None if ticket.done.cancelled() else ticket.done.exception()
+            if isinstance(failure, RuntimeError) and not self._pipeline.is_alive():
                 self._give_up(str(failure))
         if not any(ticket.work.key.plan.optimized for ticket in self._turns):
             self._pipeline.store.drop_unproven()

@@ -10,23 +10,33 @@ import logging
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Final, TypeVar
 
+from codeformer.engine.memory import clear_frames_of
 from codeformer.engine.picture import RestoredImage
 from codeformer.engine.pipeline import Pipeline, recipe_of
 from codeformer.engine.plan import resolve_plan
 from codeformer.engine.precision import half_dtype_of
 from codeformer.errors import CancelledError, DeviceError, InferenceError
-from codeformer.imaging.files import decode_image, encode_jpeg, size_of
+from codeformer.imaging.files import check_size, decode_image, encode_jpeg, size_of
 from codeformer.limits import Deadline, Limits
 from codeformer.options import Options
 from codeformer.serving.fetching import FetchPolicy
 from codeformer.serving.outputs import OutputFolder
-from codeformer.serving.request import SAMPLES, Metrics, check_count, describe, metrics_of, read_source
+from codeformer.serving.request import (
+    MAX_IMAGES,
+    SAMPLES,
+    Metrics,
+    check_count,
+    describe,
+    metrics_of,
+    read_source,
+)
 from codeformer.serving.scheduler import Scheduler, Ticket
 from codeformer.serving.shutdown import Keeper
 
@@ -36,8 +46,10 @@ ResultT = TypeVar("ResultT")
 
 # As many as Cog lets in at a time; predict.py has to repeat the number as a literal.
 MAX_REQUESTS: Final = 8
-# Decoders and encoders leave Python's lock to others while they work, and fetching only waits.
-_FILE_THREADS: Final = 2 * (os.cpu_count() or 1) + MAX_REQUESTS
+# Decoders and encoders leave Python's lock to others while they work.
+_FILE_THREADS: Final = 2 * (os.cpu_count() or 1)
+# How often a request that waits for others looks whether it is still wanted, in seconds.
+_LOOK_S: Final = 0.25
 
 
 class Service:
@@ -68,6 +80,8 @@ class Service:
         self._fetch_policy = fetch_policy
         self._outputs = outputs
         self._keeper = keeper
+        # Threads that fetch may wait for slow hosts, and must not keep the others from decoding.
+        self._readers = ThreadPoolExecutor(MAX_REQUESTS * MAX_IMAGES, thread_name_prefix="codeformer-read")
         self._files = ThreadPoolExecutor(_FILE_THREADS, thread_name_prefix="codeformer-files")
         self._scheduler = Scheduler(pipeline, batch_wait_s, give_up)
         self._slots = asyncio.Semaphore(MAX_REQUESTS)
@@ -98,8 +112,12 @@ class Service:
         work = asyncio.create_task(self._serve(sources, options, stop))
 
         def forget(done: asyncio.Task[tuple[list[Path], Metrics]]) -> None:
-            # Whoever has cancelled this call takes no answer, and hears of no error.
-            if done.exception() is None and stop.is_set():
+            failure = None if done.cancelled() else done.exception()
+            if failure is not None:
+                # Whoever keeps the failure keeps no pictures with it.
+                clear_frames_of(failure)
+            elif stop.is_set() and not done.cancelled():
+                # Whoever has cancelled this call takes no answer.
                 self._outputs.discard(done.result()[0])
 
         work.add_done_callback(forget)
@@ -113,8 +131,10 @@ class Service:
         self, sources: Sequence[object], options: Options, stop: threading.Event
     ) -> tuple[list[Path], Metrics]:
         with self._keeper.working():
+            deadline = Deadline(self._limits.max_seconds, stop)
             async with self._slots:
-                return await self._restore(sources, options, Deadline(self._limits.max_seconds, stop))
+                deadline.check("reading the pictures")
+                return await self._restore(sources, options, deadline)
 
     async def _restore(
         self, sources: Sequence[object], options: Options, deadline: Deadline
@@ -132,20 +152,22 @@ class Service:
         failed = threading.Event()
         files = await self._all(
             [
-                partial(
-                    read_source, source, number, self._limits, self._fetch_policy, deadline.or_when(failed)
-                )
+                partial(self._read, source, number, deadline.or_when(failed))
                 for number, source in enumerate(sources, start=1)
             ],
+            self._readers,
             failed,
         )
-        async with self._pixels.taken(sum(width * height for width, height in map(size_of, files))):
-            deadline.check("decoding")
+        read = time.perf_counter()
+        pixels = sum(pixels for _, pixels in files)
+        async with self._pixels.taken(pixels, partial(deadline.check, "decoding")):
+            let_in = time.perf_counter()
             images = await self._all(
                 [
                     partial(decode_image, data, number, self._limits)
-                    for number, data in enumerate(files, start=1)
+                    for number, (data, _) in enumerate(files, start=1)
                 ],
+                self._files,
                 failed,
             )
             del files
@@ -164,20 +186,30 @@ class Service:
             restored = time.perf_counter()
             ordered = [results[index] for index in range(len(images))]
             encoded = [await asyncio.wrap_future(jpegs[index]) for index in range(len(images))]
-            paths = await self._in_thread(lambda: self._outputs.write(encoded))
+            paths = await self._in_thread(self._files, lambda: self._outputs.write(encoded))
             metrics = metrics_of(
                 ordered,
-                decode_s=decoded - started,
-                wait_s=waited_s,
+                decode_s=decoded - let_in + read - started,
+                wait_s=waited_s + let_in - read,
                 encode_s=time.perf_counter() - restored,
                 total_s=time.perf_counter() - started,
             )
         logger.info("%s", describe(metrics))
         return paths, metrics
 
-    async def _all(self, calls: Sequence[Callable[[], ResultT]], failed: threading.Event) -> list[ResultT]:
+    def _read(self, source: object, number: int, deadline: Deadline) -> tuple[bytes, int]:
+        """A picture file, and its pixels by its header; 0 if that tells none, which decoding will say."""
+        data = read_source(source, number, self._limits, self._fetch_policy, deadline)
+        width, height = size_of(data)
+        if width and height:
+            check_size(width, height, number, self._limits)
+        return data, width * height
+
+    async def _all(
+        self, calls: Sequence[Callable[[], ResultT]], pool: ThreadPoolExecutor, failed: threading.Event
+    ) -> list[ResultT]:
         """The results of calls that run at the same time; or their first error, once all have ended."""
-        tasks = [asyncio.create_task(self._in_thread(call)) for call in calls]
+        tasks = [asyncio.create_task(self._in_thread(pool, call)) for call in calls]
         await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
         # Those that are still being fetched are given up, and what has failed by itself is told first.
         failed.set()
@@ -186,9 +218,9 @@ class Service:
             task.result()
         return [task.result() for task in tasks]
 
-    async def _in_thread(self, call: Callable[[], ResultT]) -> ResultT:
+    async def _in_thread(self, pool: ThreadPoolExecutor, call: Callable[[], ResultT]) -> ResultT:
         context = contextvars.copy_context()
-        return await asyncio.get_running_loop().run_in_executor(self._files, context.run, call)
+        return await asyncio.get_running_loop().run_in_executor(pool, context.run, call)
 
     def warm_up(self) -> None:
         """Restores the sample portrait; before the first request and before there is an event loop.
@@ -226,19 +258,35 @@ class PixelBudget:
     def __init__(self, most: int) -> None:
         self._most = most
         self._taken = 0
-        self._turn = asyncio.Lock()
-        self._freed = asyncio.Event()
+        self._waiting: deque[object] = deque()
+        self._changed = asyncio.Event()
 
     @contextlib.asynccontextmanager
-    async def taken(self, pixels: int) -> AsyncIterator[None]:
-        """Holds a number of pixels; waits until they are free."""
-        async with self._turn:
-            while self._taken and self._taken + pixels > self._most:
-                self._freed.clear()
-                await self._freed.wait()
+    async def taken(self, pixels: int, check: Callable[[], None] = lambda: None) -> AsyncIterator[None]:
+        """Holds a number of pixels; waits until they are free.
+
+        Args:
+            pixels: how many.
+            check: called now and then while it waits; what it raises ends the waiting.
+        """
+        place = object()
+        self._waiting.append(place)
+        try:
+            while self._waiting[0] is not place or (self._taken and self._taken + pixels > self._most):
+                check()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_LOOK_S):
+                        await self._changed.wait()
             self._taken += pixels
+        finally:
+            self._waiting.remove(place)
+            self._notify()
         try:
             yield
         finally:
             self._taken -= pixels
-            self._freed.set()
+            self._notify()
+
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()

@@ -24,7 +24,7 @@ _UNFINISHED_REQUEST: Final = (
     b"Content-Length: 2\r\n\r\n{"
 )
 _LISTENING: Final = "0A"
-_TIMEOUT_S: Final = 5.0
+_TIMEOUT_S: Final = 1.0
 
 
 class Keeper:
@@ -35,6 +35,10 @@ class Keeper:
     """
 
     def __init__(self, port: int | None) -> None:
+        if port is None:
+            logger.warning(
+                "work sent with respond-async is lost when the server is told to end: its port is not known"
+            )
         self._port = port
         self._jobs = 0
         self._guard = threading.Lock()
@@ -98,13 +102,15 @@ def listening_port(process: int) -> int | None:
     """The lowest TCP port that a process listens on; None if it cannot be told, as outside Linux."""
     try:
         handles = _targets(Path(f"/proc/{process}/fd"))
-        lines = [
-            line.split()
-            for table in ("tcp", "tcp6")
-            for line in Path(f"/proc/{process}/net/{table}").read_text().splitlines()[1:]
-        ]
     except OSError:
         return None
+    lines = []
+    for table in ("tcp", "tcp6"):
+        # A machine may have no IPv6.
+        with suppress(OSError):
+            lines += [
+                line.split() for line in Path(f"/proc/{process}/net/{table}").read_text().splitlines()[1:]
+            ]
     ports = [
         int(line[1].rpartition(":")[2], 16)
         for line in lines
