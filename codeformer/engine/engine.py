@@ -14,7 +14,7 @@ from torch import Tensor
 
 from codeformer.engine.canvas import Canvas
 from codeformer.engine.graphs import batch_size_of
-from codeformer.engine.memory import batch_size_for, release_failed_attempt
+from codeformer.engine.memory import batch_size_for, clear_frames_of, release_failed_attempt
 from codeformer.engine.models import ModelStore
 from codeformer.engine.plan import ExecutionPlan, torch_switches
 from codeformer.engine.restorer import match_gray
@@ -153,9 +153,9 @@ class Engine:
                     for index in range(done, done + len(batch)):
                         shortages[index] += 1
                     continue
-                passed = [FaceResult(error=failure)]
+                passed = [_failed(failure)]
             except InferenceError as failure:
-                passed = [FaceResult(error=failure)] if len(batch) == 1 else self._one_by_one(batch)
+                passed = [_failed(failure)] if len(batch) == 1 else self._one_by_one(batch)
             else:
                 self._grow(key, len(batch))
             results += [
@@ -181,7 +181,7 @@ class Engine:
             try:
                 results += self._pass([job])
             except InferenceError as failure:
-                results.append(FaceResult(error=failure))
+                results.append(_failed(failure))
         return results
 
     def _pass(self, batch: Sequence[FaceJob]) -> list[FaceResult]:
@@ -196,7 +196,7 @@ class Engine:
                 try:
                     [again] = self._compute([job], None)
                 except InferenceError as failure:
-                    again = FaceResult(error=failure)
+                    again = _failed(failure)
                 times = result.times + again.times
                 results[index] = replace(again, times=times, ran_in_float32=True)
         return results
@@ -251,6 +251,11 @@ class Engine:
                 results.append(FaceResult(face, mask, times=times, faces_in_pass=len(batch)))
         self._store.prove(plan, with_a_face=any(result.error is None for result in results))
         return results
+
+
+def _failed(failure: InferenceError) -> FaceResult:
+    clear_frames_of(failure)
+    return FaceResult(error=failure)
 
 
 def _crops_of(batch: Sequence[FaceJob]) -> Tensor:

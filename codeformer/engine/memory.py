@@ -38,19 +38,20 @@ def is_out_of_memory(failure: BaseException) -> bool:
 
 
 def clear_frames_of(failure: BaseException) -> None:
-    """Empties the calls that a failure, and those it followed from, came through.
+    """Lets a failure, and those that it followed from, forget the calls that they came through.
 
-    Their tracebacks would keep the local variables, pictures among them, as long as somebody keeps the failure.
+    Their tracebacks would keep local variables, pictures among them, as long as somebody keeps the failure.
     """
     to_clear = [failure]
     for each in to_clear:
         traceback.clear_frames(each.__traceback__)
+        each.__traceback__ = None
         followed_from = (each.__cause__, each.__context__)
         to_clear += [other for other in followed_from if other is not None and other not in to_clear]
 
 
 def release_failed_attempt(failure: BaseException, device: torch.device) -> None:
-    """Frees what a failed attempt holds, and what torch keeps for reuse on a GPU, for another attempt."""
+    """Frees what a failed attempt holds, and on a GPU what torch keeps for reuse, for another one."""
     clear_frames_of(failure)
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -25,6 +25,7 @@ from codeformer.engine.pipeline import Pipeline
 from codeformer.engine.stream import Work, find_faces, take_result
 from codeformer.errors import CodeFormerError, DeviceError
 from codeformer.imaging.files import ImageU8
+from codeformer.log import operator_logger
 
 logger = logging.getLogger(__name__)
 
@@ -133,6 +134,8 @@ class _Blame:
         self, _kind: type[BaseException] | None, failure: BaseException | None, _where: TracebackType | None
     ) -> bool:
         if failure is not None:
+            if not isinstance(failure, CodeFormerError):
+                operator_logger.error("a request met a bug", exc_info=failure)
             # Whoever keeps the failure keeps no pictures with it.
             clear_frames_of(failure)
             for ticket in self._tickets:

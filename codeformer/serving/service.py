@@ -22,7 +22,7 @@ from codeformer.engine.picture import RestoredImage
 from codeformer.engine.pipeline import Pipeline, recipe_of
 from codeformer.engine.plan import resolve_plan
 from codeformer.engine.precision import half_dtype_of
-from codeformer.errors import CancelledError, DeviceError, InferenceError
+from codeformer.errors import CancelledError, CodeFormerError, DeviceError, InferenceError
 from codeformer.imaging.files import check_size, decode_image, encode_jpeg, size_of
 from codeformer.limits import Deadline, Limits
 from codeformer.options import Options
@@ -113,10 +113,10 @@ class Service:
 
         def forget(done: asyncio.Task[tuple[list[Path], Metrics]]) -> None:
             failure = None if done.cancelled() else done.exception()
-            if failure is not None:
+            if isinstance(failure, CodeFormerError):
                 # Whoever keeps the failure keeps no pictures with it.
                 clear_frames_of(failure)
-            elif stop.is_set() and not done.cancelled():
+            elif failure is None and stop.is_set() and not done.cancelled():
                 # Whoever has cancelled this call takes no answer.
                 self._outputs.discard(done.result()[0])
 
