@@ -41,7 +41,12 @@ class Predictor(BaseRunner):
         if coglet.server.active:
             # This is the worker of a server, and no test or other program.
             ignore_termination()
-            keeper, give_up = Keeper(listening_port(os.getppid())), end_server
+            port = listening_port(os.getppid())
+            if port is None:
+                logger.warning(
+                    "requests sent with respond-async are lost at SIGTERM: the server's port is unknown"
+                )
+            keeper, give_up = Keeper(port), end_server
         self.service = Service(pipeline, limits, fetch_policy, self.outputs, keeper, wait_s, give_up)
         self.service.warm_up()
 

@@ -143,9 +143,14 @@ class Server:
         May be called from another thread. Raises BenchmarkError if there is no proper answer.
         """
         url = f"{self.url}/predictions/{name}"
+        deadline = time.monotonic() + _BUSY_S
         try:
             with direct_session() as session:
-                return str(session.put(url, json={"input": dict(inputs)}, timeout=timeout_s).json()["status"])
+                while True:
+                    reply = session.put(url, json={"input": dict(inputs)}, timeout=timeout_s)
+                    if reply.status_code != 409 or time.monotonic() > deadline:
+                        return str(reply.json()["status"])
+                    time.sleep(_POLL_S)
         except (requests.RequestException, ValueError, KeyError) as cause:
             raise self._error(f"gives no proper answer ({cause!r})") from cause
 

@@ -35,10 +35,6 @@ class Keeper:
     """
 
     def __init__(self, port: int | None) -> None:
-        if port is None:
-            logger.warning(
-                "work sent with respond-async is lost when the server is told to end: its port is not known"
-            )
         self._port = port
         self._jobs = 0
         self._guard = threading.Lock()
