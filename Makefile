@@ -64,7 +64,7 @@ format: $(VENV)/.tools  ## Format the code
 
 serve: $(VENV)/.server  ## Run the real Cog server on PORT (default 8080), without Docker; WEIGHTS=official
 	@$(PYTHON) -m scripts.write_schema .cog/openapi_schema.json
-	MALLOC_ARENA_MAX=1 PATH="$(CURDIR)/$(VENV)/bin:$$PATH" PORT=$(PORT) CODEFORMER_WEIGHTS="$(WEIGHTS)" \
+	MALLOC_ARENA_MAX=1 COG_MAX_CONCURRENCY=8 PATH="$(CURDIR)/$(VENV)/bin:$$PATH" PORT=$(PORT) CODEFORMER_WEIGHTS="$(WEIGHTS)" \
 		COG_PREDICT_TYPE_STUB=predict.py:Predictor \
 		$(PYTHON) -m cog.server.http --host 127.0.0.1
 

@@ -1,41 +1,61 @@
 """The Cog predictor: a thin adapter over the `codeformer` package."""
 
-import threading
+import logging
+import os
+from collections.abc import Callable
 
+import cog
+import coglet
 from cog import BaseRunner, Input, Path
 
 from codeformer.engine.pipeline import Pipeline
 from codeformer.engine.plan import available_device
 from codeformer.engine.precision import cpu_precision
-from codeformer.limits import Limits
+from codeformer.limits import Limits, batch_wait_s
 from codeformer.log import configure_server_log
 from codeformer.options import Options
 from codeformer.process import tune_process
+from codeformer.serving.fetching import FetchPolicy
 from codeformer.serving.outputs import OutputFolder
-from codeformer.serving.request import serve, warm_up
-from codeformer.serving.worker import Worker
+from codeformer.serving.service import Service
+from codeformer.serving.shutdown import Keeper, end_server, ignore_termination, listening_port
+
+logger = logging.getLogger(__name__)
 
 
 class Predictor(BaseRunner):
-    """Restores the faces of 1 to 4 photos."""
+    """Restores the faces of 1 to 4 photos; for several requests at a time."""
 
     def setup(self) -> None:
         """Loads the networks, fetching and verifying their weights, and tries them once."""
         configure_server_log()
-        self.limits = Limits.from_environment()
+        limits, wait_s = Limits.from_environment(), batch_wait_s()
+        fetch_policy = FetchPolicy.from_environment()
         cpu_precision()  # refuses a wrong value before any weights are fetched
         device = available_device()
         tune_process(device)
-        self.pipeline = Pipeline.load(device=device)
+        pipeline = Pipeline.load(device=device)
         self.outputs = OutputFolder()
-        self.worker = Worker()
-        self.worker.run(warm_up, self.pipeline, stop=threading.Event())
+        keeper = Keeper(None)
+        give_up: Callable[[str], None] = logger.critical
+        if coglet.server.active:
+            # This is the worker of a server, and no test or other program.
+            ignore_termination()
+            port = listening_port(os.getppid())
+            if port is None:
+                logger.warning(
+                    "requests sent with respond-async are lost at SIGTERM: the server's port is unknown"
+                )
+            keeper, give_up = Keeper(port), end_server
+        self.service = Service(pipeline, limits, fetch_policy, self.outputs, keeper, wait_s, give_up)
+        self.service.warm_up()
 
     def healthcheck(self) -> bool:
-        """Whether the working thread is there and the device computes; Cog asks at the same time as it serves."""
-        return self.worker.is_alive() and self.pipeline.is_alive()
+        """Whether the thread that works and the device are there; Cog asks at the same time as it serves."""
+        return self.service.is_alive()
 
-    def run(
+    @cog.concurrent(max=8)  # type: ignore[untyped-decorator]
+    async def run(
         self,
         images: list[Path] = Input(
             description="1 to 4 photos: JPEG, PNG, WebP, BMP, TIFF or GIF, up to 100 megapixels each."
@@ -83,11 +103,7 @@ class Predictor(BaseRunner):
         ),
     ) -> list[Path]:
         """Returns one JPG per photo, in order and of the same size, with every face restored."""
-        # Cog has sent the last request's by the time the next one begins.
-        self.outputs.clear()
-        outcome = self.worker.run(
-            serve,
-            self.pipeline,
+        paths, metrics = await self.service.serve(
             images,
             Options(
                 codeformer_fidelity=codeformer_fidelity,
@@ -99,9 +115,12 @@ class Predictor(BaseRunner):
                 faces=faces,
                 min_face_px=min_face_px,
             ),
-            stop=threading.Event(),
-            limits=self.limits,
         )
-        for name, value in outcome.metrics.items():
+        for name, value in metrics.items():
             self.record_metric(name, value)
-        return [Path(path) for path in self.outputs.write(outcome.jpegs)]
+        return [Path(path) for path in paths]
+
+
+# Cog reads the signature above from the text of this file, and hands over what the annotations say when it runs:
+# with paths it would fetch and unpack the pictures itself, without limits, and could wedge when a client hangs up.
+Predictor.run.__annotations__["images"] = list[str]

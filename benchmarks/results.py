@@ -21,6 +21,7 @@ PRICES: Final = Path(__file__).with_name("prices.json")
 PROGRAMS: Final = {
     "requests": "How long do requests take over HTTP, profile against profile?",
     "single_image": "Which configuration answers one picture fastest, cold and warm?",
+    "load": "How many requests a second, how long does each take, how busy is the device, with many clients?",
     "stages": "Where does the time go, and how far is each stage from the hardware's limit?",
     "parts": "What does a request cost besides its networks, and what does a start cost?",
     "networks": "What is each rewriting of the networks worth, at official size?",

@@ -12,11 +12,12 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, cast
 
 import psutil
 import requests
@@ -30,6 +31,8 @@ ServerKind = Literal["cog", "direct"]
 ROOT: Final = Path(__file__).resolve().parent.parent
 HOST: Final = "127.0.0.1"
 START_DEADLINE_S: Final = 600.0
+# How the answer of a server begins that takes no more requests at this moment.
+FULL: Final = "HTTP 409"
 _POLL_S: Final = 0.1
 _STATE_POLL_S: Final = 0.01
 _STOP_S: Final = 20.0
@@ -84,7 +87,7 @@ class Server:
         self._process = process
         self._port = port
         self._log = log
-        self._session = direct_session()
+        self._sessions = threading.local()
         self.kind = kind
         # Of the server's first process; the others are its children.
         self.pid = process.pid
@@ -96,29 +99,43 @@ class Server:
     def predict(self, inputs: Mapping[str, Any], timeout_s: float) -> Answer:
         """Sends a request and waits for its answer; after a timeout, until the server is idle again.
 
-        Raises BenchmarkError if the server has ended, or does not finish a request that timed out.
+        A full server, which answers 409, is asked again. Raises BenchmarkError if the server has ended, or
+        does not finish a request that timed out. May be called from any thread.
         """
-        body = json.dumps({"input": dict(inputs)}).encode()
-        headers = {"Content-Type": "application/json"}
         deadline = time.monotonic() + _BUSY_S
         while True:
-            started = time.perf_counter()
-            try:
-                reply = self._session.post(
-                    f"{self.url}/predictions", data=body, headers=headers, timeout=timeout_s
-                )
-            except requests.Timeout:
-                elapsed_ms = (time.perf_counter() - started) * 1e3
-                self.wait_until_idle(max(timeout_s, _BUSY_S))
-                return Answer(elapsed_ms, error=f"no answer within {timeout_s:g} s (--timeout-sec)")
-            except requests.RequestException as cause:
-                raise self._error(f"does not answer any more ({type(cause).__name__})") from cause
-            elapsed_ms = (time.perf_counter() - started) * 1e3
-            if reply.status_code == 503:
-                raise self._error("can serve no more")
-            if reply.status_code != 409 or time.monotonic() > deadline:
-                return Answer.read(reply, elapsed_ms)
+            answer = self.predict_once(inputs, timeout_s)
+            if FULL not in (answer.error or "") or time.monotonic() > deadline:
+                return answer
             time.sleep(_POLL_S)
+
+    def predict_once(self, inputs: Mapping[str, Any], timeout_s: float) -> Answer:
+        """As `predict`, but a full server's refusal is the answer."""
+        started = time.perf_counter()
+        try:
+            reply = self._session.post(
+                f"{self.url}/predictions",
+                data=json.dumps({"input": dict(inputs)}).encode(),
+                headers={"Content-Type": "application/json"},
+                timeout=timeout_s,
+            )
+        except requests.Timeout:
+            elapsed_ms = (time.perf_counter() - started) * 1e3
+            self.wait_until_idle(max(timeout_s, _BUSY_S))
+            return Answer(elapsed_ms, error=f"no answer within {timeout_s:g} s (--timeout-sec)")
+        except requests.RequestException as cause:
+            raise self._error(f"does not answer any more ({type(cause).__name__})") from cause
+        elapsed_ms = (time.perf_counter() - started) * 1e3
+        if reply.status_code == 503:
+            raise self._error("can serve no more")
+        return Answer.read(reply, elapsed_ms)
+
+    @property
+    def _session(self) -> requests.Session:
+        """Of the thread that asks: a session is for one."""
+        if not hasattr(self._sessions, "mine"):
+            self._sessions.mine = direct_session()
+        return cast("requests.Session", self._sessions.mine)
 
     def predict_as(self, name: str, inputs: Mapping[str, Any], timeout_s: float) -> str:
         """Sends a request under a name it can be cancelled by; returns what became of it, in Cog's word.
@@ -126,9 +143,14 @@ class Server:
         May be called from another thread. Raises BenchmarkError if there is no proper answer.
         """
         url = f"{self.url}/predictions/{name}"
+        deadline = time.monotonic() + _BUSY_S
         try:
             with direct_session() as session:
-                return str(session.put(url, json={"input": dict(inputs)}, timeout=timeout_s).json()["status"])
+                while True:
+                    reply = session.put(url, json={"input": dict(inputs)}, timeout=timeout_s)
+                    if reply.status_code != 409 or time.monotonic() > deadline:
+                        return str(reply.json()["status"])
+                    time.sleep(_POLL_S)
         except (requests.RequestException, ValueError, KeyError) as cause:
             raise self._error(f"gives no proper answer ({cause!r})") from cause
 
@@ -273,6 +295,8 @@ def _start(
         environment |= {
             # Threads other than the first could not keep freed memory in arenas of their own.
             "MALLOC_ARENA_MAX": "1",
+            # What `cog build` takes from predict.py.
+            "COG_MAX_CONCURRENCY": "8",
             # Cog starts its worker as `python` from PATH.
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}",
             "PORT": str(port),

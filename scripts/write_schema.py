@@ -21,9 +21,16 @@ _BOUNDS: Final = {"minimum": "ge", "maximum": "le"}
 def build_schema() -> dict[str, Any]:
     """The OpenAPI 3.0 components that Cog derives from the signature of `Predictor.run`."""
     sys.path.insert(0, str(ROOT))
+    import cog  # noqa: PLC0415
     from cog._inspector import create_predictor  # noqa: PLC0415 (needs the project on the path)
 
+    import predict  # noqa: PLC0415
+
+    # What Cog's own parser reads in the file; when it runs, the annotation asks for strings.
+    served = predict.Predictor.run.__annotations__["images"]
+    predict.Predictor.run.__annotations__["images"] = list[cog.Path]
     predictor = create_predictor("predict", "Predictor")
+    predict.Predictor.run.__annotations__["images"] = served
     properties: dict[str, Any] = {}
     enumerations: dict[str, Any] = {}
     for name, field in predictor.inputs.items():

@@ -17,9 +17,14 @@ from codeformer.engine.models import Models
 from codeformer.engine.pipeline import Pipeline
 from codeformer.engine.restorer import FaceRestorer
 from codeformer.imaging.files import lift_pillow_limits
+from codeformer.limits import DEFAULT_LIMITS, Limits
 from codeformer.networks.codeformer import CodeFormer
 from codeformer.networks.parsenet import FaceParsingNetwork
 from codeformer.networks.retinaface import build_retinaface
+from codeformer.serving.fetching import FetchPolicy
+from codeformer.serving.outputs import OutputFolder
+from codeformer.serving.service import Service
+from codeformer.serving.shutdown import Keeper
 from codeformer.training.detector import load_teacher
 from codeformer.weights.checkpoints import load_into
 from codeformer.weights.manifest import load_weight_set
@@ -66,6 +71,11 @@ def all_finite(faces: torch.Tensor) -> torch.Tensor:
 def models_of(detector: FaceDetector, restorer: FaceRestorer, masker: FaceMasker | None = None) -> Models:
     """Models with one restorer, in CodeFormer's place, and by default the fixed mask."""
     return Models(detector, {"codeformer": restorer}, masker or TemplateMask())
+
+
+def service_of(pipeline: Pipeline, limits: Limits = DEFAULT_LIMITS, **options: Any) -> Service:
+    """A service that nobody has to keep alive."""
+    return Service(pipeline, limits, FetchPolicy(), OutputFolder(), Keeper(None), **options)
 
 
 def make_channels_last_restorer() -> CodeFormer:

@@ -1,10 +1,8 @@
-"""Simulated faults: a full disk, a cancelled request."""
+"""Simulated faults: a full disk."""
 
 import contextlib
-import ctypes
 import resource
 import signal
-import threading
 from collections.abc import Iterator
 
 
@@ -20,14 +18,3 @@ def largest_file(size_bytes: int) -> Iterator[None]:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
         signal.signal(signal.SIGXFSZ, handler)
-
-
-class Interrupted(BaseException):
-    """Stands for the exception that Cog raises in the thread of a cancelled request."""
-
-
-def interrupt(thread: threading.Thread) -> None:
-    """Cancels as Cog does: sets an exception that the thread raises at its next step."""
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(
-        ctypes.c_ulong(thread.ident or 0), ctypes.py_object(Interrupted)
-    )

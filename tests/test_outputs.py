@@ -5,12 +5,15 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from codeformer.errors import OutputError
-from codeformer.serving.outputs import OutputFolder
+from codeformer.serving.outputs import KEPT_S, OutputFolder
 
 
 class Interruption(BaseException):
@@ -23,12 +26,50 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_files_are_written_in_order_and_removed_by_clear() -> None:
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_files_come_in_order_and_go_when_they_have_been_read() -> None:
     outputs = OutputFolder()
-    paths = outputs.write([b"one", b"two"])
-    assert [(path.name, path.read_bytes()) for path in paths] == [("1.jpg", b"one"), ("2.jpg", b"two")]
-    outputs.clear()
-    assert list(outputs.path.iterdir()) == []
+    first, second = outputs.write([b"one", b"two"])
+    [other] = outputs.write([b"three"])
+    assert [path.name for path in (first, second, other)] == ["1.jpg", "2.jpg", "1.jpg"]
+    # Looking at a file is not reading it.
+    assert first.stat().st_size == second.stat().st_size == 3
+    assert first.read_bytes() == b"one"
+    wait_until(lambda: not first.exists())
+    assert second.read_bytes() == b"two"
+    wait_until(lambda: not first.parent.exists())
+    assert other.exists(), "nobody has read it"
+    assert other.read_bytes() == b"three"
+    wait_until(lambda: list(outputs.path.iterdir()) == [])
+
+
+def test_what_nobody_reads_goes_after_a_while() -> None:
+    outputs = OutputFolder()
+    old, young = outputs.write([b"one"])[0], outputs.write([b"two"])[0]
+    os.utime(old.parent, (0, time.time() - KEPT_S - 1))
+    [newest] = outputs.write([b"three"])
+    assert not old.parent.exists()
+    assert young.exists()
+    assert newest.exists()
+
+
+def test_many_readers_get_every_file(temporary: Path) -> None:
+    outputs = OutputFolder()
+
+    def write_and_read(number: int) -> list[bytes]:
+        contents = [b"%d %d" % (number, index) for index in range(4)]
+        assert [path.read_bytes() for path in outputs.write(contents)] == contents
+        return contents
+
+    with ThreadPoolExecutor(8) as clients:
+        assert len(list(clients.map(write_and_read, range(200)))) == 200
+    wait_until(lambda: list(outputs.path.iterdir()) == [])
 
 
 def test_a_removed_folder_is_created_and_locked_again() -> None:
@@ -99,7 +140,7 @@ def test_only_the_folder_of_a_killed_process_is_removed_by_the_next(temporary: P
     alive, other = folder_of_a_process(temporary, "wait")
     process.send_signal(signal.SIGKILL)
     process.wait(30)
-    assert (killed / "1.jpg").exists()
+    assert len(list(killed.rglob("1.jpg"))) == 1
     OutputFolder()
     assert killed.exists(), "a new folder may not be locked yet"
     for folder in (killed, alive):
@@ -109,7 +150,7 @@ def test_only_the_folder_of_a_killed_process_is_removed_by_the_next(temporary: P
     os.utime(stranger, (0, 0))
     OutputFolder()
     assert not killed.exists()
-    assert (alive / "1.jpg").exists()
+    assert len(list(alive.rglob("1.jpg"))) == 1
     assert stranger.exists()
     other.kill()
     other.wait(30)

@@ -16,9 +16,9 @@ from codeformer.engine.plan import resolve_plan
 from codeformer.engine.precision import CPU_PRECISION_VARIABLE, half_dtype_of, time_convolutions
 from codeformer.errors import OptionError
 from codeformer.options import STABILITY_MODES, Options
-from codeformer.serving.request import serve, warm_up
+from codeformer.serving.request import serve
 from predict import Predictor
-from tests.conftest import CPU
+from tests.conftest import CPU, service_of
 
 
 class Timer:
@@ -154,7 +154,7 @@ def test_a_server_measures_before_its_first_request(
     monkeypatch: pytest.MonkeyPatch, blind_pipeline: Pipeline
 ) -> None:
     timer = use(monkeypatch, Timer(0.1, 0.25))
-    warm_up(blind_pipeline)
+    service_of(blind_pipeline).warm_up()
     assert timer.asked == {torch.float32: 1, torch.bfloat16: 1}
     serve(blind_pipeline, ["data/1.jpg"], Options(runtime_profile="fast"))
     assert timer.asked == {torch.float32: 1, torch.bfloat16: 1}

@@ -1,6 +1,7 @@
 """The Cog predictor: its interface, and its behaviour in process."""
 
 import ast
+import asyncio
 import contextlib
 import dataclasses
 import errno
@@ -8,9 +9,8 @@ import json
 import random
 import tempfile
 import threading
-import time
-import timeit
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,11 @@ from codeformer.imaging.files import decode_image
 from codeformer.options import Options
 from codeformer.serving import request
 from codeformer.serving.request import MAX_IMAGES, describe, serve
+from codeformer.serving.service import _FILE_THREADS, MAX_REQUESTS
 from predict import Predictor
 from scripts.write_schema import PINNED_SCHEMA, build_schema
 from tests.compare import assert_pictures_close
-from tests.faults import Interrupted, interrupt, largest_file
+from tests.faults import largest_file
 from tests.shared import ROOT
 
 
@@ -128,7 +129,7 @@ def test_serving_gives_a_jpeg_per_photo_in_order(
     assert outcome.metrics["images.sizes"] == ["128x96", "70x50", "128x96"]
     assert outcome.metrics["faces.detected"] == outcome.metrics["faces.restored"] == 0
     times = {name: value for name, value in outcome.metrics.items() if name.startswith("timing.")}
-    stages = ("decode", "detect", "align", "restore", "parse", "paste", "encode", "total")
+    stages = ("decode", "wait", "detect", "align", "restore", "parse", "paste", "encode", "total")
     assert set(times) == {f"timing.{stage}" for stage in stages}
     total = times.pop("timing.total")
     assert isinstance(total, float)
@@ -224,38 +225,52 @@ def predictor(blind_weights: Path, monkeypatch: pytest.MonkeyPatch) -> Predictor
     return predictor
 
 
-def run(predictor: Predictor, images: list[Path]) -> list[Path]:
-    """Calls `run` with the defaults that Cog fills in from the schema."""
+@pytest.fixture
+def loop() -> Iterator[asyncio.Runner]:
+    """The one event loop that a server has."""
+    with asyncio.Runner() as runner:
+        yield runner
+
+
+async def run(predictor: Predictor, images: Sequence[object]) -> list[Path]:
+    """`run` with Cog's defaults, which Cog fills in from the schema."""
     properties = json.loads(PINNED_SCHEMA.read_text())["components"]["schemas"]["Input"]["properties"]
     defaults = {name: entry["default"] for name, entry in properties.items() if "default" in entry}
-    return predictor.run(images=[cog.Path(path) for path in images], **defaults)
+    outputs: list[Path] = await predictor.run(images=images, **defaults)
+    return outputs
 
 
-def test_the_predictor_returns_jpg_files_and_removes_those_of_the_last_request(
-    predictor: Predictor, photo_path: Path, picture: np.ndarray
+def files_in(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def test_the_predictor_returns_jpg_files_in_order(
+    predictor: Predictor, loop: asyncio.Runner, photo_path: Path, picture: np.ndarray
 ) -> None:
-    first = run(predictor, [photo_path, photo_path])
+    first = loop.run(run(predictor, [photo_path, "data/1.jpg"]))
     assert [path.name for path in first] == ["1.jpg", "2.jpg"]
     assert_pictures_close(decode_image(first[0].read_bytes()), picture, mean=2, within=10)
-    [second] = run(predictor, [photo_path])
-    assert second.exists()
-    assert second.parent == first[0].parent
-    assert list(second.parent.iterdir()) == [second]
+    assert decode_image(first[1].read_bytes()).shape == (832, 640, 3)
 
 
-def test_a_failed_request_leaves_the_predictor_usable(
-    predictor: Predictor, photo_path: Path, tmp_path: Path
+def test_a_failed_request_leaves_the_predictor_usable_and_no_file(
+    predictor: Predictor, loop: asyncio.Runner, photo_path: Path, tmp_path: Path
 ) -> None:
     bad = tmp_path / "bad.jpg"
     bad.write_bytes(b"\xff\xd8\xff")
-    with pytest.raises(ImageError):
-        run(predictor, [photo_path, bad])
-    assert len(run(predictor, [photo_path])) == 1
+    with pytest.raises(ImageError, match=r"^Image 2: "):
+        loop.run(run(predictor, [photo_path, bad]))
+    assert files_in(predictor.outputs.path) == []
+    assert len(loop.run(run(predictor, [photo_path]))) == 1
 
 
 @pytest.mark.parametrize("fault", ["full disk", "no folder", "no space"])
 def test_outputs_that_cannot_be_written_are_a_clear_error_and_none_is_left(
-    predictor: Predictor, photo_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+    predictor: Predictor,
+    loop: asyncio.Runner,
+    photo_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fault: str,
 ) -> None:
     folder = predictor.outputs.path
     with monkeypatch.context() as patch, contextlib.ExitStack() as faults:
@@ -267,59 +282,56 @@ def test_outputs_that_cannot_be_written_are_a_clear_error_and_none_is_left(
         else:
             patch.setattr(Path, "write_bytes", refuse)
         with pytest.raises(OutputError, match="expected to write the restored pictures") as raised:
-            run(predictor, [photo_path, photo_path])
-    assert tempfile.gettempdir() not in str(raised.value), "the message contains a path of the server"
+            loop.run(run(predictor, [photo_path, photo_path]))
+    assert tempfile.gettempdir() not in str(raised.value), "a client learns no path of the server"
     if fault == "no folder":
         folder.unlink()
     else:
-        assert list(folder.iterdir()) == []
-    # Also if another program has removed the folder.
-    assert len(run(predictor, [photo_path])) == 1
+        assert files_in(folder) == []
+    # Also where something has removed the folder.
+    assert len(loop.run(run(predictor, [photo_path]))) == 1
 
 
 def refuse(*_: object, **__: object) -> None:
     raise OSError(errno.ENOSPC, f"No space left in {tempfile.gettempdir()}")
 
 
-def test_a_failed_request_leaves_no_file_of_the_previous_one(
-    predictor: Predictor, photo_path: Path, tmp_path: Path
-) -> None:
-    [output] = run(predictor, [photo_path])
-    with pytest.raises(ImageError):
-        run(predictor, [tmp_path / "gone.jpg"])
-    assert list(output.parent.iterdir()) == []
-
-
 @pytest.mark.slow
-def test_a_request_cancelled_at_any_moment_leaves_nothing_but_a_working_predictor(
-    predictor: Predictor, photo_path: Path
+def test_requests_cancelled_at_any_moment_leave_nothing_but_a_working_predictor(
+    predictor: Predictor, loop: asyncio.Runner, photo_path: Path
 ) -> None:
-    [output] = run(predictor, [photo_path])
-    expected = output.read_bytes()
-    usual_s = min(timeit.repeat(lambda: run(predictor, [photo_path]), number=1, repeat=5))
-    outcomes = Counter[str]()
+    async def many() -> Counter[str]:
+        [output] = await run(predictor, [photo_path])
+        expected = output.read_bytes()
+        usual_s = 0.3
+        outcomes = Counter[str]()
+        moments = random.Random(0)
 
-    def ask() -> None:
-        try:
-            run(predictor, [photo_path])
-            outcomes["done"] += 1
-        except Interrupted:
-            outcomes["interrupted"] += 1
+        async def ask() -> None:
+            task = asyncio.create_task(run(predictor, [photo_path] * 2))
+            await asyncio.sleep(moments.uniform(0, 8 * usual_s))
+            task.cancel()
+            try:
+                [first, _] = await task
+                assert first.read_bytes() == expected
+                outcomes["done"] += 1
+            except asyncio.CancelledError:
+                outcomes["cancelled"] += 1
+
+        for _ in range(12):
+            await asyncio.gather(*(ask() for _ in range(8)))
+        [output] = await run(predictor, [photo_path])
+        assert output.read_bytes() == expected
+        return outcomes
 
     threads = threading.active_count()
-    moments = random.Random(0)
-    for _ in range(60):
-        caller = threading.Thread(target=ask)
-        caller.start()
-        time.sleep(moments.uniform(0, 1.1 * usual_s))
-        interrupt(caller)
-        caller.join(60)
-        assert not caller.is_alive(), f"stuck after {outcomes}"
-    assert outcomes["interrupted"] >= 15, outcomes
-    assert threading.active_count() <= threads
-    [output] = run(predictor, [photo_path])
-    assert output.read_bytes() == expected
-    assert list(output.parent.iterdir()) == [output]
+    outcomes = loop.run(many())
+    assert outcomes["cancelled"] >= 15, outcomes
+    assert threading.active_count() <= threads + _FILE_THREADS + MAX_REQUESTS * MAX_IMAGES
+    # What was written for requests that were cancelled in that moment goes with the sweep.
+    predictor.outputs.sweep(older_than_s=0)
+    assert files_in(predictor.outputs.path) == []
+    assert predictor.service.is_alive()
 
 
 def test_setup_fails_where_the_device_cannot_restore_a_face(

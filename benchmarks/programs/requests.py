@@ -5,9 +5,12 @@ and images, where the server spent its time, and what failed. Profiles take turn
 Without pictures of your own it measures those of data/, and makes the missing ones first.
 """
 
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Literal, Self, get_args
@@ -69,6 +72,7 @@ class Result(ServedReport):
 
     kind: Literal["requests"] = "requests"
     batch_size: Annotated[int, Field(ge=1, le=4)]
+    concurrency: Annotated[int, Field(ge=1)] = 1
     images: Annotated[list[Picture], Field(min_length=1)]
     setup_s: Amount
     profiles: dict[str, Profile]
@@ -100,6 +104,7 @@ class Options(opt.Serving):
     stability_mode: StabilityMode = "safe"
     compile_backend: CompileBackend = "eager"
     codeformer_fidelity: opt.Fidelity = DEFAULT_FIDELITY
+    concurrency: int = Field(1, ge=1, description="clients that send requests at the same time")
     warmup: opt.Warmup = 1
     repeats: opt.Repeats = 3
 
@@ -140,17 +145,29 @@ def measure(options: Options) -> Result:
     batches = [files[start : start + size] for start in range(0, len(files), size)]
     sent: dict[str, list[list[Sent]]] = {name: [] for name in configurations}
     rounds = options.warmup + options.repeats
+    walls_ms: dict[str, list[float]] = {name: [] for name in configurations}
     with opt.server_of(options) as server:
+
+        def send(name: str, batch: Sequence[Path]) -> Sent:
+            images = {"images": [encoded[file] for file in batch]}
+            answer = server.predict(configurations[name].model_dump() | images, options.timeout_sec)
+            return Sent(batch, answer.without_pictures())
+
         print(f"server ready after {server.setup_s:.1f} s ({server.kind}); {len(files)} images")
         for turn in range(rounds):
             for answers in sent.values():
                 answers.append([])
-            for number, batch in enumerate(batches):
-                # In turns within a round, too: the first to see a picture pays for its size.
-                for name in rotated(list(sent), turn + number):
-                    images = {"images": [encoded[file] for file in batch]}
-                    answer = server.predict(configurations[name].model_dump() | images, options.timeout_sec)
-                    sent[name][-1].append(Sent(batch, answer.without_pictures()))
+            if options.concurrency > 1:
+                for name in rotated(list(sent), turn):
+                    started = time.perf_counter()
+                    with ThreadPoolExecutor(options.concurrency) as clients:
+                        sent[name][-1] += clients.map(partial(send, name), batches)
+                    walls_ms[name].append((time.perf_counter() - started) * 1e3)
+            else:
+                for number, batch in enumerate(batches):
+                    # In turns within a round, too: the first to see a picture pays for its size.
+                    for name in rotated(list(sent), turn + number):
+                        sent[name][-1].append(send(name, batch))
             print(f"{'warm-up' if turn < options.warmup else 'measured'}: round {turn + 1} of {rounds}")
     return Result.of(
         header,
@@ -158,14 +175,23 @@ def measure(options: Options) -> Result:
         images=[_describe(file) for file in files],
         setup_s=round(server.setup_s, 3),
         profiles={
-            name: profile_of(configurations[name], answers, options.warmup) for name, answers in sent.items()
+            name: profile_of(configurations[name], answers, options.warmup, walls_ms[name])
+            for name, answers in sent.items()
         },
         ratios_to_first=ratios({name: answers[options.warmup :] for name, answers in sent.items()}),
     )
 
 
-def profile_of(configuration: Configuration, rounds: Sequence[Sequence[Sent]], warmup: int) -> Profile:
-    """What became of a profile's requests, round by round; the times of the first `warmup` do not count."""
+def profile_of(
+    configuration: Configuration,
+    rounds: Sequence[Sequence[Sent]],
+    warmup: int,
+    walls_ms: Sequence[float] = (),
+) -> Profile:
+    """What became of a profile's requests, round by round; the times of the first `warmup` do not count.
+
+    A round takes the sum of its requests, or where several clients sent them what `walls_ms` says.
+    """
     failures = Counter(
         (tuple(file.name for file in sent.files), str(sent.answer.error))
         for sent in chain(*rounds)
@@ -173,7 +199,12 @@ def profile_of(configuration: Configuration, rounds: Sequence[Sequence[Sent]], w
     )
     counted = rounds[warmup:]
     good = [sent for sent in chain(*counted) if sent.ok]
-    whole = [each for each in counted if all(sent.ok for sent in each)]
+    took_ms = walls_ms or [sum(sent.answer.elapsed_ms for sent in each) for each in rounds]
+    whole = [
+        (each, ms)
+        for each, ms in zip(counted, took_ms[warmup:], strict=True)
+        if all(sent.ok for sent in each)
+    ]
     per_image = [sent.answer.elapsed_ms / len(sent.files) for sent in good for _ in sent.files]
     return Profile(
         configuration=configuration,
@@ -184,8 +215,7 @@ def profile_of(configuration: Configuration, rounds: Sequence[Sequence[Sent]], w
         failed_requests=failures.total(),
         faces=sum(int(sent.answer.metrics.get("faces.restored", 0)) for sent in good),
         round_totals=Latency.of(
-            [sum(sent.answer.elapsed_ms for sent in each) for each in whole],
-            sum(len(sent.files) for sent in chain(*whole)),
+            [ms for _, ms in whole], sum(len(sent.files) for each, _ in whole for sent in each)
         ),
         per_request=Latency.of([sent.answer.elapsed_ms for sent in good], len(good)),
         per_image=Latency.of(per_image, len(per_image)),

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from codeformer.engine.canvas import Canvas
 from codeformer.engine.graphs import batch_size_of
-from codeformer.engine.memory import batch_size_for, release_cached_memory
+from codeformer.engine.memory import batch_size_for, clear_frames_of, release_failed_attempt
 from codeformer.engine.models import ModelStore
 from codeformer.engine.plan import ExecutionPlan, torch_switches
 from codeformer.engine.restorer import match_gray
@@ -70,6 +70,7 @@ class FaceResult:
         times: stages with their spans and this face's share of them.
         ran_in_float32: it ran again, since its output in half precision was not finite.
         smaller_batches: how often its batch did not fit into memory, and it ran again in a smaller one.
+        faces_in_pass: how many faces went through the networks together with it, itself included.
     """
 
     face_bgr: Tensor | None = None
@@ -78,6 +79,7 @@ class FaceResult:
     times: tuple[tuple[Stage, Span, float], ...] = ()
     ran_in_float32: bool = False
     smaller_batches: int = 0
+    faces_in_pass: int = 1
 
 
 class Engine:
@@ -144,16 +146,16 @@ class Engine:
             try:
                 passed = self._pass(batch)
             except DeviceMemoryError as failure:
-                release_cached_memory(self._device)
+                release_failed_attempt(failure, self._device)
                 if len(batch) > 1:
                     logger.warning("%s Trying half as many faces at a time.", failure)
                     self._room[key] = (len(batch) // 2, 0)
                     for index in range(done, done + len(batch)):
                         shortages[index] += 1
                     continue
-                passed = [FaceResult(error=failure)]
+                passed = [_failed(failure)]
             except InferenceError as failure:
-                passed = [FaceResult(error=failure)] if len(batch) == 1 else self._one_by_one(batch)
+                passed = [_failed(failure)] if len(batch) == 1 else self._one_by_one(batch)
             else:
                 self._grow(key, len(batch))
             results += [
@@ -179,7 +181,7 @@ class Engine:
             try:
                 results += self._pass([job])
             except InferenceError as failure:
-                results.append(FaceResult(error=failure))
+                results.append(_failed(failure))
         return results
 
     def _pass(self, batch: Sequence[FaceJob]) -> list[FaceResult]:
@@ -194,7 +196,7 @@ class Engine:
                 try:
                     [again] = self._compute([job], None)
                 except InferenceError as failure:
-                    again = FaceResult(error=failure)
+                    again = _failed(failure)
                 times = result.times + again.times
                 results[index] = replace(again, times=times, ran_in_float32=True)
         return results
@@ -246,9 +248,14 @@ class Engine:
                     FaceResult(error=InferenceError(failed[0], job.where, in_words(cause)), times=times)
                 )
             else:
-                results.append(FaceResult(face, mask, times=times))
+                results.append(FaceResult(face, mask, times=times, faces_in_pass=len(batch)))
         self._store.prove(plan, with_a_face=any(result.error is None for result in results))
         return results
+
+
+def _failed(failure: InferenceError) -> FaceResult:
+    clear_frames_of(failure)
+    return FaceResult(error=failure)
 
 
 def _crops_of(batch: Sequence[FaceJob]) -> Tensor:

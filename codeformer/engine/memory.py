@@ -1,5 +1,6 @@
 """How many faces fit into memory, and what to do when they did not."""
 
+import traceback
 from typing import Final
 
 import cv2
@@ -36,7 +37,21 @@ def is_out_of_memory(failure: BaseException) -> bool:
     )
 
 
-def release_cached_memory(device: torch.device) -> None:
-    """Gives the memory that torch keeps for reuse back to the device."""
+def clear_frames_of(failure: BaseException) -> None:
+    """Lets a failure, and those that it followed from, forget the calls that they came through.
+
+    Their tracebacks would keep local variables, pictures among them, as long as somebody keeps the failure.
+    """
+    to_clear = [failure]
+    for each in to_clear:
+        traceback.clear_frames(each.__traceback__)
+        each.__traceback__ = None
+        followed_from = (each.__cause__, each.__context__)
+        to_clear += [other for other in followed_from if other is not None and other not in to_clear]
+
+
+def release_failed_attempt(failure: BaseException, device: torch.device) -> None:
+    """Frees what a failed attempt holds, and on a GPU what torch keeps for reuse, for another one."""
+    clear_frames_of(failure)
     if device.type == "cuda":
         torch.cuda.empty_cache()

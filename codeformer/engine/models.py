@@ -107,12 +107,13 @@ class ModelStore:
         if not plan.optimized or self._optimized is not None:
             return
         logger.info("initialising optimized models, compile_backend=%s", plan.compile_backend or "none")
+        # Another thread may check a plan meanwhile.
+        self._backend, self._is_proven = plan.compile_backend, False
         try:
             self._optimized = self.reference.optimized(plan.compile_backend)
         except RuntimeError as cause:
             kind = DeviceMemoryError if is_out_of_memory(cause) else InferenceError
             raise kind("initialisation", "the optimized networks", in_words(cause)) from cause
-        self._backend, self._is_proven = plan.compile_backend, False
 
     def models_for(self, plan: ExecutionPlan) -> Models:
         """The models that a plan runs with, once it is initialised."""
@@ -127,10 +128,11 @@ class ModelStore:
 
         Args:
             plan: as initialised.
-            with_a_face: whether a face of it was restored; without one, nothing has been compiled yet.
+            with_a_face: whether a face of it was restored; without one, nothing was compiled or recorded.
         """
-        if plan.optimized and (with_a_face or plan.compile_backend is None):
-            self._is_proven = True
+        if plan.optimized and self._optimized is not None:
+            needs_a_face = plan.compile_backend is not None or self._optimized.is_graphed
+            self._is_proven = self._is_proven or with_a_face or not needs_a_face
 
     def drop_unproven(self) -> None:
         """Forgets optimized models that have not proven to work, when the work they were made for ends."""

@@ -12,7 +12,7 @@ import torch
 from codeformer.engine.canvas import Canvas, DeviceCanvas, HostCanvas
 from codeformer.engine.engine import BatchKey, FaceJob, FaceResult
 from codeformer.engine.finder import FoundFaces
-from codeformer.engine.memory import is_out_of_memory, release_cached_memory
+from codeformer.engine.memory import is_out_of_memory, release_failed_attempt
 from codeformer.engine.plan import torch_switches
 from codeformer.engine.stages import Span, Stage, StageTimes, run_stage
 from codeformer.errors import CodeFormerError, FaceLimitError
@@ -54,6 +54,8 @@ class RestoredImage:
             that ran again in float32.
         memory_retries: how often work on this picture did not fit into the device's memory and was done
             again with less at a time.
+        faces_per_pass: how many faces, of all pictures, went through the networks at a time together with
+            those of this one, on average; 0 without a face.
     """
 
     image_bgr: ImageU8
@@ -63,6 +65,7 @@ class RestoredImage:
     elapsed_ms: Mapping[str, float]
     float32_retries: int
     memory_retries: int
+    faces_per_pass: float = 0.0
 
 
 class Picture:
@@ -97,6 +100,7 @@ class Picture:
         self._shortages = 0
         self._smaller_batches = 0
         self._unfinished = 0
+        self._in_passes = 0
 
     @property
     def is_complete(self) -> bool:
@@ -190,7 +194,7 @@ class Picture:
                     raise
                 self.add_shortage()
                 logger.warning("%s stays in the host's memory: %s", self.name, cause)
-                release_cached_memory(self._device)
+                release_failed_attempt(cause, self._device)
         return HostCanvas(self.image_bgr, self.working, self._device)
 
     @torch.inference_mode()
@@ -201,6 +205,7 @@ class Picture:
         self._float32_retries += result.ran_in_float32
         self._smaller_batches = max(self._smaller_batches, result.smaller_batches)
         self._unfinished -= 1
+        self._in_passes += result.faces_in_pass
         if result.error is not None:
             self.fail(result.error)
             return
@@ -227,7 +232,7 @@ class Picture:
             # The host has room for it; crops still come from the copy on the device.
             self.add_shortage()
             logger.warning("%s is pasted in the host's memory: %s", job.where, cause)
-            release_cached_memory(self._device)
+            release_failed_attempt(cause, self._device)
             self._canvas = HostCanvas(self._canvas.to_image(), self.working, self._device)
             self._canvas.paste(face, place, mask, self._recipe.strength)
 
@@ -257,6 +262,7 @@ class Picture:
             elapsed_ms=self._times.elapsed_ms(),
             float32_retries=self._float32_retries,
             memory_retries=self._shortages + self._smaller_batches,
+            faces_per_pass=self._in_passes / len(self._faces) if self._faces else 0.0,
         )
 
 

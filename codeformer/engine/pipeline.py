@@ -48,13 +48,13 @@ class Pipeline:
     def __init__(self, models: Models, device: torch.device, *, second_look: bool = True) -> None:
         self.device = as_device(device)
         self.second_look = second_look
-        self._store = ModelStore(models)
-        self._engine = Engine(self._store, self.device)
+        self.store = ModelStore(models)
+        self.engine = Engine(self.store, self.device)
 
     @property
     def models(self) -> Models:
         """The networks of safe mode."""
-        return self._store.reference
+        return self.store.reference
 
     @classmethod
     def load(
@@ -115,8 +115,8 @@ class Pipeline:
         """
         if plan.device != self.device:
             raise OptionError("plan.device", str(plan.device), f"{self.device}, where the networks are")
-        self._store.check(plan)
-        self._engine.key_of(plan, recipe)
+        self.store.check(plan)
+        self.engine.key_of(plan, recipe)
 
     def restore(
         self,
@@ -191,11 +191,28 @@ class Pipeline:
             TimeLimitError: the deadline is over.
             CancelledError: it was cancelled.
         """
+        return self._stream(pictures, self.work_for(recipe, selection, plan, limits, deadline, window))
+
+    def work_for(
+        self,
+        recipe: Recipe = DEFAULT_RECIPE,
+        selection: Selection | None = None,
+        plan: ExecutionPlan | None = None,
+        limits: Limits = DEFAULT_LIMITS,
+        deadline: Deadline | None = None,
+        window: int = DEFAULT_WINDOW,
+    ) -> Work:
+        """What `stream` would do with these arguments, checked.
+
+        Raises:
+            OptionError: plan or recipe do not suit this pipeline.
+            BackendConflictError: this process uses another compile backend in optimized mode.
+        """
         if plan is None:
             plan = resolve_plan(device=self.device)
         self.check(plan, recipe)
-        work = Work(
-            key=self._engine.key_of(plan, recipe),
+        return Work(
+            key=self.engine.key_of(plan, recipe),
             recipe=recipe,
             selection=selection or Selection(),
             limits=limits,
@@ -203,16 +220,15 @@ class Pipeline:
             second_look=self.second_look,
             window=window,
         )
-        return self._stream(pictures, work)
 
     def _stream(
         self, pictures: Iterable[tuple[KeyT, ImageU8 | CodeFormerError]], work: Work
     ) -> Iterator[tuple[KeyT, RestoredImage | CodeFormerError]]:
-        self._store.initialise(work.key.plan)
+        self.store.initialise(work.key.plan)
         try:
-            yield from stream(self._engine, self._store, pictures, work)
+            yield from stream(self.engine, self.store, pictures, work)
         finally:
-            self._store.drop_unproven()
+            self.store.drop_unproven()
 
 
 def recipe_of(restorer: str, fidelity: float, strength: float = 1.0) -> Recipe:

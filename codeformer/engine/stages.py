@@ -83,11 +83,11 @@ def run_stage(stage: Stage, where: str, device: torch.device) -> Iterator[Span]:
         DeviceMemoryError: it did not fit into memory.
         InferenceError: anything else that torch, OpenCV or an adapter raises.
     """
-    span = Span(device)
     try:
+        span = Span(device)
         yield span
+        span.end()
     except _STAGE_ERRORS as cause:
         kind = DeviceMemoryError if is_out_of_memory(cause) else InferenceError
         operator_logger.warning("%s failed on %s: %s: %s", stage, where, type(cause).__name__, cause)
         raise kind(stage, where, in_words(cause)) from cause
-    span.end()

@@ -12,7 +12,7 @@ import numpy as np
 
 from codeformer.engine.engine import BatchKey, Engine, FaceJob
 from codeformer.engine.finder import FaceFinder, FoundFaces
-from codeformer.engine.memory import release_cached_memory
+from codeformer.engine.memory import release_failed_attempt
 from codeformer.engine.models import ModelStore
 from codeformer.engine.picture import Picture, RestoredImage
 from codeformer.engine.plan import torch_switches
@@ -97,7 +97,7 @@ def stream(
                 else:
                     keys[number] = key
                     usable.append(Picture(image, number, work.key, work.recipe, work.selection))
-            for picture, jobs in _find_faces(usable, store, work):
+            for picture, jobs in find_faces(usable, store, work):
                 waiting.extend((picture, job) for job in jobs)
                 progress.found += len(jobs)
                 in_work.append(picture)
@@ -123,23 +123,30 @@ def _completed(
     """Takes the pictures out that are done, in their order."""
     for picture in [picture for picture in in_work if picture.is_complete]:
         in_work.remove(picture)
-        key = keys.pop(picture.number)
-        if picture.error is not None:
-            yield key, picture.error
-            continue
-        try:
-            result = picture.result()
-        except InferenceError as failure:
-            yield key, failure
-            continue
-        store.prove(work.key.plan, with_a_face=bool(result.faces))
-        yield key, result
+        yield keys.pop(picture.number), take_result(picture, store, work)
 
 
-def _find_faces(
+def take_result(picture: Picture, store: ModelStore, work: Work) -> RestoredImage | CodeFormerError:
+    """What has become of a picture that is complete."""
+    if picture.error is not None:
+        return picture.error
+    try:
+        result = picture.result()
+    except InferenceError as failure:
+        return failure
+    store.prove(work.key.plan, with_a_face=bool(result.faces))
+    return result
+
+
+def find_faces(
     pictures: Sequence[Picture], store: ModelStore, work: Work
 ) -> Iterator[tuple[Picture, list[FaceJob]]]:
-    """The jobs of each picture; none for one that has failed or has no face."""
+    """The jobs of each picture; none for one that has failed or has no face.
+
+    Raises:
+        TimeLimitError: the deadline is over.
+        CancelledError: it was cancelled.
+    """
     for picture, found in zip(pictures, _detect(pictures, store, work), strict=True):
         jobs: list[FaceJob] = []
         if isinstance(found, CodeFormerError):
@@ -171,7 +178,7 @@ def _detect(
     except InferenceError as failure:
         lacks_memory = isinstance(failure, DeviceMemoryError)
         if lacks_memory:
-            release_cached_memory(device)
+            release_failed_attempt(failure, device)
         if len(pictures) == 1 and (is_second_try or not lacks_memory):
             return [failure]
         logger.warning("%s Trying again, one picture at a time.", failure)

@@ -153,6 +153,17 @@ def _decode(data: bytes, index: int | None, limits: Limits) -> ImageU8:
         return _turn_upright(_to_srgb(bgr, picture), picture)
 
 
+def size_of(data: bytes) -> tuple[int, int]:
+    """Width and height in px from a file's header, before anything is decoded; 0 and 0 if it tells none."""
+    try:
+        if data.startswith(tiff.MAGIC):
+            data = tiff.Directories(io.BytesIO(data)).with_main_first(data)
+        with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
+            return picture.size
+    except (MemoryError, Image.DecompressionBombError, *_DECODER_ERRORS):
+        return 0, 0
+
+
 def _frames_of(picture: Image.Image, data: bytes) -> int:
     """The number of frames (2 for any larger number in formats other than TIFF), without reduced copies."""
     if picture.format == "TIFF":

@@ -2,7 +2,6 @@
 
 import base64
 import binascii
-import itertools
 import logging
 import os
 import stat
@@ -10,36 +9,27 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 from urllib.parse import unquote_to_bytes
 
-import requests
-import urllib3
-
 from codeformer.engine.pipeline import Pipeline, RestoredImage, recipe_of
 from codeformer.engine.plan import resolve_plan
-from codeformer.engine.precision import half_dtype_of
 from codeformer.engine.stages import STAGES
-from codeformer.errors import CodeFormerError, DeviceError, ImageError, InferenceError, OptionError
+from codeformer.errors import CancelledError, CodeFormerError, ImageError, OptionError
 from codeformer.imaging.files import ImageU8, decode_image, encode_jpeg
 from codeformer.limits import DEFAULT_LIMITS, Deadline, Limits
 from codeformer.locations import shipped
 from codeformer.options import Options
+from codeformer.serving.fetching import DEFAULT_POLICY, FetchPolicy, fetch
 
 logger = logging.getLogger(__name__)
 
 MAX_IMAGES: Final = 4
 DEFAULT_OPTIONS: Final = Options()
-# Decoders and encoders leave Python's lock to others while they work.
-_FILE_WORKERS: Final = min(MAX_IMAGES, os.cpu_count() or 1)
 SAMPLES: Final = shipped("data")
-
-# Seconds to connect, and between two pieces of data.
-_FETCH_TIMEOUT_S: Final = (10.0, 30.0)
-_CHUNK_BYTES: Final = 1 << 18
 
 # Numbers, for images.sizes "WIDTHxHEIGHT" strings, and for faces.skip_reasons sentences.
 Metrics = dict[str, float | int | list[str]]
@@ -69,6 +59,7 @@ def serve(
     options: Options = DEFAULT_OPTIONS,
     *,
     limits: Limits = DEFAULT_LIMITS,
+    fetch_policy: FetchPolicy = DEFAULT_POLICY,
     stop: threading.Event | None = None,
 ) -> Outcome:
     """Restores 1 to 4 picture files. Every input is checked before any work begins.
@@ -80,6 +71,7 @@ def serve(
             name a sample picture ("data/1.jpg"); it never opens another file.
         options: what is to be done.
         limits: pixels, faces and time of this request.
+        fetch_policy: where pictures may be fetched from.
         stop: to be set to cancel it; looked at between stages.
 
     Raises:
@@ -96,16 +88,11 @@ def serve(
     )
     recipe = recipe_of(options.restorer, options.codeformer_fidelity, options.strength)
     pipeline.check(plan, recipe)
-    if not 1 <= len(paths) <= MAX_IMAGES:
-        raise OptionError("images", f"{len(paths)} pictures", f"1 to {MAX_IMAGES} pictures")
+    check_count(paths)
     found: dict[int, RestoredImage] = {}
     encodings: dict[int, Future[bytes]] = {}
-    with ThreadPoolExecutor(_FILE_WORKERS, thread_name_prefix="codeformer-files") as workers:
-        images = list(
-            workers.map(
-                _read, paths, itertools.count(1), itertools.repeat(limits), itertools.repeat(deadline)
-            )
-        )
+    with ThreadPoolExecutor(MAX_IMAGES, thread_name_prefix="codeformer-files") as workers:
+        images = _read_all(workers, paths, limits, fetch_policy, deadline)
         decoded = time.perf_counter()
         for number, result in pipeline.stream(
             enumerate(images, start=1), recipe, options.selection, plan, limits, deadline
@@ -119,38 +106,21 @@ def serve(
         jpegs = [encodings[number].result() for number in sorted(encodings)]
     finished = time.perf_counter()
     results = [found[number] for number in sorted(found)]
-
-    metrics = _summarise(results)
-    metrics["timing.decode"] = (decoded - started) * 1e3
-    metrics["timing.encode"] = (finished - restored) * 1e3
-    metrics["timing.total"] = (finished - started) * 1e3
-    for index, result in enumerate(results, start=1):
-        if not result.faces:
-            logger.info("image %d: no face to restore; its pixels are unaltered, encoded as JPG", index)
-    rounded: Metrics = {
-        name: round(value, 3) if isinstance(value, float) else value for name, value in metrics.items()
-    }
-    logger.info("%s", describe(rounded))
-    return Outcome(images, results, jpegs, rounded)
+    metrics = metrics_of(
+        results,
+        decode_s=decoded - started,
+        wait_s=0.0,
+        encode_s=finished - restored,
+        total_s=finished - started,
+    )
+    logger.info("%s", describe(metrics))
+    return Outcome(images, results, jpegs, metrics)
 
 
-def warm_up(pipeline: Pipeline, stop: threading.Event | None = None) -> None:
-    """Serves the sample portrait, so that the first request finds everything loaded and a broken device is
-    noticed before any request comes; and settles the precision of the faster profiles, which may take half a
-    second of a CPU that nothing else should keep busy meanwhile.
-
-    Raises:
-        DeviceError: the device cannot run the networks.
-    """
-    started = time.perf_counter()
-    try:
-        outcome = serve(pipeline, [SAMPLES / "1.jpg"], stop=stop)
-    except InferenceError as cause:
-        raise DeviceError(str(pipeline.device), str(cause)) from cause
-    if not outcome.metrics["faces.restored"]:
-        logger.warning("no face was found in the sample portrait: are these the right weights?")
-    logger.info("fast and max_speed compute in %s", half_dtype_of(pipeline.device) or "float32")
-    logger.info("ready on %s after a warm-up of %.1f s", pipeline.device, time.perf_counter() - started)
+def check_count(sources: Sequence[object]) -> None:
+    """Raises OptionError unless there are 1 to 4 pictures; before anything is fetched."""
+    if not 1 <= len(sources) <= MAX_IMAGES:
+        raise OptionError("images", f"{len(sources)} pictures", f"1 to {MAX_IMAGES} pictures")
 
 
 def describe(metrics: Metrics) -> str:
@@ -161,16 +131,54 @@ def describe(metrics: Metrics) -> str:
     )
 
 
-def _read(source: object, index: int, limits: Limits, deadline: Deadline) -> ImageU8:
+def _read_all(
+    workers: ThreadPoolExecutor,
+    sources: Sequence[object],
+    limits: Limits,
+    fetch_policy: FetchPolicy,
+    deadline: Deadline,
+) -> list[ImageU8]:
+    """All at the same time. Once one has failed, those that are still being fetched are given up."""
+    failed = threading.Event()
+    futures = [
+        workers.submit(_read, source, index, limits, fetch_policy, deadline.or_when(failed))
+        for index, source in enumerate(sources, start=1)
+    ]
+    wait(futures, return_when=FIRST_EXCEPTION)
+    failed.set()
+    # The first picture's failure of its own, before those that follow from another's.
+    for future in sorted(futures, key=lambda future: isinstance(future.exception(), CancelledError)):
+        future.result()
+    return [future.result() for future in futures]
+
+
+def _read(
+    source: object, index: int, limits: Limits, fetch_policy: FetchPolicy, deadline: Deadline
+) -> ImageU8:
+    return decode_image(read_source(source, index, limits, fetch_policy, deadline), index, limits)
+
+
+def read_source(
+    source: object, index: int, limits: Limits, fetch_policy: FetchPolicy, deadline: Deadline
+) -> bytes:
+    """The bytes of a picture file.
+
+    Args:
+        source: a path; or a string: an http(s) address, a data URI or the name of a sample picture.
+        index: its place in the request, from 1, for error messages.
+        limits: of its bytes.
+        fetch_policy: from where addresses may be fetched.
+        deadline: of the request, for transfers.
+
+    Raises:
+        ImageError: it cannot be read, may not be fetched, or is too long.
+    """
     head = source[:8].lower() if isinstance(source, str) else ""
     if head.startswith(("http://", "https://")):
-        data = _fetch(str(source), index, limits, deadline)
-    elif head.startswith("data:"):
-        data = _unpack(str(source), index)
-    else:
-        path = source if isinstance(source, Path) else _sample_picture(source, index)
-        data = _read_file(path, index, limits)
-    return decode_image(data, index, limits)
+        return fetch(str(source), index, limits, fetch_policy, deadline)
+    if head.startswith("data:"):
+        return _unpack(str(source), index)
+    return _read_file(source if isinstance(source, Path) else _sample_picture(source, index), index, limits)
 
 
 def _read_file(path: Path, index: int, limits: Limits) -> bytes:
@@ -178,39 +186,10 @@ def _read_file(path: Path, index: int, limits: Limits) -> bytes:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
             raise ImageError("expected a file, got a folder or a device.", index)
-        _check_bytes(status.st_size, index, limits)
+        limits.check_bytes(status.st_size, index)
         return path.read_bytes()
     except OSError as cause:
         raise ImageError(f"the file cannot be read ({cause.strerror}).", index) from cause
-
-
-def _check_bytes(count: int, index: int, limits: Limits) -> None:
-    if count > limits.max_bytes:
-        raise ImageError(
-            f"expected at most {limits.max_bytes:,} bytes, got {count:,}; use a smaller copy.", index
-        )
-
-
-def _fetch(address: str, index: int, limits: Limits, deadline: Deadline) -> bytes:
-    """What an http(s) address delivers; other schemes are followed nowhere, also not by redirections."""
-    data = bytearray()
-    try:
-        with requests.get(address, stream=True, timeout=_FETCH_TIMEOUT_S) as response:
-            if not response.ok:
-                raise ImageError(
-                    f"the address answered {response.status_code} {response.reason}; check it.", index
-                )
-            # What has come so far, so that a server that trickles meets the deadline.
-            while chunk := response.raw.read1(_CHUNK_BYTES, decode_content=True):
-                deadline.check(f"the end of image {index}'s transfer")
-                data += chunk
-                _check_bytes(len(data), index, limits)
-    except (requests.RequestException, urllib3.exceptions.HTTPError, UnicodeError) as cause:
-        # Its own text may tell more of the server's network than a client needs to know.
-        raise ImageError(
-            f"the address cannot be fetched ({type(cause).__name__}); check it.", index
-        ) from cause
-    return bytes(data)
 
 
 def _unpack(uri: str, index: int) -> bytes:
@@ -236,13 +215,29 @@ def _sample_picture(name: object, index: int) -> Path:
     )
 
 
-def _summarise(results: Sequence[RestoredImage]) -> Metrics:
+def metrics_of(
+    results: Sequence[RestoredImage], *, decode_s: float, wait_s: float, encode_s: float, total_s: float
+) -> Metrics:
+    """The metrics of a request.
+
+    Args:
+        results: of its pictures, in order.
+        decode_s: seconds that it waited for its files.
+        wait_s: seconds that it waited for its first turn at the device.
+        encode_s: seconds that it waited for its results to be encoded.
+        total_s: seconds altogether.
+    """
     restored = sum(len(result.faces) for result in results)
     skipped = sum(len(result.skipped_faces) for result in results)
+    passes = [result.faces_per_pass for result in results for _ in result.faces]
     metrics: Metrics = {
         f"timing.{stage}": sum((result.elapsed_ms.get(stage, 0.0) for result in results), 0.0)
         for stage in STAGES
     }
+    metrics["timing.decode"] = decode_s * 1e3
+    metrics["timing.wait"] = wait_s * 1e3
+    metrics["timing.encode"] = encode_s * 1e3
+    metrics["timing.total"] = total_s * 1e3
     metrics["faces.detected"] = restored + skipped
     metrics["faces.restored"] = restored
     metrics["faces.skipped"] = skipped
@@ -257,4 +252,8 @@ def _summarise(results: Sequence[RestoredImage]) -> Metrics:
     metrics["images.count"] = len(results)
     metrics["images.without_faces"] = sum(not result.faces for result in results)
     metrics["images.sizes"] = [f"{r.image_bgr.shape[1]}x{r.image_bgr.shape[0]}" for r in results]
-    return metrics
+    metrics["faces.per_pass"] = sum(passes) / len(passes) if passes else 0.0
+    for number, result in enumerate(results, start=1):
+        if not result.faces:
+            logger.info("image %d: no face to restore; its pixels are unaltered, encoded as JPG", number)
+    return {name: round(value, 3) if isinstance(value, float) else value for name, value in metrics.items()}
