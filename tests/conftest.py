@@ -18,6 +18,7 @@ from codeformer.engine.pipeline import Pipeline
 from codeformer.engine.restorer import FaceRestorer
 from codeformer.imaging.files import lift_pillow_limits
 from codeformer.networks.codeformer import CodeFormer
+from codeformer.networks.gfpgan import GFPGANv1Clean, StyledConvolution, ToRgb
 from codeformer.networks.parsenet import FaceParsingNetwork
 from codeformer.networks.retinaface import build_retinaface
 from codeformer.training.detector import load_teacher
@@ -38,6 +39,8 @@ TINY_CONFIG: dict[str, Any] = {
     "code_dim": 32,
 }
 
+TINY_GFPGAN_CONFIG: dict[str, Any] = {"num_style_feat": 16, "num_mlp": 2, "narrow": 1 / 16}
+
 
 @pytest.fixture(params=["cpu", "cuda"])
 def device(request: pytest.FixtureRequest) -> torch.device:
@@ -55,6 +58,24 @@ def make_tiny_restorer(seed: int = 0, **other_sizes: Any) -> CodeFormer:
     # Codes that hang on the place rather than the picture: rounding noise must not flip them.
     torch.nn.init.normal_(network.position_emb)
     network.feat_emb.weight.data *= 0.01
+    return network.eval().requires_grad_(False)
+
+
+def make_tiny_gfpgan(seed: int = 0, **other_sizes: Any) -> GFPGANv1Clean:
+    """A small GFPGAN with random weights whose every branch matters, and whose faces depend on the input."""
+    torch.manual_seed(seed)
+    network = GFPGANv1Clean(**TINY_GFPGAN_CONFIG | other_sizes)
+    for module in network.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.weight.data *= 1.5
+        elif isinstance(module, StyledConvolution):
+            torch.nn.init.normal_(module.weight, std=0.1)
+            torch.nn.init.normal_(module.bias, std=0.1)
+        elif isinstance(module, ToRgb):
+            torch.nn.init.normal_(module.bias, std=0.1)
+            module.modulated_conv.weight.data *= 0.3
+    for layers in network.condition_scale:
+        torch.nn.init.ones_(layers[2].bias)  # type: ignore[index]
     return network.eval().requires_grad_(False)
 
 
@@ -110,6 +131,14 @@ def upstream_detector() -> FaceDetector:
 def filled_codeformer() -> CodeFormer:
     """The official configuration with the goldens' values."""
     network = CodeFormer()
+    shared.fill(network)
+    return network.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def filled_gfpgan() -> GFPGANv1Clean:
+    """The published configuration with the goldens' values."""
+    network = GFPGANv1Clean()
     shared.fill(network)
     return network.eval().requires_grad_(False)
 
