@@ -194,14 +194,17 @@ def describe_file(path: Path, architecture: str, config: dict[str, Any]) -> dict
 
 
 def write_weight_set(folder: Path, detector_state: dict[str, torch.Tensor]) -> Path:
-    """A small weight set without a parser."""
+    """A small weight set without a parser, with a GFPGAN for those who ask for it."""
     folder.mkdir(parents=True)
     save_file(make_tiny_restorer().state_dict(), folder / "restorer.safetensors")
     torch.save(detector_state, folder / "detector.pth")
+    save_file(make_tiny_gfpgan().state_dict(), folder / "gfpgan.safetensors")
     manifest = {
         "description": "small random networks for tests",
         "restorer": describe_file(folder / "restorer.safetensors", "codeformer", TINY_CONFIG),
         "detector": describe_file(folder / "detector.pth", "retinaface", {"backbone": "mobile0.25"}),
+        "gfpgan": describe_file(folder / "gfpgan.safetensors", "gfpgan", TINY_GFPGAN_CONFIG)
+        | {"version": "tiny"},
     }
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder

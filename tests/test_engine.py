@@ -231,7 +231,10 @@ def test_a_gpu_with_recordings_gets_powers_of_two_and_no_padding(
 @pytest.mark.parametrize(
     ("step", "expected"),
     [
-        (Step("gfpgan", None), "restorer: expected restorers that are loaded .codeformer.*got 'gfpgan'"),
+        (
+            Step("gfpgan", None),
+            r"restorer: expected restorers that are loaded \(codeformer\); .*RESTORERS=codeformer,gfpgan, ",
+        ),
         (Step("codeformer", None), "fidelity: expected a fidelity for codeformer"),
     ],
 )

@@ -41,7 +41,8 @@ SAMPLES: Final = shipped("data")
 _FETCH_TIMEOUT_S: Final = (10.0, 30.0)
 _CHUNK_BYTES: Final = 1 << 18
 
-# Numbers, for images.sizes "WIDTHxHEIGHT" strings, and for faces.skip_reasons sentences.
+# Numbers, for images.sizes "WIDTHxHEIGHT" strings, for faces.skip_reasons sentences, and for models.restorers
+# names with versions.
 Metrics = dict[str, float | int | list[str]]
 
 
@@ -121,6 +122,12 @@ def serve(
     results = [found[number] for number in sorted(found)]
 
     metrics = _summarise(results)
+    restorers = [pipeline.models.restorers[step.restorer] for step in recipe.steps]
+    metrics["models.restorers"] = [f"{one.facts.name} {one.version}".strip() for one in restorers]
+    for one in restorers:
+        # Not "restore.NAME": Cog makes an object of what is before a dot, and timing.restore is a number.
+        name = f"restorers.{one.facts.name}"
+        metrics[f"timing.{name}"] = sum((result.elapsed_ms.get(name, 0.0) for result in results), 0.0)
     metrics["timing.decode"] = (decoded - started) * 1e3
     metrics["timing.encode"] = (finished - restored) * 1e3
     metrics["timing.total"] = (finished - started) * 1e3
@@ -144,7 +151,9 @@ def warm_up(pipeline: Pipeline, stop: threading.Event | None = None) -> None:
     """
     started = time.perf_counter()
     try:
-        outcome = serve(pipeline, [SAMPLES / "1.jpg"], stop=stop)
+        # All that are loaded, one after another.
+        options = Options(restorer="+".join(pipeline.models.restorers))
+        outcome = serve(pipeline, [SAMPLES / "1.jpg"], options, stop=stop)
     except InferenceError as cause:
         raise DeviceError(str(pipeline.device), str(cause)) from cause
     if not outcome.metrics["faces.restored"]:

@@ -72,7 +72,7 @@ def load_into(network: nn.Module, file: WeightFile) -> None:
     """Verifies a file and loads it into a network, `strict=True`.
 
     Safetensors and `torch.save` files are read, the latter with `weights_only=True`; the wrappings of
-    the published files (a dict under `params_ema`, names behind `module.`) are taken off.
+    the published files (a dict under `params_ema`, else `params`; names behind `module.`) are taken off.
 
     Raises:
         WeightFileError: the file is not the one described, or not this network's.
@@ -99,5 +99,5 @@ def load_into(network: nn.Module, file: WeightFile) -> None:
 
 
 def _unwrap(content: Any) -> dict[str, Tensor]:
-    state = content.get("params_ema", content)
+    state = content.get("params_ema", content.get("params", content))
     return {name.removeprefix("module."): tensor for name, tensor in state.items()}
