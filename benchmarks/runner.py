@@ -21,6 +21,7 @@ PROGRAMS: Final = {
     "stages": "Where does the time go, and how far is each stage from the hardware's limit?",
     "parts": "What does a request cost besides its networks, and what does a start cost?",
     "networks": "What is each rewriting of the networks worth, at official size?",
+    "peers": "How fast is our GFPGAN beside the published one, as another package computes it?",
     "quality": "How good are the pictures, and what does a faster profile change in them?",
     "faces": "Which faces are found, in which pose, what is taken for one, and what does looking again cost?",
     "soak": "Does a server stay as it should over many requests, bad and cancelled ones among them?",
