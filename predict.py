@@ -82,8 +82,9 @@ class Predictor(BaseRunner):
             choices=["none", "eager", "aot_eager", "inductor"],
         ),
         restorer: str = Input(
-            description="The network that restores the faces: codeformer.",
+            description="The network that restores the faces: codeformer, gfpgan, or one after the other on the same crops. The server has to have loaded it (CODEFORMER_RESTORERS).",
             default="codeformer",
+            choices=["codeformer", "gfpgan", "codeformer+gfpgan", "gfpgan+codeformer"],
         ),
         strength: float = Input(
             description="How much of each restored face goes into the photo: 1 for all of it, 0 for none.",

@@ -147,8 +147,13 @@ def ratio_of_pairs(of: Sequence[float], to: Sequence[float]) -> Summary:
 
 
 def stage_times(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Summary]:
-    """Summaries over requests of the stage times that `codeformer.serving.request` measures, in ms."""
-    names = dict.fromkeys(name for each in metrics for name in each if name.startswith("timing."))
+    """Summaries over requests of the stage times that `codeformer.serving.request` measures, in ms.
+
+    Without parts of stages, such as "timing.restorers.gfpgan".
+    """
+    names = dict.fromkeys(
+        name for each in metrics for name in each if name.startswith("timing.") and name.count(".") == 1
+    )
     return {
         name.removeprefix("timing."): Summary.of([float(each[name]) for each in metrics if name in each])
         for name in names

@@ -25,6 +25,7 @@ PROGRAMS: Final = {
     "stages": "Where does the time go, and how far is each stage from the hardware's limit?",
     "parts": "What does a request cost besides its networks, and what does a start cost?",
     "networks": "What is each rewriting of the networks worth, at official size?",
+    "peers": "How fast is our GFPGAN compared with the published one, as another package computes it?",
     "quality": "How good are the pictures, and what does a faster profile change in them?",
     "faces": "Which faces are found, what is mistaken for one, and what does the second look cost?",
     "soak": "Does a server stay sound over many requests, bad and cancelled ones included?",

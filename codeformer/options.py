@@ -21,7 +21,7 @@ STABILITY_MODES: Final[tuple[str, ...]] = get_args(StabilityMode)
 COMPILE_BACKENDS: Final[tuple[str, ...]] = get_args(CompileBackend)
 FACE_CHOICES: Final[tuple[str, ...]] = get_args(FaceChoice)
 
-RESTORERS: Final = ("codeformer",)
+RESTORERS: Final = ("codeformer", "gfpgan")
 # One restorer, or two one after the other.
 RESTORER_CHOICES: Final[tuple[str, ...]] = tuple(
     "+".join(chain) for length in (1, 2) for chain in itertools.permutations(RESTORERS, length)

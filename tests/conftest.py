@@ -19,6 +19,7 @@ from codeformer.engine.restorer import FaceRestorer
 from codeformer.imaging.files import lift_pillow_limits
 from codeformer.limits import DEFAULT_LIMITS, Limits
 from codeformer.networks.codeformer import CodeFormer
+from codeformer.networks.gfpgan import GFPGANv1Clean, StyledConvolution, ToRgb
 from codeformer.networks.parsenet import FaceParsingNetwork
 from codeformer.networks.retinaface import build_retinaface
 from codeformer.serving.fetching import FetchPolicy
@@ -43,6 +44,8 @@ TINY_CONFIG: dict[str, Any] = {
     "code_dim": 32,
 }
 
+TINY_GFPGAN_CONFIG: dict[str, Any] = {"num_style_feat": 16, "num_mlp": 2, "narrow": 1 / 16}
+
 
 @pytest.fixture(params=["cpu", "cuda"])
 def device(request: pytest.FixtureRequest) -> torch.device:
@@ -60,6 +63,24 @@ def make_tiny_restorer(seed: int = 0, **other_sizes: Any) -> CodeFormer:
     # Make codes depend on the position rather than the picture, so that rounding does not change them.
     torch.nn.init.normal_(network.position_emb)
     network.feat_emb.weight.data *= 0.01
+    return network.eval().requires_grad_(False)
+
+
+def make_tiny_gfpgan(seed: int = 0, **other_sizes: Any) -> GFPGANv1Clean:
+    """A small GFPGAN with random weights whose every branch matters, and whose faces depend on the input."""
+    torch.manual_seed(seed)
+    network = GFPGANv1Clean(**TINY_GFPGAN_CONFIG | other_sizes)
+    for module in network.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.weight.data *= 1.5
+        elif isinstance(module, StyledConvolution):
+            torch.nn.init.normal_(module.weight, std=0.1)
+            torch.nn.init.normal_(module.bias, std=0.1)
+        elif isinstance(module, ToRgb):
+            torch.nn.init.normal_(module.bias, std=0.1)
+            module.modulated_conv.weight.data *= 0.3
+    for layers in network.condition_scale:
+        torch.nn.init.ones_(layers[2].bias)  # type: ignore[index]
     return network.eval().requires_grad_(False)
 
 
@@ -125,6 +146,14 @@ def filled_codeformer() -> CodeFormer:
 
 
 @pytest.fixture(scope="session")
+def filled_gfpgan() -> GFPGANv1Clean:
+    """The published configuration with the goldens' values."""
+    network = GFPGANv1Clean()
+    shared.fill(network)
+    return network.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
 def filled_parsenet() -> FaceParsingNetwork:
     """ParseNet with the parameter values of the goldens."""
     network = FaceParsingNetwork()
@@ -175,14 +204,17 @@ def describe_file(path: Path, architecture: str, config: dict[str, Any]) -> dict
 
 
 def write_weight_set(folder: Path, detector_state: dict[str, torch.Tensor]) -> Path:
-    """A small weight set without a parser."""
+    """A small weight set without a parser, with a GFPGAN for those who ask for it."""
     folder.mkdir(parents=True)
     save_file(make_tiny_restorer().state_dict(), folder / "restorer.safetensors")
     torch.save(detector_state, folder / "detector.pth")
+    save_file(make_tiny_gfpgan().state_dict(), folder / "gfpgan.safetensors")
     manifest = {
         "description": "small random networks for tests",
         "restorer": describe_file(folder / "restorer.safetensors", "codeformer", TINY_CONFIG),
         "detector": describe_file(folder / "detector.pth", "retinaface", {"backbone": "mobile0.25"}),
+        "gfpgan": describe_file(folder / "gfpgan.safetensors", "gfpgan", TINY_GFPGAN_CONFIG)
+        | {"version": "tiny"},
     }
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder

@@ -49,8 +49,8 @@ def geometry() -> Any:
 
 
 def state_keys() -> Any:
-    """Names, shapes and dtypes of the tensors in the official checkpoints."""
-    return _json("goldens/state_keys.json")
+    """Names, shapes and dtypes of the official checkpoints' tensors, by network."""
+    return _json("goldens/state_keys.json") | {"gfpgan": _json("goldens/gfpgan_state_keys.json")}
 
 
 def fill(network: torch.nn.Module) -> None:

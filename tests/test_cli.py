@@ -165,7 +165,7 @@ def test_weights_are_listed_verified_and_fetched(
     weights = tmp_path / "blind"
     shutil.copytree(blind_weights, weights)
     assert main(["weights", "list", str(weights)]) == 0
-    assert capsys.readouterr().out.count("verified") == 2
+    assert capsys.readouterr().out.count("verified") == 3
     assert main(["weights", "verify", str(weights)]) == 0
     assert main(["weights", "fetch", str(weights)]) == 0
     (weights / "detector.pth").write_bytes(b"damaged")
@@ -177,6 +177,46 @@ def test_weights_are_listed_verified_and_fetched(
     (weights / "detector.pth").unlink()
     assert main(["weights", "fetch", str(weights)]) == 1
     assert "shipped" in capsys.readouterr().err
+
+
+def test_weights_on_request_are_fetched_on_request_only(
+    blind_weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = tmp_path / "blind"
+    shutil.copytree(blind_weights, weights)
+    (weights / "gfpgan.safetensors").unlink()
+    assert main(["weights", "list", str(weights)]) == 0
+    assert "not fetched" in capsys.readouterr().out
+    assert main(["weights", "verify", str(weights)]) == 0
+    assert "gfpgan.safetensors not fetched" in capsys.readouterr().out
+    assert main(["weights", "fetch", str(weights)]) == 0
+    capsys.readouterr()
+    # It is shipped, not downloaded: to ask for it is to miss it.
+    assert main(["weights", "fetch", str(weights), "--with", "gfpgan"]) == 1
+    assert "gfpgan.safetensors" in capsys.readouterr().err
+    assert main(["weights", "fetch", str(weights), "--with", "gfpgan-1.3"]) == 1
+    assert "no weights for gfpgan-1.3" in capsys.readouterr().err
+    (weights / "gfpgan.safetensors").write_bytes(b"damaged")
+    assert main(["weights", "verify", str(weights)]) == 1
+
+
+@pytest.mark.parametrize(
+    ("restorer", "loaded"),
+    [("codeformer", ["codeformer"]), ("gfpgan", ["gfpgan"]), ("gfpgan+codeformer", ["gfpgan", "codeformer"])],
+)
+def test_the_command_line_loads_what_the_recipe_needs(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, restorer: str, loaded: list[str]
+) -> None:
+    seen: list[list[str]] = []
+    load = Pipeline.load
+
+    def record(*arguments: Any, **options: Any) -> Pipeline:
+        seen.append(list(options["restorers"]))
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(Pipeline, "load", record)
+    assert main(["restore", str(folder), "-o", str(tmp_path / "out"), "--restorer", restorer]) == 0
+    assert seen == [loaded]
 
 
 def test_all_sets_are_listed_with_their_licences(capsys: pytest.CaptureFixture[str]) -> None:

@@ -221,7 +221,10 @@ def test_recordings_get_powers_of_two_and_no_padding(graphed: bool, waiting: int
 @pytest.mark.parametrize(
     ("step", "expected"),
     [
-        (Step("gfpgan", None), "restorer: expected restorers that are loaded .codeformer.*got 'gfpgan'"),
+        (
+            Step("gfpgan", None),
+            r"restorer: expected restorers that are loaded \(codeformer\); .*RESTORERS=codeformer,gfpgan, ",
+        ),
         (Step("codeformer", None), "fidelity: expected a fidelity for codeformer"),
     ],
 )

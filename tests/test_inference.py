@@ -7,11 +7,12 @@ import torch
 from torch import nn
 
 from codeformer.networks.codeformer import CodeFormer
+from codeformer.networks.gfpgan import ModulatedConvolution, StyledConvolution, resize
 from codeformer.networks.inference import TransposedUpsample, for_inference
 from codeformer.networks.parsenet import FaceParsingNetwork
 from codeformer.networks.retinaface import Backbone, build_retinaface
 from codeformer.networks.vqgan import Upsample
-from tests.conftest import TINY_CONFIG
+from tests.conftest import TINY_CONFIG, make_tiny_gfpgan
 
 
 def with_lively_norms(network: nn.Module) -> nn.Module:
@@ -59,6 +60,70 @@ def test_the_rewritten_codeformer_computes_the_same(w: float) -> None:
         assert_close(actual, expected)
     assert not any(isinstance(module, Upsample) for module in rewritten.modules())
     assert any(isinstance(module, Upsample) for module in network.modules())
+
+
+def styled_as_published(
+    layer: StyledConvolution, x: torch.Tensor, style: torch.Tensor, noise: torch.Tensor, *, doubles: bool
+) -> torch.Tensor:
+    """With a kernel built for each face, one face after another, as StyleGAN2's paper defines it."""
+    convolution = layer.modulated_conv
+    faces = []
+    for face, scales in zip(x, convolution.modulation(style), strict=True):
+        kernel = convolution.weight[0] * scales[None, :, None, None]
+        kernel = kernel / (kernel.square().sum(dim=(1, 2, 3), keepdim=True) + 1e-8).sqrt()
+        doubled = resize(face[None], 2.0) if doubles else face[None]
+        out = 2**0.5 * nn.functional.conv2d(doubled, kernel, padding=1)
+        faces.append(nn.functional.leaky_relu(out + layer.weight * noise + layer.bias, 0.2))
+    return torch.cat(faces)
+
+
+@pytest.mark.parametrize("doubles", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("rewritten", [False, True])
+def test_a_modulated_convolution_equals_a_kernel_for_each_face(
+    doubles: bool, grad: bool, rewritten: bool
+) -> None:
+    torch.manual_seed(0)
+    layer = StyledConvolution(6, 4, 5, doubles=doubles).double()
+    nn.init.normal_(layer.weight)
+    nn.init.normal_(layer.bias)
+    nn.init.normal_(layer.modulated_conv.modulation.bias)
+    x, style = torch.randn(3, 6, 8, 8).double(), torch.randn(3, 5).double()
+    noise = torch.randn(1, 1, 16, 16).double() if doubles else torch.randn(1, 1, 8, 8).double()
+    ours = for_inference(layer) if rewritten else layer
+    with torch.set_grad_enabled(grad):
+        actual = ours(x, ours.modulated_conv.modulate(style), noise)
+        expected = styled_as_published(layer, x, style, noise, doubles=doubles)
+    assert_close(actual.detach(), expected.detach())
+
+
+@torch.inference_mode()
+def test_gfpgan_stays_what_it_was() -> None:
+    network = make_tiny_gfpgan().double()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    x = torch.rand(2, 3, 512, 512).double() * 2 - 1
+    rewritten = for_inference(network)
+    channels_last = x.contiguous(memory_format=torch.channels_last)
+    assert_close(rewritten(channels_last)[0], network(x)[0])
+    kernels = [m for m in rewritten.modules() if isinstance(m, ModulatedConvolution)]
+    assert all(kernel.weight.ndim == 4 for kernel in kernels)
+    assert len(kernels) == 23
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, before[name]), f"{name} of the original has changed"
+
+
+def test_gfpgan_is_the_same_with_gradients_and_without() -> None:
+    network = make_tiny_gfpgan(out_size=64).double()
+    x = torch.rand(2, 3, 64, 64).double()
+    with torch.inference_mode():
+        served = network(x)[0]
+    for parameter in network.parameters():
+        parameter.requires_grad_(True)
+    trained, pictures = network(x, return_rgb=True)
+    assert_close(trained.detach(), served)
+    (trained.sum() + sum(picture.sum() for picture in pictures)).backward()
+    unused = {name for name, parameter in network.named_parameters() if parameter.grad is None}
+    assert all(name.startswith("stylegan_decoder.style_mlp.") for name in unused)
 
 
 @torch.inference_mode()

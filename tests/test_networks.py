@@ -10,11 +10,12 @@ from torch import nn
 from codeformer.engine.restorer import faces_to_batch
 from codeformer.evaluation.basicsr_compat import has_basicsr, import_basicsr, register_codeformer
 from codeformer.networks.codeformer import CodeFormer, InputCorrection, take_colours
+from codeformer.networks.gfpgan import GFPGANv1Clean
 from codeformer.networks.parsenet import FaceParsingNetwork
 from codeformer.networks.retinaface import build_retinaface
 from tests import shared
 from tests.compare import relative_error
-from tests.conftest import TINY_CONFIG, make_tiny_restorer
+from tests.conftest import TINY_CONFIG, TINY_GFPGAN_CONFIG, make_tiny_gfpgan, make_tiny_restorer
 
 FACES = ("face_0143", "face_0342")
 
@@ -23,6 +24,7 @@ FACES = ("face_0143", "face_0342")
     ("name", "build"),
     [
         ("codeformer", CodeFormer),
+        ("gfpgan", GFPGANv1Clean),
         ("parsenet", lambda: FaceParsingNetwork().parsenet),
         ("retinaface_mobile0.25", lambda: build_retinaface("mobile0.25")),
         ("retinaface_resnet50", lambda: build_retinaface("resnet50")),
@@ -68,6 +70,21 @@ def test_codeformer_computes_what_upstream_computes(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FACES)
+def test_gfpgan_computes_what_upstream_computes(filled_gfpgan: GFPGANv1Clean, name: str) -> None:
+    golden = np.load(shared.path_of(f"goldens/gfpgan_{name}.npz"))
+    with torch.inference_mode():
+        out, pictures = filled_gfpgan(face_batch(name), return_rgb=True)
+    assert [picture.shape[2] for picture in pictures] == [8, 16, 32, 64, 128, 256, 512]
+    assert relative_error(out[0, :, ::4, ::4], golden["out"]) <= 1e-4
+    assert relative_error(pictures[3][0], golden["rgb_64"]) <= 1e-4
+    assert relative_error(pictures[6][0, :, ::4, ::4], golden["rgb_512"]) <= 1e-4
+    full = out[0].double()
+    statistics = [full.mean(), full.std(), full.min(), full.max()]
+    np.testing.assert_allclose(statistics, golden["mean_std"], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FACES)
 def test_parsenet_computes_what_upstream_computes(filled_parsenet: FaceParsingNetwork, name: str) -> None:
     golden = np.load(shared.path_of(f"goldens/network_{name}.npz"))
     with torch.inference_mode():
@@ -85,6 +102,19 @@ def test_parsenets_image_branch_is_not_computed() -> None:
     with torch.inference_mode():
         assert network(torch.zeros(1, 3, 64, 64)).shape == (1, 19, 64, 64)
     assert calls == []
+
+
+def test_pictures_that_only_training_reads_are_not_computed() -> None:
+    network = make_tiny_gfpgan()
+    calls: list[nn.Module] = []
+    for layer in network.toRGB:
+        layer.register_forward_hook(lambda module, *_: calls.append(module))
+    with torch.inference_mode():
+        out, pictures = network(torch.zeros(1, 3, 512, 512))
+        assert (len(pictures), len(calls)) == (0, 0)
+        again, pictures = network(torch.zeros(1, 3, 512, 512), return_rgb=True)
+    assert (len(pictures), len(calls)) == (7, 7)
+    torch.testing.assert_close(again, out, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -119,6 +149,52 @@ def test_small_configurations_are_the_same_class(config: dict[str, Any]) -> None
 def test_impossible_configurations_are_refused(config: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         CodeFormer(**{**TINY_CONFIG, **config})
+
+
+@pytest.mark.parametrize(
+    ("config", "values"),
+    [
+        ({}, 258_506),
+        ({"out_size": 64}, None),
+        ({"out_size": 8, "channel_multiplier": 1}, None),
+        ({"num_style_feat": 5, "num_mlp": 0}, None),
+    ],
+)
+def test_small_gfpgans_are_the_same_class(config: dict[str, Any], values: int | None) -> None:
+    network = GFPGANv1Clean(**TINY_GFPGAN_CONFIG | config).eval()
+    size = config.get("out_size", 512)
+    assert network.resolution == size
+    with torch.inference_mode():
+        assert network(torch.rand(2, 3, size, size))[0].shape == (2, 3, size, size)
+    if values is not None:
+        assert sum(parameter.numel() for parameter in network.parameters()) == values
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"out_size": 500}, "power of two"),
+        ({"out_size": 4}, "power of two"),
+        ({"num_style_feat": 0}, "at least 1"),
+        ({"num_mlp": -1}, "at least 0"),
+        ({"narrow": 1 / 128}, "narrow"),
+    ],
+)
+def test_impossible_gfpgans_are_refused(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        GFPGANv1Clean(**TINY_GFPGAN_CONFIG | config)
+
+
+def test_gfpgan_repeats_itself_and_takes_its_noise_from_the_checkpoint() -> None:
+    network = make_tiny_gfpgan()
+    x = torch.rand(1, 3, 512, 512, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        first, second = network(x)[0], network(x)[0]
+        torch.testing.assert_close(first, second, rtol=0, atol=0)
+        for index in range(15):
+            before = network(x)[0]
+            network.stylegan_decoder.noises.get_buffer(f"noise{index}").neg_()
+            assert (network(x)[0] - before).abs().max() > 1e-4, f"noise{index} is not used"
 
 
 def test_fidelity_changes_the_face_and_a_tensor_means_the_same_as_a_number(device: torch.device) -> None:
@@ -207,6 +283,15 @@ def test_a_face_does_not_depend_on_its_batch(device: torch.device) -> None:
         together = network(x, w=0.5, adain=True)[0]
         alone = network(x[1:2], w=0.5, adain=True)[0]
     torch.testing.assert_close(together[1:2], alone, rtol=1e-3, atol=1e-3)
+
+
+def test_a_gfpgan_face_does_not_depend_on_its_batch(device: torch.device) -> None:
+    network = make_tiny_gfpgan().to(device)
+    x = torch.rand(3, 3, 512, 512, generator=torch.Generator().manual_seed(1)).to(device)
+    with torch.inference_mode():
+        together, alone = network(x)[0], network(x[1:2])[0]
+    torch.testing.assert_close(together[1:2], alone, rtol=1e-3, atol=1e-3)
+    assert (together[0] - together[1]).abs().mean() > 1e-3
 
 
 def test_retinaface_refuses_an_unknown_backbone() -> None:

@@ -31,7 +31,7 @@ NEGATIVE = Step("negative", None)
 def both(monkeypatch: pytest.MonkeyPatch, tiny_weights: Path) -> Pipeline:
     """CodeFormer in small, and another restorer by one line in the table of them."""
     monkeypatch.setitem(models.RESTORERS, "negative", NegativeRestorer)
-    return Pipeline.load(tiny_weights, "cpu", restorers=("codeformer", "negative"))
+    return Pipeline.load(tiny_weights, "cpu", restorers=("codeformer", "negative"), download=False)
 
 
 @pytest.mark.parametrize("mode", ["safe", "optimized"])

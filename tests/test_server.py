@@ -20,6 +20,7 @@ from PIL import Image
 from benchmarks.server import direct_session
 from codeformer.errors import BenchmarkError
 from codeformer.imaging.files import decode_image, encode_jpeg
+from codeformer.options import RESTORER_CHOICES
 from tests import pictures, shared
 from tests.compare import assert_pictures_close
 from tests.server import CogServer, data_uri, running
@@ -170,6 +171,9 @@ BAD_REQUESTS: dict[str, tuple[dict[str, Any], str]] = {
     "a file address": ({"images": [f"file://{ROOT}/README.md"]}, "uploaded file"),
     "fidelity too high": ({"images": 1, "codeformer_fidelity": 2}, "maximum"),
     "fidelity a word": ({"images": 1, "codeformer_fidelity": "high"}, "codeformer_fidelity"),
+    "an unknown restorer": ({"images": 1, "restorer": "esrgan"}, "gfpgan+codeformer"),
+    "a restorer that is not loaded": ({"images": 1, "restorer": "gfpgan"}, "CODEFORMER_RESTORERS="),
+    "half a chain": ({"images": 1, "restorer": "codeformer+gfpgan"}, "Pipeline.load(restorers=...)"),
     "an unknown profile": ({"images": 1, "runtime_profile": "turbo"}, "max_speed"),
     "an unknown mode": ({"images": 1, "stability_mode": "risky"}, "optimized"),
     "an unknown backend": ({"images": 1, "compile_backend": "tensorrt"}, "inductor"),
@@ -223,6 +227,35 @@ def test_faces_of_a_photo_are_restored(face_server: CogServer, profile: str) -> 
     assert 0.01 < changed.mean() < 0.2
     # There is no face at the lower edge of the picture.
     assert_pictures_close(restored[-60:], original[-60:], mean=2, within=40)
+
+
+@pytest.mark.slow
+def test_each_recipe(tiny_weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CODEFORMER_RESTORERS", "codeformer,gfpgan")
+    photo = data_uri(encode_jpeg(pictures.small_portrait()))
+    outputs = []
+    with running(tiny_weights) as cog_server:
+        for restorer in RESTORER_CHOICES:
+            answer = cog_server.succeed(images=[photo], restorer=restorer)
+            outputs.append(answer["output"])
+            names = restorer.split("+")
+            assert [model.split()[0] for model in answer["metrics"]["models"]["restorers"]] == names
+            timing = answer["metrics"]["timing"]
+            assert sorted(timing["restorers"]) == sorted(names)
+            assert 0 < sum(timing["restorers"].values()) <= timing["restore"] + 0.01
+        assert "restorer" in cog_server.fail(images=[photo], restorer="gfpgan+gfpgan")
+    assert all(outputs.count(output) == 1 for output in outputs)
+
+
+def test_a_server_that_is_to_load_an_unknown_restorer_does_not_start(
+    blind_weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CODEFORMER_RESTORERS", "codeformer,esrgan")
+    with (
+        pytest.raises(BenchmarkError, match="CODEFORMER_RESTORERS: expected names out of"),
+        running(blind_weights),
+    ):
+        pass
 
 
 @pytest.mark.slow

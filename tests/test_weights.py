@@ -10,12 +10,26 @@ import pytest
 import torch
 
 from codeformer import Pipeline
+from codeformer.engine.gfpgan import GfpganRestorer
 from codeformer.engine.masker import TemplateMask
 from codeformer.engine.models import load_models
 from codeformer.errors import ManifestError, WeightFileError
 from codeformer.weights.checkpoints import load_into, read_verified
-from codeformer.weights.manifest import WEIGHTS_ROOT, WeightSet, available_sets, load_weight_set
-from tests.conftest import CPU, TINY_CONFIG, describe_file, make_tiny_restorer
+from codeformer.weights.manifest import (
+    ARCHITECTURES,
+    WEIGHTS_ROOT,
+    WeightSet,
+    available_sets,
+    load_weight_set,
+)
+from tests.conftest import (
+    CPU,
+    TINY_CONFIG,
+    TINY_GFPGAN_CONFIG,
+    describe_file,
+    make_tiny_gfpgan,
+    make_tiny_restorer,
+)
 
 # Copied from the release pages, independently of the manifest.
 OFFICIAL = {
@@ -36,6 +50,21 @@ OFFICIAL = {
     ),
 }
 
+OFFICIAL_ON_REQUEST = {
+    "gfpgan": (
+        "GFPGANv1.4.pth",
+        348_632_874,
+        "e2cd4703ab14f4d01fd1383a8a8b266f9a5833dacee8e6a79d3bf21a1b6be5ad",
+        "1.4",
+    ),
+    "gfpgan-1.3": (
+        "GFPGANv1.3.pth",
+        348_632_874,
+        "c953a88f2727c85c3d9ae72e2bd4846bbaf59fe6972ad94130e23e7017524a70",
+        "1.3",
+    ),
+}
+
 
 def test_the_official_set_is_described() -> None:
     assert "official" in available_sets()
@@ -50,6 +79,20 @@ def test_the_official_set_is_described() -> None:
         assert file.licence
     assert weight_set.parser is not None
     assert len(weight_set.parser.sources) == 2
+    assert weight_set.restorer.version == "0.1.0"
+
+
+def test_the_official_gfpgans_are_described() -> None:
+    optional = load_weight_set("official").optional
+    described = {
+        role: (file.path.name, file.size_bytes, file.sha256, file.version) for role, file in optional.items()
+    }
+    assert described == OFFICIAL_ON_REQUEST
+    for file in optional.values():
+        assert all(source.startswith("https://github.com/TencentARC/GFPGAN/") for source in file.sources)
+        assert all(source.endswith(f"/{file.path.name}") for source in file.sources)
+        for part in ("Apache-2.0", "non-commercial", "StyleGAN2", "DFDNet: CC BY-NC-SA 4.0"):
+            assert part in file.licence
 
 
 def test_which_set_is_used(monkeypatch: pytest.MonkeyPatch, blind_weights: Path) -> None:
@@ -80,6 +123,8 @@ MALFORMED: dict[str, tuple[Any, str]] = {
     "another architecture": (lambda m: m["detector"].update(architecture="yolo"), "yolo"),
     "a file elsewhere": (lambda m: m["detector"].update(file="../detector.pth"), "plain name"),
     "an unknown kind of file": (lambda m: m["detector"].update(file="detector.pickle"), "safetensors"),
+    "a version that is a number": (lambda m: m["gfpgan"].update(version=1.4), "gfpgan.version"),
+    "another network for gfpgan": (lambda m: m["gfpgan"].update(architecture="codeformer"), "'gfpgan'"),
     "a short hash": (lambda m: m["detector"].update(sha256="abc"), "64"),
     "an address that is none": (lambda m: m["detector"].update(sources=[1]), "addresses"),
     "a role that is a list": (lambda m: m.update(detector=[]), "JSON object"),
@@ -240,3 +285,51 @@ def test_an_unreadable_file_gives_a_weight_file_error(blind_weights: Path, tmp_p
     weight_set.detector.path.mkdir()
     with pytest.raises(WeightFileError, match="directory"):
         read_verified(weight_set.detector)
+
+
+def test_a_checkpoint_with_both_kinds_of_parameters_loads_the_averaged_ones(tmp_path: Path) -> None:
+    averaged, last = make_tiny_gfpgan(seed=1).state_dict(), make_tiny_gfpgan(seed=2).state_dict()
+    for number, (content, expected) in enumerate(
+        [
+            ({"params": last, "params_ema": averaged}, averaged),
+            ({"params_ema": averaged, "params": last}, averaged),
+            ({"params": last}, last),
+        ]
+    ):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        torch.save(content, folder / "GFPGANv1.4.pth")
+        restorer = GfpganRestorer.load(load_weight_set(gfpgan_set(folder, "GFPGANv1.4.pth")), CPU)
+        assert restorer.version == "1.4"
+        for name, tensor in restorer.network.state_dict().items():
+            assert torch.equal(tensor, expected[name]), name
+
+
+@pytest.mark.parametrize("content", [{"params_ema": {"a": torch.zeros(1)}}, {"params": 3}, [1]])
+def test_a_gfpgan_checkpoint_that_is_another_networks_is_named(tmp_path: Path, content: Any) -> None:
+    torch.save(content, tmp_path / "GFPGANv1.4.pth")
+    weight_set = load_weight_set(gfpgan_set(tmp_path, "GFPGANv1.4.pth"))
+    with pytest.raises(WeightFileError, match="tensors of GFPGANv1Clean") as raised:
+        GfpganRestorer.load(weight_set, CPU)
+    assert str(tmp_path / "GFPGANv1.4.pth") in str(raised.value)
+
+
+def gfpgan_set(folder: Path, name: str) -> Path:
+    entry = describe_file(folder / name, "gfpgan", TINY_GFPGAN_CONFIG) | {"version": "1.4"}
+    required = {role: {**entry, "architecture": ARCHITECTURES[role]} for role in ("restorer", "detector")}
+    (folder / "manifest.json").write_text(json.dumps({**required, "gfpgan": entry}))
+    return folder
+
+
+def test_optional_files_are_not_among_those_that_every_start_needs() -> None:
+    official = load_weight_set("official")
+    assert [role for role, _ in official.files()] == ["restorer", "detector", "parser"]
+    assert [role for role, _ in official.files(("gfpgan",))] == ["gfpgan", "detector", "parser"]
+    assert [role for role, _ in official.files(("codeformer", "gfpgan-1.3"))] == [
+        "restorer",
+        "gfpgan-1.3",
+        "detector",
+        "parser",
+    ]
+    assert "weights fetch official --with gfpgan-1.3" in official.optional["gfpgan-1.3"].remedy
+    assert "--with" not in official.restorer.remedy

@@ -23,7 +23,7 @@ class NegativeRestorer(FaceRestorer):
     facts: ClassVar[RestorerFacts] = RestorerFacts("negative", 512, (), 2**20, takes_fidelity=False)
 
     @classmethod
-    def load(cls, weights: WeightSet, device: torch.device) -> Self:
+    def load(cls, weights: WeightSet, device: torch.device, choice: str) -> Self:
         return cls(Negative().to(device))
 
     def conditions(self, fidelities: Sequence[float | None]) -> tuple[Tensor, tuple[Hashable, ...]]:

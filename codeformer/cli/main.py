@@ -28,7 +28,13 @@ from codeformer.options import (
     STABILITY_MODES,
     Options,
 )
-from codeformer.weights.manifest import DEFAULT_SET, SET_VARIABLE, available_sets, load_weight_set
+from codeformer.weights.manifest import (
+    DEFAULT_SET,
+    OPTIONAL_ROLES,
+    SET_VARIABLE,
+    available_sets,
+    load_weight_set,
+)
 
 if TYPE_CHECKING:
     from codeformer.cli.photos import Photo
@@ -127,7 +133,12 @@ def _parser() -> argparse.ArgumentParser:
     restore.add_argument("--runtime-profile", choices=RUNTIME_PROFILES, default="baseline")
     restore.add_argument("--stability-mode", choices=STABILITY_MODES, default="safe")
     restore.add_argument("--compile-backend", choices=COMPILE_BACKENDS, default="eager")
-    restore.add_argument("--restorer", choices=RESTORER_CHOICES, default="codeformer")
+    restore.add_argument(
+        "--restorer",
+        choices=RESTORER_CHOICES,
+        default="codeformer",
+        help="which network, or which after which on the same crops; its weights are fetched at first use",
+    )
     restore.add_argument(
         "--strength",
         type=float,
@@ -185,6 +196,15 @@ def _parser() -> argparse.ArgumentParser:
         action = actions.add_parser(name, help=text)
         action.add_argument("set", nargs="?", metavar="SET", help=_set_help())
         action.set_defaults(command=command)
+        if command is _fetch_weights:
+            action.add_argument(
+                "--with",
+                dest="optional",
+                action="append",
+                choices=OPTIONAL_ROLES,
+                default=[],
+                help="also files that are fetched on request only; may be repeated",
+            )
     return parser
 
 
@@ -241,7 +261,7 @@ def _restore_all(
     asked = Options(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Options)})
     limits = Limits.from_environment()
     results.check()
-    pipeline = _load(options, second_look=options.second_look)
+    pipeline = _load(options, asked.restorer, second_look=options.second_look)
     with logging_redirect_tqdm(), _photo_in_log() as name_in_log:
         for photo in tqdm(photos, desc="restoring", unit="photo", disable=len(photos) == 1):
             name_in_log(_shown(photo.path))
@@ -261,15 +281,19 @@ def _restore_all(
                     print(f"{_shown(photo.path)} -> {_shown(target)} ({note})", flush=True)
 
 
-def _load(options: argparse.Namespace, *, second_look: bool | None = None) -> "Pipeline":
-    """Prepares the process and loads the networks."""
+def _load(
+    options: argparse.Namespace, restorer: str | None = None, *, second_look: bool | None = None
+) -> "Pipeline":
+    """The networks, in a process that is ready for them; those of a restorer, or as the environment says."""
+    from codeformer.engine.models import restorers_for
     from codeformer.engine.pipeline import Pipeline
     from codeformer.engine.plan import available_device
     from codeformer.process import tune_process
 
     device = available_device(options.device)
     tune_process(device)
-    return Pipeline.load(options.weights, device, second_look=second_look)
+    restorers = restorers_for(restorer.split("+")) if restorer else None
+    return Pipeline.load(options.weights, device, restorers=restorers, second_look=second_look)
 
 
 def _restore_one(
@@ -354,13 +378,13 @@ def _list_weights(options: argparse.Namespace) -> int:
     others = [load_weight_set(name) for name in available_sets()]
     for weight_set in [chosen] + [other for other in others if other != chosen and not options.set]:
         print(f"{weight_set.name}{' (in use)' * (weight_set == chosen)}: {weight_set.description}")
-        for role, file in weight_set.files():
+        for role, file in (*weight_set.files(), *weight_set.optional.items()):
             if not file.path.exists():
-                state = "missing"
+                state = "not fetched" if role in OPTIONAL_ROLES else "missing"
             else:
                 state = "verified" if is_verified(file) else "wrong size or hash"
             megabytes = file.size_bytes / 1e6
-            print(f"  {role:9} {file.path.name:28} {megabytes:7.1f} MB  {state:18}  {file.licence}")
+            print(f"  {role:10} {file.path.name:28} {megabytes:7.1f} MB  {state:18}  {file.licence}")
     return 0
 
 
@@ -368,7 +392,7 @@ def _fetch_weights(options: argparse.Namespace) -> int:
     from codeformer.weights.download import fetch_set
 
     weight_set = load_weight_set(options.set)
-    fetch_set(weight_set, replace=True)
+    fetch_set(weight_set, ("codeformer", *options.optional), replace=True)
     print(f"{weight_set.name}: all files are present and verified.")
     return 0
 
@@ -377,7 +401,11 @@ def _verify_weights(options: argparse.Namespace) -> int:
     from codeformer.weights.checkpoints import read_verified
 
     failures = 0
-    for role, file in load_weight_set(options.set).files():
+    weight_set = load_weight_set(options.set)
+    for role, file in (*weight_set.files(), *weight_set.optional.items()):
+        if role in OPTIONAL_ROLES and not file.path.exists():
+            print(f"{role}: {file.path.name} not fetched (weights fetch --with {role})")
+            continue
         try:
             read_verified(file)
         except WeightsError as failure:

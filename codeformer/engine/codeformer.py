@@ -23,22 +23,23 @@ class CodeFormerRestorer(FaceRestorer):
 
     facts: ClassVar[RestorerFacts] = FACTS
 
-    def __init__(self, network: CodeFormer, execution: Execution = AS_IT_IS) -> None:
-        super().__init__(network, execution)
+    def __init__(self, network: CodeFormer, execution: Execution = AS_IT_IS, version: str = "") -> None:
+        super().__init__(network, execution, version)
         # One graph serves every fidelity above 0 if it is a tensor.
         self._fidelity_in_graph = execution.compile_backend is not None or execution.graphed
         self._predict = execution.compiled(network.predict)
         self._generate = execution.compiled(network.generate)
 
     @classmethod
-    def load(cls, weights: WeightSet, device: torch.device) -> Self:
-        network = build("restorer", weights.restorer, CodeFormer)
+    def load(cls, weights: WeightSet, device: torch.device, choice: str = FACTS.name) -> Self:
+        file = weights.restorer_file(choice)
+        network = build(file.role, file, CodeFormer)
         if network.resolution != FACTS.size:
             raise ManifestError(
                 weights.name, f"restorer.config: expected {FACTS.size} px faces, got {network.resolution} px."
             )
-        load_into(network, weights.restorer)
-        return cls(place(network, device))
+        load_into(network, file)
+        return cls(place(network, device), version=file.label)
 
     def conditions(self, fidelities: Sequence[float | None]) -> tuple[Tensor, tuple[Hashable, ...]]:
         """The fidelities as one number or as (N, 1, 1, 1); and that number, where it may be a constant."""

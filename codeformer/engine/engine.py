@@ -15,7 +15,7 @@ from torch import Tensor
 from codeformer.engine.canvas import Canvas
 from codeformer.engine.graphs import batch_size_of
 from codeformer.engine.memory import batch_size_for, clear_frames_of, release_failed_attempt
-from codeformer.engine.models import ModelStore
+from codeformer.engine.models import RESTORERS_VARIABLE, ModelStore
 from codeformer.engine.plan import ExecutionPlan, torch_switches
 from codeformer.engine.restorer import match_gray
 from codeformer.engine.stages import Span, Stage, run_stage
@@ -67,7 +67,7 @@ class FaceResult:
         face_bgr: (512, 512, 3) uint8 BGR on the device; None after an error.
         mask: (512, 512) float32, 0 to 1, on the device; None where the plan parses no faces.
         error: why there is no face.
-        times: stages with their spans and this face's share of them.
+        times: stages, and parts of them ("restorers.gfpgan"), with their spans and this face's share of them.
         ran_in_float32: it ran again, since its output in half precision was not finite.
         smaller_batches: how often its batch did not fit into memory, and it ran again in a smaller one.
         faces_in_pass: how many faces went through the networks together with it, itself included.
@@ -76,7 +76,7 @@ class FaceResult:
     face_bgr: Tensor | None = None
     mask: Tensor | None = None
     error: InferenceError | None = None
-    times: tuple[tuple[Stage, Span, float], ...] = ()
+    times: tuple[tuple[str, Span, float], ...] = ()
     ran_in_float32: bool = False
     smaller_batches: int = 0
     faces_in_pass: int = 1
@@ -105,7 +105,11 @@ class Engine:
         restorers = self._store.reference.restorers
         for step in recipe.steps:
             if step.restorer not in restorers:
-                expected = f"restorers that are loaded ({', '.join(restorers)}); Pipeline.load loads others"
+                expected = (
+                    f"restorers that are loaded ({', '.join(restorers)}); to load it, start the server with "
+                    f"{RESTORERS_VARIABLE}={','.join((*restorers, step.restorer))}, or call "
+                    "Pipeline.load(restorers=...)"
+                )
                 raise OptionError("restorer", step.restorer, expected)
             takes_fidelity = restorers[step.restorer].facts.takes_fidelity
             if takes_fidelity != (step.fidelity is not None):
@@ -207,7 +211,7 @@ class Engine:
         plan = batch[0].key.plan
         models = self._store.models_for(plan)
         where = ", ".join(job.where for job in batch)
-        spans: list[tuple[Stage, Span]] = []
+        spans: list[tuple[str, Span]] = []
         is_finite: list[Tensor] = []
         checked: list[Stage] = []
         with torch_switches(cudnn_benchmark=plan.cudnn_benchmark):
@@ -217,11 +221,14 @@ class Engine:
             with run_stage("restore", where, self._device) as span:
                 faces = crops
                 for steps in zip(*(job.steps for job in batch), strict=True):
+                    step_span = Span(self._device)
                     faces, finite = models.restorers[steps[0].restorer].restore(
                         faces, [step.fidelity for step in steps], half_dtype=half_dtype
                     )
                     is_finite.append(finite)
                     checked.append("restore")
+                    step_span.end()
+                    spans.append((f"restorers.{steps[0].restorer}", step_span))
                 for index, job in enumerate(batch):
                     if job.gray_area is not None:
                         faces[index] = match_gray(faces[index], crops[index], job.gray_area)

@@ -1,6 +1,7 @@
 """The networks of a weight set, behind their adapters, as a plan wants them."""
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import torch
 
 from codeformer.engine.codeformer import CodeFormerRestorer
 from codeformer.engine.detector import FaceDetector
+from codeformer.engine.gfpgan import GfpganRestorer
 from codeformer.engine.masker import FaceMasker, FaceParser, TemplateMask
 from codeformer.engine.memory import is_out_of_memory
 from codeformer.engine.plan import ExecutionPlan
@@ -26,14 +28,15 @@ from codeformer.networks.inference import for_inference
 from codeformer.networks.parsenet import FaceParsingNetwork
 from codeformer.networks.retinaface import build_retinaface
 from codeformer.weights.checkpoints import build, load_into, place
-from codeformer.weights.manifest import WeightSet
+from codeformer.weights.manifest import OPTIONAL_ROLES, WeightSet
 
 logger = logging.getLogger(__name__)
 
 RESTORERS: Final[dict[str, type[FaceRestorer]]] = {
-    restorer.facts.name: restorer for restorer in (CodeFormerRestorer,)
+    restorer.facts.name: restorer for restorer in (CodeFormerRestorer, GfpganRestorer)
 }
 DEFAULT_RESTORERS: Final = ("codeformer",)
+RESTORERS_VARIABLE: Final = "CODEFORMER_RESTORERS"
 
 
 @dataclass(frozen=True)
@@ -140,6 +143,48 @@ class ModelStore:
             self._optimized = None
 
 
+def restorers_to_load(environment: Mapping[str, str] = os.environ) -> tuple[str, ...]:
+    """What CODEFORMER_RESTORERS says, names joined by commas; CodeFormer where it says nothing.
+
+    Raises:
+        OptionError: it says something else.
+    """
+    value = environment.get(RESTORERS_VARIABLE, "").strip()
+    if not value:
+        return DEFAULT_RESTORERS
+    choices = tuple(choice.strip() for choice in value.split(","))
+    check_restorers(RESTORERS_VARIABLE, choices)
+    return choices
+
+
+def restorers_for(recipe: Sequence[str]) -> tuple[str, ...]:
+    """What to load for the restorers of a recipe, each in the version that CODEFORMER_RESTORERS names."""
+    chosen = {_name_of(choice): choice for choice in restorers_to_load()}
+    return tuple(chosen.get(name, name) for name in recipe)
+
+
+def check_restorers(option: str, choices: Sequence[str]) -> None:
+    """Checks which restorers are to be loaded.
+
+    Args:
+        option: where they are named, for the message.
+        choices: names of restorers, or of other versions, as in `manifest.OPTIONAL_ROLES`.
+
+    Raises:
+        OptionError: there is none, one is not known, or two are versions of one.
+    """
+    known = dict.fromkeys((*RESTORERS, *OPTIONAL_ROLES))
+    names = [_name_of(choice) for choice in choices]
+    if not choices or not set(choices) <= set(known) or len(set(names)) < len(names):
+        expected = f"names out of {', '.join(known)}, each restorer once"
+        raise OptionError(option, ",".join(choices), expected)
+
+
+def _name_of(choice: str) -> str:
+    """The restorer's own name, without a version."""
+    return choice.partition("-")[0]
+
+
 def load_models(
     weight_set: WeightSet, device: torch.device, restorers: Sequence[str] = DEFAULT_RESTORERS
 ) -> Models:
@@ -148,18 +193,19 @@ def load_models(
     Args:
         weight_set: whose files are there.
         device: where to.
-        restorers: names of the restorers to load.
+        restorers: which to load, see `check_restorers`.
 
     Raises:
         OptionError: there is no restorer of such a name.
         WeightFileError: a file is missing, altered or not the network's.
-        ManifestError: a config is not one of its network's.
+        ManifestError: the set has no such file, or a config is not one of its network's.
     """
-    for name in restorers:
-        if name not in RESTORERS:
-            raise OptionError("restorers", name, f"names out of {', '.join(RESTORERS)}")
+    check_restorers("restorers", restorers)
     with ThreadPoolExecutor(thread_name_prefix="codeformer-load") as workers:
-        loading = {name: workers.submit(RESTORERS[name].load, weight_set, device) for name in restorers}
+        loading = {
+            _name_of(choice): workers.submit(RESTORERS[_name_of(choice)].load, weight_set, device, choice)
+            for choice in restorers
+        }
         detector = workers.submit(_load_detector, weight_set, device)
         masker = workers.submit(_load_masker, weight_set, device)
     return Models(

@@ -14,7 +14,7 @@ from codeformer.engine.engine import BatchKey, FaceJob, FaceResult
 from codeformer.engine.finder import FoundFaces
 from codeformer.engine.memory import is_out_of_memory, release_failed_attempt
 from codeformer.engine.plan import torch_switches
-from codeformer.engine.stages import Span, Stage, StageTimes, run_stage
+from codeformer.engine.stages import Span, StageTimes, run_stage
 from codeformer.errors import CodeFormerError, FaceLimitError
 from codeformer.imaging.files import ImageU8
 from codeformer.imaging.geometry import (
@@ -49,7 +49,8 @@ class RestoredImage:
             softer than they were.
         elapsed_ms: milliseconds by stage (detect, align, restore, parse, paste). A stage that worked
             on a batch counts in equal shares for its items, so that the sum over a request's pictures
-            is the time that passed.
+            is the time that passed. "restorers.codeformer" and "restorers.gfpgan" are each one's part of
+            "restore", not to be added to it.
         float32_retries: faces whose half-precision output, of a restorer or the parser, was not finite and
             that ran again in float32.
         memory_retries: how often work on this picture did not fit into the device's memory and was done
@@ -114,8 +115,8 @@ class Picture:
             self._working = make_working_copy(self.image_bgr)
         return self._working
 
-    def add_time(self, stage: Stage, span: Span, share: float = 1.0) -> None:
-        """Counts a share of a stage's time."""
+    def add_time(self, stage: str, span: Span, share: float = 1.0) -> None:
+        """Counts a share of the time of a stage, or of a part of one."""
         self._times.add(stage, span, share)
 
     def add_shortage(self) -> None:

@@ -12,7 +12,14 @@ from codeformer.engine.engine import Engine
 from codeformer.engine.finder import is_second_look_on
 from codeformer.engine.graphs import recording_lock
 from codeformer.engine.memory import is_out_of_memory
-from codeformer.engine.models import DEFAULT_RESTORERS, RESTORERS, Models, ModelStore, load_models
+from codeformer.engine.models import (
+    RESTORERS,
+    Models,
+    ModelStore,
+    check_restorers,
+    load_models,
+    restorers_to_load,
+)
 from codeformer.engine.picture import RestoredImage
 from codeformer.engine.plan import ExecutionPlan, as_device, available_device, resolve_plan
 from codeformer.engine.stream import DEFAULT_WINDOW, Work, check_array, stream
@@ -62,7 +69,7 @@ class Pipeline:
         weights: WeightSet | str | Path | None = None,
         device: torch.device | str | None = None,
         *,
-        restorers: Sequence[str] = DEFAULT_RESTORERS,
+        restorers: Sequence[str] | None = None,
         download: bool = True,
         progress: bool = True,
         second_look: bool | None = None,
@@ -72,21 +79,26 @@ class Pipeline:
         Args:
             weights: a set, its name or its folder; None for `CODEFORMER_WEIGHTS`, else "official".
             device: where to run; None for CUDA where there is one, else the CPU.
-            restorers: names of the restorers to load.
+            restorers: names of the restorers to load, "gfpgan-1.3" for that version of GFPGAN's weights; None
+                for `CODEFORMER_RESTORERS`, else CodeFormer alone.
             download: fetch files that are missing.
             progress: show a progress bar while fetching.
             second_look: as for `Pipeline`; None for `CODEFORMER_SECOND_LOOK`, else on.
 
         Raises:
-            OptionError: there is no such device or restorer, or CODEFORMER_SECOND_LOOK is neither on nor off.
+            OptionError: there is no such device or restorer, CODEFORMER_RESTORERS names none, or
+                CODEFORMER_SECOND_LOOK is neither on nor off.
             WeightsError: the set or one of its files cannot be used or fetched.
         """
         chosen = available_device(device)
         if second_look is None:
             second_look = is_second_look_on()
+        if restorers is None:
+            restorers = restorers_to_load()
+        check_restorers("restorers", restorers)
         weight_set = weights if isinstance(weights, WeightSet) else load_weight_set(weights)
         if download:
-            fetch_set(weight_set, progress=progress)
+            fetch_set(weight_set, restorers, progress=progress)
         return cls(load_models(weight_set, chosen, restorers), chosen, second_look=second_look)
 
     def is_alive(self) -> bool:

@@ -44,24 +44,32 @@ class FaceRestorer(ABC):
     Args:
         network: on its device, in evaluation mode, in the memory layout that `execution` tells.
         execution: how to run it.
+        version: of its weights, for people; "" where there is none.
 
     Attributes:
         network: as above.
         device: where it is.
+        version: as above.
     """
 
     facts: ClassVar[RestorerFacts]
 
-    def __init__(self, network: Any, execution: Execution = AS_IT_IS) -> None:
+    def __init__(self, network: Any, execution: Execution = AS_IT_IS, version: str = "") -> None:
         self.network = network
+        self.version = version
         self.device: torch.device = next(network.parameters()).device
         self._execution = execution
         self._run = execution.runner(self._forward)
 
     @classmethod
     @abstractmethod
-    def load(cls, weights: WeightSet, device: torch.device) -> Self:
+    def load(cls, weights: WeightSet, device: torch.device, choice: str) -> Self:
         """The restorer with a weight set's parameters.
+
+        Args:
+            weights: the set.
+            device: where to.
+            choice: which of its files, as for `WeightSet.restorer_file`.
 
         Raises:
             WeightFileError: its file is missing, altered or not the network's.
@@ -114,7 +122,7 @@ class FaceRestorer(ABC):
 
     def optimized(self, execution: Execution) -> Self:
         """A copy rewritten for inference; the original stays as it is."""
-        return type(self)(for_inference(self.network), execution)
+        return type(self)(for_inference(self.network), execution, self.version)
 
     def _forward(
         self, crops_bgr: Tensor, conditions: Tensor, half_dtype: torch.dtype | None, *settings: Hashable

@@ -56,14 +56,20 @@ class StageTimes:
     """Adds up the time of one picture, stage by stage."""
 
     def __init__(self) -> None:
-        self._parts: list[tuple[Stage, Span, float]] = []
+        self._parts: list[tuple[str, Span, float]] = []
 
-    def add(self, stage: Stage, span: Span, share: float = 1.0) -> None:
-        """Counts a share of a span that has ended: of a batch's time, the part of one of its items."""
+    def add(self, stage: str, span: Span, share: float = 1.0) -> None:
+        """Counts a share of a span that has ended: of a batch's time, the part of one of its items.
+
+        Args:
+            stage: a stage, or a part of one, "restorers.gfpgan".
+            span: how long it took.
+            share: of this picture.
+        """
         self._parts.append((stage, span, share))
 
     def elapsed_ms(self) -> dict[str, float]:
-        """Milliseconds by stage; waits for a GPU that has not come so far."""
+        """Milliseconds by stage, and by part; waits for a GPU that has not come so far."""
         elapsed: Counter[str] = Counter()
         for stage, span, share in self._parts:
             elapsed[stage] += share * span.elapsed_ms()  # type: ignore[assignment]

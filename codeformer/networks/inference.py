@@ -4,6 +4,7 @@
 - Nearest-neighbour up-sampling by two followed by a convolution becomes one transposed convolution, with 4/9
   of the work: the weights that apply to the copies of one pixel are added up beforehand (Shi et al., "Is the
   deconvolution layer the same as a convolutional layer?", 2016).
+- What a style's modulation needs of a kernel is computed once.
 - Layers that only copy their input are removed.
 """
 
@@ -16,6 +17,7 @@ from facexlib.parsing.parsenet import ConvLayer
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from codeformer.networks.gfpgan import ModulatedConvolution
 from codeformer.networks.vqgan import Upsample
 
 NetworkT = TypeVar("NetworkT", bound=nn.Module)
@@ -25,7 +27,7 @@ def for_inference(network: NetworkT) -> NetworkT:
     """A channels-last copy with the same outputs, for inference only; the original is not changed.
 
     Args:
-        network: a CodeFormer, a RetinaFace or a face parser, in evaluation mode.
+        network: a CodeFormer, a GFPGAN, a RetinaFace or a face parser, in evaluation mode.
     """
     rewritten: Any = copy.deepcopy(network)
     _rewrite(rewritten)
@@ -57,6 +59,23 @@ class TransposedUpsample(nn.Module):
         return F.conv_transpose2d(x, self.weight, self.bias, stride=2, padding=3 if self._reflect else 1)
 
 
+class _FixedModulatedConvolution(ModulatedConvolution):
+    """With the energies of its kernel at hand, and the kernel in the form that convolutions take."""
+
+    def __init__(self, published: ModulatedConvolution) -> None:
+        nn.Module.__init__(self)
+        self.modulation = published.modulation
+        self.weight = nn.Parameter(published.weight.data[0])
+        self.register_buffer("_energies", published.energies())
+
+    def energies(self) -> Tensor:
+        energies: Any = self._energies
+        return energies
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight, padding=self.weight.shape[-1] // 2)
+
+
 class _ParserLayer(nn.Module):
     """facexlib's ConvLayer without copies: pads by reflection, convolves, and activates in place."""
 
@@ -84,6 +103,8 @@ def _rewrite(parent: nn.Module) -> None:
     for name, child in list(parent.named_children()):
         if isinstance(child, Upsample):
             setattr(parent, name, TransposedUpsample(child.conv))
+        elif isinstance(child, ModulatedConvolution):
+            setattr(parent, name, _FixedModulatedConvolution(child))
         elif isinstance(child, ConvLayer):
             setattr(parent, name, _ParserLayer(child))
         elif isinstance(child, nn.BatchNorm2d) and before is not None and isinstance(before[1], nn.Conv2d):

@@ -40,6 +40,6 @@ def fill_compile_cache(pipeline: Pipeline, folder: Path) -> None:
             serve(
                 pipeline,
                 [SAMPLES / "1.jpg"] * count,
-                Options(fidelity, "fast", "optimized", "inductor"),
+                Options(fidelity, "fast", "optimized", "inductor", "+".join(pipeline.models.restorers)),
             )
             logger.info("%d faces at w = %g: %.0f s", count, fidelity, time.perf_counter() - started)

@@ -17,6 +17,7 @@ from urllib.parse import unquote_to_bytes
 
 from codeformer.engine.pipeline import Pipeline, RestoredImage, recipe_of
 from codeformer.engine.plan import resolve_plan
+from codeformer.engine.restorer import FaceRestorer
 from codeformer.engine.stages import STAGES
 from codeformer.errors import CancelledError, CodeFormerError, ImageError, OptionError
 from codeformer.imaging.files import ImageU8, decode_image, encode_jpeg
@@ -31,7 +32,8 @@ MAX_IMAGES: Final = 4
 DEFAULT_OPTIONS: Final = Options()
 SAMPLES: Final = shipped("data")
 
-# Numbers, for images.sizes "WIDTHxHEIGHT" strings, and for faces.skip_reasons sentences.
+# Numbers; for images.sizes "WIDTHxHEIGHT" strings, for faces.skip_reasons sentences, for models.restorers names
+# with versions.
 Metrics = dict[str, float | int | list[str]]
 
 
@@ -108,6 +110,7 @@ def serve(
     results = [found[number] for number in sorted(found)]
     metrics = metrics_of(
         results,
+        [pipeline.models.restorers[step.restorer] for step in recipe.steps],
         decode_s=decoded - started,
         wait_s=0.0,
         encode_s=finished - restored,
@@ -216,12 +219,19 @@ def _sample_picture(name: object, index: int) -> Path:
 
 
 def metrics_of(
-    results: Sequence[RestoredImage], *, decode_s: float, wait_s: float, encode_s: float, total_s: float
+    results: Sequence[RestoredImage],
+    restorers: Sequence[FaceRestorer],
+    *,
+    decode_s: float,
+    wait_s: float,
+    encode_s: float,
+    total_s: float,
 ) -> Metrics:
     """The metrics of a request.
 
     Args:
         results: of its pictures, in order.
+        restorers: that its faces went through, in order.
         decode_s: seconds that it waited for its files.
         wait_s: seconds that it waited for its first turn at the device.
         encode_s: seconds that it waited for its results to be encoded.
@@ -234,6 +244,11 @@ def metrics_of(
         f"timing.{stage}": sum((result.elapsed_ms.get(stage, 0.0) for result in results), 0.0)
         for stage in STAGES
     }
+    metrics["models.restorers"] = [f"{one.facts.name} {one.version}".strip() for one in restorers]
+    for one in restorers:
+        # Not "restore.NAME": Cog makes an object of what is before a dot, and timing.restore is a number.
+        name = f"restorers.{one.facts.name}"
+        metrics[f"timing.{name}"] = sum((result.elapsed_ms.get(name, 0.0) for result in results), 0.0)
     metrics["timing.decode"] = decode_s * 1e3
     metrics["timing.wait"] = wait_s * 1e3
     metrics["timing.encode"] = encode_s * 1e3

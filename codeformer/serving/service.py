@@ -25,7 +25,7 @@ from codeformer.engine.precision import half_dtype_of
 from codeformer.errors import CancelledError, CodeFormerError, DeviceError, InferenceError
 from codeformer.imaging.files import check_size, decode_image, encode_jpeg, size_of
 from codeformer.limits import Deadline, Limits
-from codeformer.options import Options
+from codeformer.options import DEFAULT_FIDELITY, Options
 from codeformer.serving.fetching import FetchPolicy
 from codeformer.serving.outputs import OutputFolder
 from codeformer.serving.request import (
@@ -189,6 +189,7 @@ class Service:
             paths = await self._in_thread(self._files, lambda: self._outputs.write(encoded))
             metrics = metrics_of(
                 ordered,
+                [self._pipeline.models.restorers[step.restorer] for step in recipe.steps],
                 decode_s=decoded - let_in + read - started,
                 wait_s=waited_s + let_in - read,
                 encode_s=time.perf_counter() - restored,
@@ -236,7 +237,10 @@ class Service:
         device = self._pipeline.device
         results: list[RestoredImage] = []
         image = decode_image((SAMPLES / "1.jpg").read_bytes())
-        ticket = Ticket([image], self._pipeline.work_for(), lambda _, result: results.append(result))
+        # All restorers that are loaded, one after another.
+        recipe = recipe_of("+".join(self._pipeline.models.restorers), DEFAULT_FIDELITY)
+        work = self._pipeline.work_for(recipe)
+        ticket = Ticket([image], work, lambda _, result: results.append(result))
         self._scheduler.submit(ticket)
         try:
             ticket.done.result()

@@ -71,8 +71,8 @@ def place(network: NetworkT, device: torch.device) -> NetworkT:
 def load_into(network: nn.Module, file: WeightFile) -> None:
     """Verifies a file and loads it into a network with `strict=True`.
 
-    Reads safetensors files, and `torch.save` files with `weights_only=True`. Of the published files, the dict
-    under `params_ema` is used, and the prefix `module.` is removed from names.
+    Safetensors and `torch.save` files are read, the latter with `weights_only=True`; the wrappings of
+    the published files (a dict under `params_ema`, else `params`; names behind `module.`) are taken off.
 
     Raises:
         WeightFileError: the file does not match the manifest, or does not fit the network.
@@ -102,5 +102,5 @@ def load_into(network: nn.Module, file: WeightFile) -> None:
 
 
 def _unwrap(content: Any) -> dict[str, Tensor]:
-    state = content.get("params_ema", content)
+    state = content.get("params_ema", content.get("params", content))
     return {name.removeprefix("module."): tensor for name, tensor in state.items()}

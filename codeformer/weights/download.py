@@ -4,7 +4,7 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -44,9 +44,16 @@ class _SourceFailedError(Exception):
         super().__init__(reason)
 
 
-def fetch_set(weight_set: WeightSet, *, replace: bool = False, progress: bool = True) -> None:
-    """Makes sure that every file of a set is present and verified; see `fetch_file`."""
-    for _, file in weight_set.files():
+def fetch_set(
+    weight_set: WeightSet,
+    restorers: Sequence[str] | None = None,
+    *,
+    replace: bool = False,
+    progress: bool = True,
+) -> None:
+    """Makes sure that the files of a set are there and verified; see `WeightSet.files` and `fetch_file`."""
+    # As a list: a file that the set lacks is an error before the first one is fetched.
+    for _, file in list(weight_set.files(restorers)):
         fetch_file(file, replace=replace, progress=progress)
 
 

@@ -1,9 +1,9 @@
-"""Weight sets: folders with a `manifest.json` that describes the files of three networks."""
+"""Weight sets: a folder with a `manifest.json` that describes the files of its networks."""
 
 import json
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,8 +16,16 @@ DEFAULT_SET: Final = "official"
 MANIFEST_NAME: Final = "manifest.json"
 FILE_SUFFIXES: Final = (".pth", ".safetensors")
 
-# The architecture of each role in the pipeline. A set may lack a parser.
-ARCHITECTURES: Final = {"restorer": "codeformer", "detector": "retinaface", "parser": "parsenet"}
+# Role in the pipeline -> the architecture that fills it. A set may lack a parser, and the optional roles.
+ARCHITECTURES: Final = {
+    "restorer": "codeformer",
+    "detector": "retinaface",
+    "parser": "parsenet",
+    "gfpgan": "gfpgan",
+    "gfpgan-1.3": "gfpgan",
+}
+# Fetched only where they are asked for. The name is the restorer's, or that and an older version.
+OPTIONAL_ROLES: Final = ("gfpgan", "gfpgan-1.3")
 _FIELDS: Final[dict[str, type]] = {
     "architecture": str,
     "file": str,
@@ -27,6 +35,7 @@ _FIELDS: Final[dict[str, type]] = {
     "licence": str,
     "config": dict,
 }
+_OPTIONAL_FIELDS: Final[dict[str, type]] = {"version": str}
 
 
 @dataclass(frozen=True)
@@ -39,7 +48,9 @@ class WeightFile:
         sha256: its hash, lower-case hexadecimal.
         sources: addresses to download it from, in order of preference; empty for a file in the package.
         licence: the terms of the weights.
-        config: keyword arguments of the network, of JSON types.
+        config: keyword arguments of the network, JSON types.
+        version: of the weights, as their authors count; "" where nobody does.
+        role: its network's in a set, one of ARCHITECTURES.
     """
 
     path: Path
@@ -48,6 +59,13 @@ class WeightFile:
     sources: tuple[str, ...]
     licence: str
     config: Mapping[str, Any]
+    version: str = ""
+    role: str = ""
+
+    @property
+    def label(self) -> str:
+        """Its version, or the start of its hash where it has none."""
+        return self.version or self.sha256[:8]
 
     @property
     def expectation(self) -> str:
@@ -61,22 +79,64 @@ class WeightFile:
             return "It is shipped with the project, not downloaded: restore it, or install again."
         folder = self.path.parent
         name = folder.name if folder.parent in {WEIGHTS_ROOT, downloads()} else folder
-        return f"Run `python -m codeformer weights fetch {name}` to get it from {self.sources[0]}."
+        asked = f" --with {self.role}" * (self.role in OPTIONAL_ROLES)
+        return f"Run `python -m codeformer weights fetch {name}{asked}` to get it from {self.sources[0]}."
 
 
 @dataclass(frozen=True)
 class WeightSet:
-    """A named set of weights; `parser` is None for a set without one."""
+    """A named set of weights.
+
+    Attributes:
+        name: its folder's.
+        description: for people.
+        restorer: CodeFormer's file.
+        detector: the detector's.
+        parser: the face parser's; None for a set without one.
+        optional: files of other restorers by role, see OPTIONAL_ROLES.
+    """
 
     name: str
     description: str
     restorer: WeightFile
     detector: WeightFile
     parser: WeightFile | None
+    optional: Mapping[str, WeightFile] = field(default_factory=dict)
 
-    def files(self) -> Iterator[tuple[str, WeightFile]]:
-        """The set's files by role: restorer, detector, and parser if there is one."""
-        yield "restorer", self.restorer
+    def restorer_file(self, choice: str) -> WeightFile:
+        """A restorer's file.
+
+        Args:
+            choice: "codeformer", or one of OPTIONAL_ROLES.
+
+        Raises:
+            ManifestError: the set has none.
+        """
+        if choice == ARCHITECTURES["restorer"]:
+            return self.restorer
+        if choice in self.optional:
+            return self.optional[choice]
+        known = ", ".join((ARCHITECTURES["restorer"], *self.optional))
+        raise ManifestError(
+            self.name,
+            f"has no weights for {choice}, only for {known}; use a set that has them ({DEFAULT_SET} has), "
+            "or leave it out of the restorers to load.",
+        )
+
+    def files(self, restorers: Sequence[str] | None = None) -> Iterator[tuple[str, WeightFile]]:
+        """The set's files by role: restorer, detector, parser if there is one, without the optional ones.
+
+        Args:
+            restorers: those whose files are wanted, as for `restorer_file`, in the place of CodeFormer's.
+
+        Raises:
+            ManifestError: the set lacks one of them.
+        """
+        if restorers is None:
+            yield "restorer", self.restorer
+        else:
+            chosen = map(self.restorer_file, restorers)
+            yield from ((file.role, file) for file in chosen)
         yield "detector", self.detector
         if self.parser is not None:
             yield "parser", self.parser
@@ -135,17 +195,19 @@ def _parse_manifest(path: Path, content: object, download_folder: Path) -> Weigh
         restorer=files["restorer"],
         detector=files["detector"],
         parser=files.get("parser"),
+        optional={role: files[role] for role in OPTIONAL_ROLES if role in files},
     )
 
 
 def _parse_file(manifest: Path, role: str, entry: object, download_folder: Path) -> WeightFile:
     if not isinstance(entry, dict):
         raise ManifestError(manifest, f"{role}: expected a JSON object, got {type(entry).__name__}.")
-    if set(entry) != set(_FIELDS):
-        raise ManifestError(manifest, f"{role}: expected the keys {sorted(_FIELDS)}, got {sorted(entry)}.")
-    for field, kind in _FIELDS.items():
-        if not isinstance(entry[field], kind):
-            raise ManifestError(manifest, f"{role}.{field}: expected {kind.__name__}, got {entry[field]!r}.")
+    if not set(_FIELDS) <= set(entry) <= set(_FIELDS | _OPTIONAL_FIELDS):
+        expected = f"the keys {sorted(_FIELDS)}, and may have {sorted(_OPTIONAL_FIELDS)}"
+        raise ManifestError(manifest, f"{role}: expected {expected}, got {sorted(entry)}.")
+    for name, kind in (_FIELDS | _OPTIONAL_FIELDS).items():
+        if name in entry and not isinstance(entry[name], kind):
+            raise ManifestError(manifest, f"{role}.{name}: expected {kind.__name__}, got {entry[name]!r}.")
     if entry["architecture"] != ARCHITECTURES[role]:
         raise ManifestError(
             manifest, f"{role}.architecture: expected {ARCHITECTURES[role]!r}, got {entry['architecture']!r}."
@@ -168,4 +230,6 @@ def _parse_file(manifest: Path, role: str, entry: object, download_folder: Path)
         sources=tuple(entry["sources"]),
         licence=entry["licence"],
         config=entry["config"],
+        version=entry.get("version", ""),
+        role=role,
     )

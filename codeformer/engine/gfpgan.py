@@ -1,0 +1,51 @@
+"""GFPGAN as a restorer.
+
+Method: Wang et al., "Towards Real-World Blind Face Restoration with Generative Facial Prior" (2021).
+"""
+
+from collections.abc import Hashable, Sequence
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from codeformer.engine.restorer import FaceRestorer
+from codeformer.engine.runner import AS_IT_IS, Execution
+from codeformer.errors import ManifestError
+from codeformer.networks.facts import RestorerFacts
+from codeformer.networks.gfpgan import FACTS, GFPGANv1Clean
+from codeformer.weights.checkpoints import build, load_into, place
+from codeformer.weights.manifest import WeightSet
+
+
+class GfpganRestorer(FaceRestorer):
+    """One pass, with the noise of the checkpoint: the same face comes back the same."""
+
+    facts: ClassVar[RestorerFacts] = FACTS
+
+    def __init__(self, network: GFPGANv1Clean, execution: Execution = AS_IT_IS, version: str = "") -> None:
+        super().__init__(network, execution, version)
+        self._restore = execution.compiled(network.forward)
+
+    @classmethod
+    def load(cls, weights: WeightSet, device: torch.device, choice: str = FACTS.name) -> Self:
+        file = weights.restorer_file(choice)
+        network = build(file.role, file, GFPGANv1Clean)
+        if network.resolution != FACTS.size:
+            raise ManifestError(
+                weights.name,
+                f"{file.role}.config: expected {FACTS.size} px faces, got {network.resolution} px.",
+            )
+        load_into(network, file)
+        return cls(place(network, device), version=file.label)
+
+    def conditions(self, _fidelities: Sequence[float | None]) -> tuple[Tensor, tuple[Hashable, ...]]:
+        """Nothing but the faces: a tensor that is not read."""
+        return torch.zeros((), device=self.device), ()
+
+    def compute(
+        self, batch: Tensor, _conditions: Tensor, half_dtype: torch.dtype | None, *_settings: Any
+    ) -> Tensor:
+        with torch.autocast(self.device.type, dtype=half_dtype, enabled=half_dtype is not None):
+            restored: Tensor = self._restore(batch)[0]
+        return restored
