@@ -62,20 +62,24 @@ class Answer:
             return cls(elapsed_ms, error=f"HTTP {reply.status_code}: {reply.text[:500]}")
         if reply.status_code == 200 and body.get("status") == "succeeded":
             pictures = [base64.b64decode(uri.partition(",")[2]) for uri in body.get("output") or ()]
-            # Cog nests what the predictor names "timing.detect".
-            nested = {
-                k: v if isinstance(v, dict) else {"": v} for k, v in (body.get("metrics") or {}).items()
-            }
-            metrics = {
-                f"{k}.{name}".rstrip("."): v for k, group in nested.items() for name, v in group.items()
-            }
-            return cls(elapsed_ms, metrics, pictures)
+            return cls(elapsed_ms, _dotted(body.get("metrics") or {}), pictures)
         error = body.get("error") or body.get("detail") or body
         return cls(elapsed_ms, error=f"HTTP {reply.status_code}: {error}")
 
     def without_pictures(self) -> "Answer":
         """What there is to keep of an answer whose pictures are not looked at."""
         return replace(self, pictures=())
+
+
+def _dotted(nested: Mapping[str, Any]) -> dict[str, Any]:
+    """What Cog nests, by the names of the predictor, such as "timing.detect"."""
+    flat: dict[str, Any] = {}
+    for name, value in nested.items():
+        if isinstance(value, dict):
+            flat |= {f"{name}.{rest}": inner for rest, inner in _dotted(value).items()}
+        else:
+            flat[name] = value
+    return flat
 
 
 class Server:

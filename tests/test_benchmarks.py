@@ -522,7 +522,7 @@ def test_stages_are_measured_and_held_against_their_limits(tiny_weights: Path, t
     one, two = (case for case in result.cases if case.configuration.label == "baseline/safe")
     for case in (one, two):
         found = case.stages
-        assert set(found) == {"decode", "detect", "align", "restore", "parse", "paste", "encode"}
+        assert set(found) == {"decode", "wait", "detect", "align", "restore", "parse", "paste", "encode"}
         assert sum(stage.ms.p50 for stage in found.values()) <= case.total.ms.p50 * 1.3
         for stage in (found["detect"], found["restore"]):
             assert stage.limit_ms == pytest.approx(stage.gflop / gflops * 1e3, rel=1e-2)
@@ -817,7 +817,7 @@ def test_the_page_is_whole_and_shows_what_was_measured(tmp_path: Path) -> None:
     for file in COMMITTED:
         assert read_report(file).machine.commit in html
     charts = [ElementTree.fromstring(svg) for svg in re.findall(r"<svg .*?</svg>", html, re.DOTALL)]
-    assert len(charts) == 9
+    assert len(charts) == 12
     for chart in charts:
         right, bottom = map(float, chart.attrib["viewBox"].split()[2:])
         drawn = [mark for mark in chart.iter() if mark.tag in {"rect", "line", "circle", "polyline"}]

@@ -60,7 +60,7 @@ KINDS: list[tuple[dict[str, Any], str]] = [
         {"images": PHOTOS[:1], "faces": "largest", "stability_mode": "optimized", "compile_backend": "none"},
         "",
     ),
-    ({"images": [PHOTOS[1]], "restorer": "other"}, "restorer: expected one of"),
+    ({"images": [PHOTOS[1]], "restorer": "other"}, "is not one of"),
 ]
 
 

@@ -50,6 +50,7 @@ class Result(Report):
     """
 
     kind: Literal["soak"] = "soak"
+    clients: Positive = 1
     requests: dict[str, Positive]
     cancelled: dict[str, Positive]
     faults: list[str]
@@ -65,13 +66,16 @@ class Result(Report):
 
     def problems(self) -> list[str]:
         found = [*self.faults, *(f"left behind: {path}" for path in self.files_left)]
-        if self.most_files > MAX_IMAGES:
-            found.append(f"{self.most_files} files at a time, more than the last request's results")
+        if self.most_files > MAX_IMAGES * self.clients:
+            found.append(
+                f"{self.most_files} files at a time, more than the results of {self.clients} requests"
+            )
         if self.cancelled and "canceled" not in self.cancelled:
             found.append("every cancelled request succeeded")
         if self.growth > MAX_GROWTH:
             found.append(f"memory grew by {self.growth:.1%} after request {self.resident_mib[0][0]}")
-        for kind, times in self.times_ms.items():
+        # With several clients a request also waits for others, of any length.
+        for kind, times in self.times_ms.items() if self.clients == 1 else ():
             if times.p99 > MAX_TAIL * times.p50:
                 found.append(f"{kind}: p99 is {times.p99 / times.p50:.1f} times p50")
         return found
@@ -108,6 +112,7 @@ class Options(opt.Measuring):
 
     requests: int = Field(1000, ge=2, description="good and bad ones")
     cancelled: int = Field(10, ge=0, description="further ones, which are cancelled")
+    clients: int = Field(1, ge=1, description="that send requests at the same time")
     settled: int = Field(200, ge=1, description="memory is compared from this request on")
     port: opt.Port = 6301
     weights: opt.Weights = None
@@ -123,7 +128,7 @@ def measure(options: Options) -> Result:
         with running_server(
             options.port, kind="direct", weights=options.weights, temporary=temporary
         ) as server:
-            found = _send_all(plan, server, temporary, options.settled)
+            found = _send_all(plan, server, temporary, options.settled, options.clients)
         files_left = sorted(str(path.relative_to(temporary)) for path in temporary.rglob("*"))
     return Result.of(header, options, **found, files_left=files_left)
 
@@ -133,8 +138,10 @@ def growth_of(resident_mib: Sequence[tuple[int, float]]) -> float:
     return round(max(mib for _, mib in resident_mib) / resident_mib[0][1] - 1, 5)
 
 
-def _send_all(plan: Sequence[Kind | None], server: Server, temporary: Path, settled: int) -> dict[str, Any]:
-    """Sends the requests; the fields of the result that come of it."""
+def _send_all(
+    plan: Sequence[Kind | None], server: Server, temporary: Path, settled: int, clients: int
+) -> dict[str, Any]:
+    """Sends the requests, from several clients at a time; the fields of the result that come of it."""
     [long_request] = next(kinds for kinds in good_requests() if kinds[0].name == _CANCELLED)
     requests: Counter[str] = Counter()
     cancelled: Counter[str] = Counter()
@@ -142,24 +149,30 @@ def _send_all(plan: Sequence[Kind | None], server: Server, temporary: Path, sett
     times_ms: defaultdict[str, list[float]] = defaultdict(list)
     resident_mib: list[tuple[int, float]] = []
     most_files = 0
-    for kind in plan:
+    after_s = cycle(_CANCEL_AFTER_S)
+
+    def send(kind: Kind | None) -> Answer | str:
         if kind is None:
-            after_s = _CANCEL_AFTER_S[cancelled.total() % len(_CANCEL_AFTER_S)]
-            cancelled[_cancel(server, long_request, after_s)] += 1
-            continue
-        answer = server.predict(kind.inputs, _TIMEOUT_S)
-        requests[kind.name] += 1
-        served = requests.total()
-        if fault := kind.fault_of(answer):
-            faults.append(f"request {served}, {kind.name}: {fault}")
-        elif not kind.error:
-            times_ms[kind.name].append(answer.elapsed_ms)
-        if served % _EVERY == 0:
-            files = sum(path.is_file() for path in temporary.rglob("*"))
-            most_files = max(most_files, files)
-            print(f"{served}: {server.resident_mib():.0f} MiB, {files} files, {len(faults)} faults")
-        if served >= settled and (served - settled) % _EVERY == 0:
-            resident_mib.append((served, round(server.resident_mib(), 1)))
+            return _cancel(server, long_request, next(after_s))
+        return server.predict(kind.inputs, _TIMEOUT_S)
+
+    with ThreadPoolExecutor(clients) as pool:
+        for kind, answer in zip(plan, pool.map(send, plan), strict=True):
+            if kind is None or isinstance(answer, str):
+                cancelled[str(answer)] += 1
+                continue
+            requests[kind.name] += 1
+            served = requests.total()
+            if fault := kind.fault_of(answer):
+                faults.append(f"request {served}, {kind.name}: {fault}")
+            elif not kind.error:
+                times_ms[kind.name].append(answer.elapsed_ms)
+            if served % _EVERY == 0:
+                files = sum(path.is_file() for path in temporary.rglob("*"))
+                most_files = max(most_files, files)
+                print(f"{served}: {server.resident_mib():.0f} MiB, {files} files, {len(faults)} faults")
+            if served >= settled and (served - settled) % _EVERY == 0:
+                resident_mib.append((served, round(server.resident_mib(), 1)))
     resident_mib.append((requests.total(), round(server.resident_mib(), 1)))
     return {
         "requests": dict(requests),

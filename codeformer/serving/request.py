@@ -32,7 +32,7 @@ MAX_IMAGES: Final = 4
 DEFAULT_OPTIONS: Final = Options()
 SAMPLES: Final = shipped("data")
 
-# Numbers; for images.sizes "WIDTHxHEIGHT" strings, for faces.skip_reasons sentences, for models.restorers names
+# Numbers; for images.sizes "WIDTHxHEIGHT" strings, for faces.skip_reasons sentences, for models.restorers
 # with versions.
 Metrics = dict[str, float | int | list[str]]
 
