@@ -932,7 +932,7 @@ def test_a_soak_sees_growth_tails_and_what_is_left() -> None:
     assert poor.problems() == [
         "request 3: wrong",
         "left behind: a.jpg",
-        "5 files at a time, more than the last request's results",
+        "5 files at a time, more than the results of those in work",
         "every cancelled request succeeded",
         "memory grew by 2.1% after request 200",
         "like: p99 is 4.0 times p50",
