@@ -67,9 +67,7 @@ class Result(Report):
     def problems(self) -> list[str]:
         found = [*self.faults, *(f"left behind: {path}" for path in self.files_left)]
         if self.most_files > MAX_IMAGES * self.clients:
-            found.append(
-                f"{self.most_files} files at a time, more than the results of {self.clients} requests"
-            )
+            found.append(f"{self.most_files} files at a time, more than the results of those in work")
         if self.cancelled and "canceled" not in self.cancelled:
             found.append("every cancelled request succeeded")
         if self.growth > MAX_GROWTH:
