@@ -325,6 +325,18 @@ def test_a_bug_reaches_the_request_that_met_it_and_the_next_one_works(
     assert device.scheduler.is_alive()
 
 
+def test_a_closed_scheduler_serves_everybody_first(device: Device) -> None:
+    device.occupy()
+    clients = [device.ask([picture(10 * number)]) for number in range(1, 4)]
+    closing = threading.Thread(target=device.scheduler.close)
+    closing.start()
+    device.go_on()
+    assert all(client.failure() is None for client in clients)
+    closing.join(20)
+    assert not device.scheduler.is_alive()
+    assert device.given_up == []
+
+
 def test_a_pass_that_is_not_full_waits_if_it_is_told_to() -> None:
     device = Device(wait_s=20.0)
     device.restorer.is_open.set()

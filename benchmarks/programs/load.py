@@ -257,3 +257,4 @@ def _simulation(pass_ms: float, face_ms: float) -> Iterator[Callable[[], Answer]
         return Answer((time.perf_counter() - started) * 1e3, metrics)
 
     yield ask
+    scheduler.close()

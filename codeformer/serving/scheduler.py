@@ -165,9 +165,9 @@ class Scheduler:
         self._pipeline = pipeline
         self._wait_s = wait_s
         self._give_up = give_up
-        self._new: queue.SimpleQueue[Ticket] = queue.SimpleQueue()
+        self._new: queue.SimpleQueue[Ticket | None] = queue.SimpleQueue()
         self._turns: deque[Ticket] = deque()
-        self._is_over = False
+        self._is_over = self._is_closed = False
         self._thread = threading.Thread(target=self._work, name="codeformer-device", daemon=True)
         self._thread.start()
 
@@ -181,28 +181,46 @@ class Scheduler:
             ticket.fail(_over())
         self._new.put(ticket)
 
+    def close(self) -> None:
+        """Lets the thread end when it has served everybody; for a program that goes on without it."""
+        self._new.put(None)
+        self._thread.join()
+
     def _work(self) -> None:
         try:
-            while True:
+            while self._turns or not self._is_closed:
                 if not self._turns:
-                    self._turns.append(self._new.get())
+                    self._receive()
+                    continue
                 self._take_a_turn(self._turns[0])
                 # Whoever has come meanwhile is served before the one that has just been.
                 self._admit()
                 self._turns.rotate(-1)
                 self._drop_finished()
         finally:
-            self._give_up("the thread that works with the device has ended")
             self._is_over = True
+            if not self._is_closed:
+                self._give_up("the thread that works with the device has ended")
             self._admit()
             for ticket in self._turns:
                 ticket.fail(_over())
 
+    def _receive(self, timeout: float | None = None) -> None:
+        """Takes the next new request in.
+
+        Raises:
+            queue.Empty: there is none in this time.
+        """
+        ticket = self._new.get(timeout=timeout)
+        if ticket is None:
+            self._is_closed = True
+        else:
+            self._turns.append(ticket)
+
     def _admit(self) -> None:
-        """Takes new requests in, without waiting for any."""
-        with contextlib.suppress(queue.Empty):
-            while True:
-                self._turns.append(self._new.get_nowait())
+        """Takes all new requests in, without waiting for any."""
+        while not self._new.empty():
+            self._receive()
 
     def _take_a_turn(self, ticket: Ticket) -> None:
         if not ticket.is_to_go_on():
@@ -227,7 +245,7 @@ class Scheduler:
             self._bring_along(ticket)
             if self._has_room(ticket):
                 with contextlib.suppress(queue.Empty):
-                    self._turns.append(self._new.get(timeout=left_s))
+                    self._receive(left_s)
 
     def _has_room(self, ticket: Ticket) -> bool:
         return self._waiting_faces(ticket) < ticket.work.key.plan.micro_batch
