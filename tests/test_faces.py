@@ -174,10 +174,10 @@ def test_landmarks_that_fit_no_face_are_counted_with_the_reason(caplog: pytest.L
         [result] = pipeline_of(FixedDetector(good, on_one_spot, no_numbers, good + 3)).restore([picture])
     assert len(result.faces) == 1
     assert len(result.skipped_faces) == 3
-    said = "image 1: a face left as it is "
-    assert f"{said}(1 times): eyes less than 5 px apart" in caplog.text
-    assert f"{said}(1 times): landmarks that are not those of a face" in caplog.text
-    assert f"{said}(1 times): the same face as one with a better score" in caplog.text
+    said = "image 1: faces not restored: 1 "
+    assert f"{said}(eyes less than 5 px apart)" in caplog.text
+    assert f"{said}(landmarks that are not those of a face)" in caplog.text
+    assert f"{said}(the same face as one with a better score)" in caplog.text
 
 
 def test_no_more_faces_than_allowed_are_aligned() -> None:

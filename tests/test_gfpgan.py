@@ -1,4 +1,4 @@
-"""GFPGAN beside CodeFormer: alone and in chains, through the whole way, and what is loaded when."""
+"""GFPGAN, alone and in chains with CodeFormer: from photo to result, and what is loaded when."""
 
 import dataclasses
 import json

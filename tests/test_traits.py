@@ -160,6 +160,6 @@ def test_faces_that_lose_detail_are_counted_and_logged(caplog: pytest.LogCapture
     [result] = pipeline.restore([sharp(1600)])
     assert (len(result.faces), result.faces_losing_detail) == (2, 1)
     assert (
-        "image 1: sharp or grainy, larger than their crops of 512 px, and maybe softer now: 1 faces"
+        "image 1: faces that may be softer now: 1 (sharp or grainy, larger than their crops of 512 px)"
         in caplog.text
     )

@@ -1,4 +1,4 @@
-"""How fast is our GFPGAN beside the published one, as another package computes it?
+"""How fast is our GFPGAN compared with the published one, as another package computes it?
 
 Official size, random values, one face, in this process, in turns. It needs spandrel, in an environment of its
 own: `python -m venv --system-site-packages` of this one's Python, then `pip install spandrel==0.4.2` there.

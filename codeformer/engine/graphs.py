@@ -16,7 +16,7 @@ from torch import Tensor
 MAX_GRAPHS: Final = 16
 _WARM_UP_RUNS: Final = 2
 
-# What else uses the GPU while a graph is recorded, a health check for example, spoils the recording.
+# Any other use of the GPU while a graph is recorded, by a health check for example, breaks the recording.
 recording_lock: Final = threading.Lock()
 
 # A function of a batch (N, ...), conditions and settings, whose results are batches of N.

@@ -1,7 +1,7 @@
 """Face masks: which part of a restored crop is face.
 
 `FaceParser` is the adapter around ParseNet and owns its input convention and label map.
-`TemplateMask` stands in where a weight set has no parser.
+`TemplateMask` is used where a weight set has no parser.
 """
 
 from functools import lru_cache

@@ -223,7 +223,7 @@ def _load_detector(weight_set: WeightSet, device: torch.device) -> FaceDetector:
 
 def _load_masker(weight_set: WeightSet, device: torch.device) -> FaceMasker:
     if weight_set.parser is None:
-        logger.warning("weight set %s has no face parser; a fixed mask stands in", weight_set.name)
+        logger.warning("weight set %s has no face parser; a fixed face mask is used", weight_set.name)
         return TemplateMask()
     network = build("parser", weight_set.parser, FaceParsingNetwork)
     load_into(network.parsenet, weight_set.parser)

@@ -44,7 +44,7 @@ class RestoredImage:
     Attributes:
         image_bgr: (H, W, 3) uint8 BGR, the input's size; equal to the input outside the faces.
         faces: the restored faces, best score first, in coordinates of the picture.
-        skipped_faces: for each detected face that was left as it is, the reason.
+        skipped_faces: for each detected face that was not restored, the reason.
         faces_losing_detail: sharp restored faces that are larger than their 512 px crop: they may come back
             softer than they were.
         elapsed_ms: milliseconds by stage (detect, align, restore, parse, paste). A stage that worked
@@ -139,7 +139,7 @@ class Picture:
         """
         if found.ghosts:
             logger.info(
-                "%s: %d detections were not found again in another framing and are taken for no faces",
+                "%s: detections that are no faces: %d (not found again in another framing)",
                 self.name,
                 found.ghosts,
             )
@@ -147,7 +147,7 @@ class Picture:
             aligned, skipped = align_faces(self.working, found.faces, max_faces + 1)
             if len(aligned) > max_faces:
                 raise FaceLimitError(
-                    f"expected at most {max_faces} faces, found more; cut the picture, or ask "
+                    f"expected at most {max_faces} faces, found more; crop the picture, or ask "
                     "the operator to raise CODEFORMER_MAX_FACES.",
                     self.number,
                 )
@@ -155,16 +155,16 @@ class Picture:
             jobs = self._jobs_of(chosen) if chosen else []
         self.add_time("align", span)
         for reason, count in Counter(found.skipped + skipped).items():
-            logger.warning("%s: a face left as it is (%d times): %s", self.name, count, reason)
+            logger.warning("%s: faces not restored: %d (%s)", self.name, count, reason)
         self._skipped = found.skipped + skipped + left_out
         self._faces = [one.face for one in chosen]
         self._unfinished = len(jobs)
         if self._losing_detail:
             logger.warning(
-                "%s: sharp or grainy, larger than their crops of %d px, and maybe softer now: %d faces",
+                "%s: faces that may be softer now: %d (sharp or grainy, larger than their crops of %d px)",
                 self.name,
-                FACE_SIZE,
                 self._losing_detail,
+                FACE_SIZE,
             )
         return jobs
 

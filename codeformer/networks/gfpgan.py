@@ -45,7 +45,7 @@ def resize(x: Tensor, factor: float) -> Tensor:
 
 
 class ResizingBlock(nn.Module):
-    """Two 3 x 3 convolutions with a resize between them, beside a resized 1 x 1 convolution.
+    """Two 3 x 3 convolutions with a resize between them, plus a resized 1 x 1 convolution.
 
     Args:
         in_channels: of the input.

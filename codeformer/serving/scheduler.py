@@ -55,7 +55,7 @@ class Ticket:
         self.faces: deque[tuple[Picture, FaceJob]] = deque()
         self.ready_at: float | None = None
         self._on_result = on_result
-        # Where log lines go may hang on the caller's context.
+        # Where log lines go may depend on the caller's context.
         self._context = contextvars.copy_context()
         self._submitted = time.monotonic()
         self._waited_s = 0.0
