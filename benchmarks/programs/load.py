@@ -39,7 +39,7 @@ from codeformer.serving.scheduler import Scheduler, Ticket
 
 DEVICE_STAGES: Final = ("detect", "align", "restore", "parse", "paste")
 # How long a refused client waits before it sends its request again.
-_AGAIN_S: Final = 0.02
+_AGAIN_S: Final = 0.25
 
 
 class Load(Model):
