@@ -17,7 +17,7 @@ from codeformer.engine.graphs import recording_lock
 from codeformer.engine.pipeline import Pipeline
 from codeformer.errors import FaceLimitError, ImageError, OptionError, TimeLimitError
 from codeformer.imaging.files import encode_jpeg
-from codeformer.limits import Deadline, Limits
+from codeformer.limits import Deadline, Limits, batch_wait_s
 from codeformer.serving.request import serve
 from tests import pictures
 from tests.conftest import CPU, make_tiny_restorer, models_of
@@ -133,3 +133,10 @@ def test_health_depends_on_the_device(blind_pipeline: Pipeline, monkeypatch: pyt
     monkeypatch.setattr(pipeline_module, "_BUSY_S", 0.05)
     with recording_lock:
         assert blind_pipeline.is_alive(), "a device that records a graph is not a broken one"
+
+
+def test_how_long_a_batch_waits_is_in_milliseconds() -> None:
+    assert batch_wait_s({}) == batch_wait_s({"CODEFORMER_BATCH_WAIT_MS": "0"}) == 0
+    assert batch_wait_s({"CODEFORMER_BATCH_WAIT_MS": "25"}) == 0.025
+    with pytest.raises(OptionError, match="CODEFORMER_BATCH_WAIT_MS: expected a number"):
+        batch_wait_s({"CODEFORMER_BATCH_WAIT_MS": "-1"})

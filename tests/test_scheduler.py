@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from codeformer.engine import stream
 from codeformer.engine.models import Models
 from codeformer.engine.picture import RestoredImage
 from codeformer.engine.pipeline import Pipeline, recipe_of
@@ -323,6 +324,17 @@ def test_a_bug_reaches_the_request_that_met_it_and_the_next_one_works(
         assert isinstance(device.ask([picture(10)]).failure(), ZeroDivisionError)
     assert device.ask([picture(10)]).failure() is None
     assert device.scheduler.is_alive()
+
+
+def test_who_waits_for_many_faces_reads_how_far_it_is(
+    device: Device, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream, "_SECONDS_BETWEEN_LINES", 0.0)
+    device.restorer.is_open.set()
+    with caplog.at_level(logging.INFO):
+        assert device.ask([picture(10, faces=20)]).failure() is None
+    lines = [record.message for record in caplog.records if "faces are restored" in record.message]
+    assert lines == [f"{done} of 20 faces are restored" for done in (8, 16, 20)]
 
 
 def test_a_closed_scheduler_serves_everybody_first(device: Device) -> None:

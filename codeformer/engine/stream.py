@@ -80,7 +80,7 @@ def stream(
     keys: dict[int, KeyT] = {}
     in_work: deque[Picture] = deque()
     waiting: deque[tuple[Picture, FaceJob]] = deque()
-    progress = _Progress()
+    progress = Progress()
     is_drained = False
 
     while True:
@@ -233,7 +233,7 @@ def check_array(image: object, number: int, limits: Limits) -> None:
     check_size(image.shape[1], image.shape[0], number, limits)
 
 
-class _Progress:
+class Progress:
     """Says in the log how far it is, once a second at most."""
 
     def __init__(self) -> None:
@@ -242,6 +242,7 @@ class _Progress:
         self._last = time.monotonic()
 
     def add(self, faces: int) -> None:
+        """Counts faces that are restored; `found` counts those that are to be."""
         self._restored += faces
         now = time.monotonic()
         if now - self._last >= _SECONDS_BETWEEN_LINES:

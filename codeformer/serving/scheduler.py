@@ -22,7 +22,7 @@ from codeformer.engine.engine import FaceJob, FaceResult
 from codeformer.engine.memory import clear_frames_of
 from codeformer.engine.picture import Picture, RestoredImage
 from codeformer.engine.pipeline import Pipeline
-from codeformer.engine.stream import Work, find_faces, take_result
+from codeformer.engine.stream import Progress, Work, find_faces, take_result
 from codeformer.errors import CodeFormerError, DeviceError
 from codeformer.imaging.files import ImageU8
 from codeformer.log import operator_logger
@@ -55,6 +55,7 @@ class Ticket:
         self.faces: deque[tuple[Picture, FaceJob]] = deque()
         self.ready_at: float | None = None
         self._on_result = on_result
+        self._progress = Progress()
         # Where log lines go may depend on the caller's context.
         self._context = contextvars.copy_context()
         self._submitted = time.monotonic()
@@ -89,6 +90,7 @@ class Ticket:
         pipeline.store.initialise(self.work.key.plan)
         for picture, jobs in find_faces(self.pictures, pipeline.store, self.work):
             self.faces.extend((picture, job) for job in jobs)
+            self._progress.found += len(jobs)
         self.ready_at = time.monotonic()
         self._deliver(pipeline)
 
@@ -107,6 +109,7 @@ class Ticket:
         for (picture, job), result in zip(taken, results, strict=True):
             if picture.error is None:
                 picture.finish(job, result)
+        self._progress.add(len(taken))
         self._deliver(pipeline)
 
     def _deliver(self, pipeline: Pipeline) -> None:
