@@ -1,0 +1,110 @@
+"""Arguments that several commands take, and what follows from them."""
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from codeformer.options import (
+    COMPILE_BACKENDS,
+    DEFAULT_FIDELITY,
+    FACE_CHOICES,
+    RESTORER_CHOICES,
+    RUNTIME_PROFILES,
+    STABILITY_MODES,
+    Options,
+)
+from codeformer.weights.manifest import DEFAULT_SET, SET_VARIABLE
+
+if TYPE_CHECKING:
+    from codeformer.engine.pipeline import Pipeline
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What is done to photos: everything that `options_of` reads."""
+    parser.add_argument(
+        "--codeformer-fidelity",
+        "--fidelity",
+        type=float,
+        default=DEFAULT_FIDELITY,
+        metavar="W",
+        help="0 (quality) to 1 (fidelity), default 0.5",
+    )
+    parser.add_argument("--runtime-profile", choices=RUNTIME_PROFILES, default="baseline")
+    parser.add_argument("--stability-mode", choices=STABILITY_MODES, default="safe")
+    parser.add_argument("--compile-backend", choices=COMPILE_BACKENDS, default="eager")
+    parser.add_argument(
+        "--restorer",
+        choices=RESTORER_CHOICES,
+        default="codeformer",
+        help="which network, or which after which on the same crops; its weights are fetched at first use",
+    )
+    parser.add_argument(
+        "--strength",
+        type=float,
+        default=1.0,
+        metavar="S",
+        help="how much of each restored face goes into the photo, 0 to 1, default 1",
+    )
+    parser.add_argument("--faces", choices=FACE_CHOICES, default="all", help="which faces; default: all")
+    parser.add_argument(
+        "--min-face-px",
+        type=float,
+        default=0.0,
+        metavar="PX",
+        help="leave out faces that are smaller, default 0",
+    )
+
+
+def add_networks(parser: argparse.ArgumentParser) -> None:
+    """Which networks, and where they run: everything that `load_pipeline` reads."""
+    parser.add_argument("--weights", metavar="SET", help=set_help())
+    parser.add_argument("--device", help="cuda or cpu; default: cuda if there is a GPU")
+    parser.add_argument(
+        "--no-second-look",
+        dest="second_look",
+        action="store_const",
+        const=False,
+        help="skip the second detection pass: take every detection for an upright face, as upstream does",
+    )
+
+
+def options_of(arguments: argparse.Namespace) -> Options:
+    """The options of `add_options`.
+
+    Raises:
+        OptionError: one of them is out of range.
+    """
+    return Options(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Options)})
+
+
+def load_pipeline(arguments: argparse.Namespace, restorers: Sequence[str] | None = None) -> "Pipeline":
+    """The networks, in a process that is tuned for them.
+
+    Args:
+        arguments: those of `add_networks`.
+        restorers: which to load; None for those that the environment names.
+    """
+    from codeformer.engine.models import restorers_for
+    from codeformer.engine.pipeline import Pipeline
+    from codeformer.engine.plan import available_device
+    from codeformer.process import tune_process
+
+    device = available_device(arguments.device)
+    tune_process(device)
+    return Pipeline.load(
+        arguments.weights,
+        device,
+        restorers=restorers_for(restorers) if restorers else None,
+        second_look=arguments.second_look,
+    )
+
+
+def set_help() -> str:
+    return f"a set's name or folder; default: {SET_VARIABLE}, else {DEFAULT_SET}"
+
+
+def shown(path: Path) -> str:
+    """A path on one line, with non-printable characters escaped."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in str(path))

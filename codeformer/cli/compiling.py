@@ -1,0 +1,27 @@
+"""`codeformer compile`: ahead of time, for servers with the compile backend inductor."""
+
+import argparse
+from pathlib import Path
+
+from codeformer.cli.arguments import add_networks, load_pipeline
+from codeformer.options import COMPILE_CACHE_VARIABLE
+
+
+def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Adds the command."""
+    parser = commands.add_parser(
+        "compile", help="compile ahead of time for the backend inductor, into a folder"
+    )
+    parser.add_argument(
+        "folder", type=Path, metavar="DIR", help=f"the folder to name in {COMPILE_CACHE_VARIABLE}"
+    )
+    add_networks(parser)
+    parser.set_defaults(command=_compile, verbose=True)
+
+
+def _compile(options: argparse.Namespace) -> int:
+    from codeformer.serving.compile_cache import fill_compile_cache
+
+    fill_compile_cache(load_pipeline(options), options.folder)
+    print(f"{options.folder}: start servers with {COMPILE_CACHE_VARIABLE}={options.folder.resolve()}")
+    return 0
