@@ -19,7 +19,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tqdm import tqdm
 
-from benchmarks.results import Configuration, Picture, header_of
+from benchmarks.results import Configuration, header_of
 from benchmarks.server import ROOT, Server, running_server, server_kind
 from codeformer.engine.models import Models, load_models
 from codeformer.engine.plan import available_device
@@ -80,11 +80,30 @@ class Measuring(Options):
     output: Path | None = Field(None, description="the result; else benchmarks/last_*.json")
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """The networks to measure in this process, and the result's fields that are known before."""
+
+    device: torch.device
+    weights: WeightSet
+    models: Models
+    header: dict[str, Any]
+
+
 class InProcess(Measuring):
     """The options of a program that loads the networks itself."""
 
     weights: Weights = None
     device: Device = None
+
+    def load(self) -> Loaded:
+        """Loads the networks, fetched if need be; keeps freed memory as a server does."""
+        device = available_device(self.device)
+        weights = load_weight_set(self.weights)
+        header = header_of(device, weights)
+        fetch_set(weights, progress=True)
+        tune_process(device)
+        return Loaded(device, weights, load_models(weights, device), header)
 
 
 class Serving(Measuring):
@@ -98,6 +117,21 @@ class Serving(Measuring):
     weights: Weights = None
     timeout_sec: float = Field(600.0, description="for each request")
     start_timeout_sec: float = Field(600.0, description="for the server to become ready")
+
+    def header(self) -> dict[str, Any]:
+        """The result's fields that are known before the server starts; fetches its weights."""
+        kind = server_kind(self.server)
+        weights = load_weight_set(self.weights)
+        if kind == "cog":
+            # An image serves weights of its own.
+            return header_of(available_device(None), None) | {"server": kind}
+        fetch_set(weights, progress=True)
+        return header_of(available_device(None), weights) | {"server": kind}
+
+    def start(self) -> AbstractContextManager[Server]:
+        """The server."""
+        kind = server_kind(self.server)
+        return running_server(self.port, kind=kind, weights=self.weights, deadline_s=self.start_timeout_sec)
 
 
 _Options = TypeVar("_Options", bound=Options)
@@ -152,47 +186,6 @@ def cases_of(patterns: Sequence[str], fidelity: float = DEFAULT_FIDELITY) -> dic
     return chosen
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """The networks to measure in this process, and the result's fields that are known before."""
-
-    device: torch.device
-    weights: WeightSet
-    models: Models
-    header: dict[str, Any]
-
-
-def load(options: InProcess) -> Loaded:
-    """Loads the networks that are asked for, fetched if need be; keeps freed memory as a server does."""
-    device = available_device(options.device)
-    weights = load_weight_set(options.weights)
-    header = header_of(device, weights)
-    fetch_set(weights, progress=True)
-    tune_process(device)
-    return Loaded(device, weights, load_models(weights, device), header)
-
-
-def server_header(options: Serving) -> dict[str, Any]:
-    """The fields of a result of requests that are known before the server starts; fetches its weights."""
-    kind = server_kind(options.server)
-    weights = load_weight_set(options.weights)
-    # An image serves weights of its own.
-    header = header_of(available_device(None), weights if kind == "direct" else None)
-    if kind == "direct":
-        fetch_set(weights, progress=True)
-    return header | {"server": kind}
-
-
-def server_of(options: Serving) -> AbstractContextManager[Server]:
-    """A server, started as the options say."""
-    return running_server(
-        options.port,
-        kind=server_kind(options.server),
-        weights=options.weights,
-        deadline_s=options.start_timeout_sec,
-    )
-
-
 def pictures_in(folder: Path) -> list[Path]:
     """A folder's pictures in numeric order: 2.jpg comes before 10.jpg.
 
@@ -238,7 +231,7 @@ def read_picture(file: Path) -> ImageU8:
         raise InputError(f"{file}: {cause}") from cause
 
 
-def describe_picture(file: Path) -> Picture:
+def described(file: Path) -> str:
     """A picture's name and size; raises InputError if it cannot be read, or is no usable picture."""
     height, width = read_picture(file).shape[:2]
-    return Picture(name=file.name, width=width, height=height)
+    return f"{file.name}, {width} x {height}"

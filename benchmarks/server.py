@@ -2,7 +2,6 @@
 
 import base64
 import contextlib
-import json
 import mimetypes
 import os
 import re
@@ -100,39 +99,51 @@ class Server:
     def url(self) -> str:
         return f"http://{HOST}:{self._port}"
 
-    def predict(self, inputs: Mapping[str, Any], timeout_s: float) -> Answer:
+    def predict(self, inputs: Mapping[str, Any], timeout_s: float, *, insist: bool = True) -> Answer:
         """Sends a request and waits for its answer; after a timeout, until the server is idle again.
 
-        A full server, which answers 409, is asked again. Raises BenchmarkError if the server has ended, or
-        does not finish a request that timed out. May be called from any thread.
+        A full server is asked again, unless `insist` is false: then its refusal is the answer. Raises
+        BenchmarkError if the server has ended, or does not finish a request that timed out. May be called
+        from any thread.
         """
-        deadline = time.monotonic() + _BUSY_S
-        while True:
-            answer = self.predict_once(inputs, timeout_s)
-            if FULL not in (answer.error or "") or time.monotonic() > deadline:
-                return answer
-            time.sleep(_POLL_S)
-
-    def predict_once(self, inputs: Mapping[str, Any], timeout_s: float) -> Answer:
-        """As `predict`, but a full server's refusal is the answer."""
         started = time.perf_counter()
         try:
-            reply = self._session.post(
-                f"{self.url}/predictions",
-                data=json.dumps({"input": dict(inputs)}).encode(),
-                headers={"Content-Type": "application/json"},
-                timeout=timeout_s,
-            )
+            reply, elapsed_ms = self._send("POST", "", inputs, timeout_s, insist=insist)
         except requests.Timeout:
             elapsed_ms = (time.perf_counter() - started) * 1e3
             self.wait_until_idle(max(timeout_s, _BUSY_S))
             return Answer(elapsed_ms, error=f"no answer within {timeout_s:g} s (--timeout-sec)")
         except requests.RequestException as cause:
             raise self._error(f"does not answer any more ({type(cause).__name__})") from cause
-        elapsed_ms = (time.perf_counter() - started) * 1e3
         if reply.status_code == 503:
             raise self._error("can serve no more")
         return Answer.read(reply, elapsed_ms)
+
+    def predict_as(self, name: str, inputs: Mapping[str, Any], timeout_s: float) -> str:
+        """Sends a request under a name it can be cancelled by; returns what became of it, in Cog's word.
+
+        May be called from any thread. Raises BenchmarkError if there is no proper answer.
+        """
+        try:
+            reply, _ = self._send("PUT", f"/{name}", inputs, timeout_s, insist=True)
+            return str(reply.json()["status"])
+        except (requests.RequestException, ValueError, KeyError) as cause:
+            raise self._error(f"gives no proper answer ({cause!r})") from cause
+
+    def _send(
+        self, method: str, name: str, inputs: Mapping[str, Any], timeout_s: float, *, insist: bool
+    ) -> tuple[requests.Response, float]:
+        """The answer to a request, and the milliseconds from sending it to the last byte."""
+        deadline = time.monotonic() + (_BUSY_S if insist else 0)
+        while True:
+            started = time.perf_counter()
+            reply = self._session.request(
+                method, f"{self.url}/predictions{name}", json={"input": dict(inputs)}, timeout=timeout_s
+            )
+            elapsed_ms = (time.perf_counter() - started) * 1e3
+            if reply.status_code != 409 or time.monotonic() >= deadline:
+                return reply, elapsed_ms
+            time.sleep(_POLL_S)
 
     @property
     def _session(self) -> requests.Session:
@@ -140,23 +151,6 @@ class Server:
         if not hasattr(self._sessions, "mine"):
             self._sessions.mine = direct_session()
         return cast("requests.Session", self._sessions.mine)
-
-    def predict_as(self, name: str, inputs: Mapping[str, Any], timeout_s: float) -> str:
-        """Sends a request under a name it can be cancelled by; returns what became of it, in Cog's word.
-
-        May be called from another thread. Raises BenchmarkError if there is no proper answer.
-        """
-        url = f"{self.url}/predictions/{name}"
-        deadline = time.monotonic() + _BUSY_S
-        try:
-            with direct_session() as session:
-                while True:
-                    reply = session.put(url, json={"input": dict(inputs)}, timeout=timeout_s)
-                    if reply.status_code != 409 or time.monotonic() > deadline:
-                        return str(reply.json()["status"])
-                    time.sleep(_POLL_S)
-        except (requests.RequestException, ValueError, KeyError) as cause:
-            raise self._error(f"gives no proper answer ({cause!r})") from cause
 
     def cancel(self, name: str) -> None:
         """Cancels a request, if it is still at work."""
@@ -166,10 +160,6 @@ class Server:
     def wait_until_started(self, limit_s: float) -> None:
         """Waits until a new server takes requests; raises BenchmarkError if it ends, fails or is late."""
         self._wait_for("READY", limit_s, "was not ready in time", every_s=_POLL_S)
-
-    def wait_until_busy(self, limit_s: float) -> None:
-        """Waits until the server is at work on a request of another thread; raises BenchmarkError."""
-        self._wait_for("BUSY", limit_s, "does not begin with a request")
 
     def wait_until_idle(self, limit_s: float) -> None:
         """Waits until the server takes requests again; raises BenchmarkError if it does not."""
