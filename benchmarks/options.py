@@ -36,17 +36,12 @@ DATA: Final = ROOT / "data"
 COMMITTED: Final = frozenset({"1.jpg", "2.jpg", "3.jpg", "4.jpg"})
 SUFFIXES: Final = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 _MODES: Final[list[Any]] = [("safe", "eager"), *(("optimized", backend) for backend in COMPILE_BACKENDS)]
-# Every sensible configuration by its label; in safe mode the backend is not used.
 _ALL: Final = [
-    Configuration(
-        runtime_profile=profile,
-        stability_mode=mode,
-        compile_backend=backend,
-        codeformer_fidelity=DEFAULT_FIDELITY,
-    )
+    Configuration(runtime_profile=profile, stability_mode=mode, compile_backend=backend)
     for profile in get_args(RuntimeProfile)
     for mode, backend in _MODES
 ]
+# Every sensible configuration by its label; in safe mode the backend is not used.
 CASES: Final = {case.label: case for case in _ALL}
 DEFAULT_CASES: Final = ("baseline/safe", "fast/optimized/none", "max_speed/optimized/none")
 
@@ -121,12 +116,12 @@ class Serving(Measuring):
     def header(self) -> dict[str, Any]:
         """The result's fields that are known before the server starts; fetches its weights."""
         kind = server_kind(self.server)
-        weights = load_weight_set(self.weights)
-        if kind == "cog":
-            # An image serves weights of its own.
-            return header_of(available_device(None), None) | {"server": kind}
-        fetch_set(weights, progress=True)
-        return header_of(available_device(None), weights) | {"server": kind}
+        # An image serves weights of its own.
+        weights = load_weight_set(self.weights) if kind == "direct" else None
+        header = header_of(available_device(None), weights) | {"server": kind}
+        if weights:
+            fetch_set(weights, progress=True)
+        return header
 
     def start(self) -> AbstractContextManager[Server]:
         """The server."""

@@ -12,7 +12,7 @@ from benchmarks.views import Chart, Section, Table, cells_of, is_table, notes_of
 from codeformer.engine.plan import ExecutionPlan, resolve_plan
 from codeformer.errors import BenchmarkError
 from codeformer.evaluation.machine import describe_machine
-from codeformer.options import CompileBackend, RuntimeProfile, StabilityMode
+from codeformer.options import DEFAULT_FIDELITY, CompileBackend, RuntimeProfile, StabilityMode
 from codeformer.weights.manifest import WeightSet
 
 PRICES: Final = Path(__file__).with_name("prices.json")
@@ -72,7 +72,7 @@ class Configuration(Model):
     runtime_profile: RuntimeProfile
     stability_mode: StabilityMode
     compile_backend: CompileBackend
-    codeformer_fidelity: Annotated[float, Field(ge=0, le=1)]
+    codeformer_fidelity: Annotated[float, Field(ge=0, le=1)] = DEFAULT_FIDELITY
 
     def __str__(self) -> str:
         return f"{self.label}, w = {self.codeformer_fidelity:g}"

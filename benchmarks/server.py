@@ -32,8 +32,7 @@ HOST: Final = "127.0.0.1"
 START_DEADLINE_S: Final = 600.0
 # How the answer of a server begins that takes no more requests at this moment.
 FULL: Final = "HTTP 409"
-_POLL_S: Final = 0.1
-_STATE_POLL_S: Final = 0.01
+_POLL_S: Final = 0.05
 _STOP_S: Final = 20.0
 # How long a failed request may keep the worker after its answer.
 _BUSY_S: Final = 30.0
@@ -61,7 +60,7 @@ class Answer:
             return cls(elapsed_ms, error=f"HTTP {reply.status_code}: {reply.text[:500]}")
         if reply.status_code == 200 and body.get("status") == "succeeded":
             pictures = [base64.b64decode(uri.partition(",")[2]) for uri in body.get("output") or ()]
-            return cls(elapsed_ms, _dotted(body.get("metrics") or {}), pictures)
+            return cls(elapsed_ms, dict(_dotted(body.get("metrics") or {})), pictures)
         error = body.get("error") or body.get("detail") or body
         return cls(elapsed_ms, error=f"HTTP {reply.status_code}: {error}")
 
@@ -70,15 +69,13 @@ class Answer:
         return replace(self, pictures=())
 
 
-def _dotted(nested: Mapping[str, Any]) -> dict[str, Any]:
+def _dotted(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """What Cog nests, by the names of the predictor, such as "timing.detect"."""
-    flat: dict[str, Any] = {}
     for name, value in nested.items():
         if isinstance(value, dict):
-            flat |= {f"{name}.{rest}": inner for rest, inner in _dotted(value).items()}
+            yield from _dotted(value, f"{prefix}{name}.")
         else:
-            flat[name] = value
-    return flat
+            yield f"{prefix}{name}", value
 
 
 class Server:
@@ -157,15 +154,10 @@ class Server:
         with direct_session() as session:
             session.post(f"{self.url}/predictions/{name}/cancel", timeout=_BUSY_S)
 
-    def wait_until_started(self, limit_s: float) -> None:
-        """Waits until a new server takes requests; raises BenchmarkError if it ends, fails or is late."""
-        self._wait_for("READY", limit_s, "was not ready in time", every_s=_POLL_S)
-
-    def wait_until_idle(self, limit_s: float) -> None:
-        """Waits until the server takes requests again; raises BenchmarkError if it does not."""
-        self._wait_for("READY", limit_s, "does not finish a request that timed out or was cancelled")
-
-    def _wait_for(self, wanted: str, limit_s: float, otherwise: str, every_s: float = _STATE_POLL_S) -> None:
+    def wait_until_idle(
+        self, limit_s: float, late: str = "does not finish a request that timed out or was cancelled"
+    ) -> None:
+        """Waits until the server takes requests; raises BenchmarkError if it ends, fails or is late."""
         state = "no answer"
         deadline = time.monotonic() + limit_s
         while time.monotonic() < deadline:
@@ -175,12 +167,12 @@ class Server:
             with contextlib.suppress(requests.RequestException, ValueError):
                 health = self._session.get(f"{self.url}/health-check", timeout=5).json()
                 state = str(health.get("status"))
+                if state == "READY":
+                    return
                 if state in _DEAD:
                     raise self._error(_DEAD[state], (health.get("setup") or {}).get("logs") or "")
-            if state == wanted:
-                return
-            time.sleep(every_s)
-        raise self._error(f"{otherwise} ({state})")
+            time.sleep(_POLL_S)
+        raise self._error(f"{late} ({state})")
 
     def _error(self, what: str, log: str = "") -> BenchmarkError:
         log = log.strip() or self._log.read_text(encoding="utf-8", errors="replace").strip()
@@ -190,15 +182,14 @@ class Server:
         """What the server's processes hold in memory now."""
         return float(sum(member.memory_info().rss for member in _family(self.pid))) / 2**20
 
-    def peak_memory_mib(self) -> tuple[float | None, str | None]:
-        """The most memory the server has held so far, and of what: the GPU or its processes."""
-        if self.kind == "cog":
-            return None, None
-        pids = [member.pid for member in _family(self.pid)]
-        if (gpu := _gpu_memory_mib(pids)) is not None:
+    def peak_memory_mib(self) -> tuple[float | None, Literal["server processes", "GPU"] | None]:
+        """The most memory the server has held so far, and of what; unknown of a container."""
+        pids = [] if self.kind == "cog" else [member.pid for member in _family(self.pid)]
+        if gpu := _gpu_memory_mib(pids):
             return gpu, "GPU"
-        peak = peak_resident_mib(pids)
-        return peak, None if peak is None else "server processes"
+        if peak := peak_resident_mib(pids):
+            return peak, "server processes"
+        return None, None
 
 
 @contextlib.contextmanager
@@ -237,7 +228,7 @@ def running_server(
         process = _start(kind, port, weights, log, temporary)
         server = Server(process, port, log, kind)
         try:
-            server.wait_until_started(deadline_s)
+            server.wait_until_idle(deadline_s, "was not ready in time")
             server.setup_s = time.monotonic() - started
             yield server
         finally:
@@ -360,14 +351,13 @@ def _family(pid: int) -> list[psutil.Process]:
     return []
 
 
-def _gpu_memory_mib(pids: Sequence[int]) -> float | None:
-    """What processes hold of an NVIDIA GPU, None without one; torch keeps what it once had."""
+def _gpu_memory_mib(pids: Sequence[int]) -> float:
+    """What processes hold of an NVIDIA GPU, 0 without one; torch keeps what it once had."""
     command = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
     try:
         lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout  # noqa: S603
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return 0.0
     # Where processes must not see each other's memory, the column holds words, and no line matches.
     rows = re.findall(r"^\s*(\d+)\s*,\s*([\d.]+)\s*$", lines, re.MULTILINE)
-    held = [float(memory) for pid, memory in rows if int(pid) in pids]
-    return sum(held) if held else None
+    return sum(float(memory) for pid, memory in rows if int(pid) in pids)

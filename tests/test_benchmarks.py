@@ -733,8 +733,7 @@ def nasa_to_face() -> np.ndarray:
     ("arguments", "said"),
     [
         ("--close-ups SCENES", "expected an aligned 512 px face, got"),
-        ("--scenes SCENES --detector SCENES/none.pth", "none.pth"),
-        ("--scenes SCENES --detector SCENES/1.png", "expected a checkpoint of RetinaFace"),
+        ("--scenes SCENES/none", "none: expected pictures"),
     ],
 )
 def test_faces_of_another_kind_are_refused(
@@ -882,7 +881,7 @@ def test_a_tenth_of_a_soak_is_bad_and_every_kind_comes_in_turn() -> None:
     assert plan.count(None) == 10
     assert requests.total() == 1000
     assert sum(requests[kind.name] for kind in soak.bad_requests()) == 100
-    good = [kind.name for kinds in soak.good_requests() for kind in kinds]
+    good = [kind.name for kind in soak.good_requests()]
     assert set(requests) == {*good, *(kind.name for kind in soak.bad_requests())}
     assert min(requests.values()) >= 10
 
@@ -952,7 +951,7 @@ def test_a_short_soak_finds_nothing_wrong_with_the_server(tiny_weights: Path, tm
     assert sum(found.requests.values()) == 30
     assert sum(found.cancelled.values()) == 2
     assert found.cancelled["canceled"] >= 1
-    assert list(found.resident_mib) == ["10", "30"]
+    assert list(found.resident_mib) == ["10", "25", "30"]
 
 
 @pytest.mark.slow

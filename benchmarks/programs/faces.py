@@ -5,10 +5,8 @@ look in an upright picture are taken for its faces, including its mistakes there
 pictures.
 """
 
-import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Final, Literal
@@ -39,7 +37,6 @@ from codeformer.imaging.geometry import (
     estimate_similarity,
     make_working_copy,
 )
-from codeformer.training.detector import load_teacher
 from data.make_pictures import LANDMARKS_XY
 
 # Up to this mean distance of its landmarks, in eye distances, a face is right. Of aligned faces the template
@@ -124,9 +121,6 @@ class Options(opt.InProcess):
     close_ups: Annotated[
         Path | None, Field(description=f"a folder of aligned {FACE_SIZE} px faces to cut close-ups from")
     ] = None
-    detector: Annotated[
-        Path | None, Field(description="RetinaFace mobile0.25 checkpoint, in place of the set's detector")
-    ] = None
     limit: opt.Limit = None
     crops: int = Field(3, ge=0, description="without faces, of each whole picture")
     seed: int = Field(0, ge=0, description="of these crops")
@@ -138,13 +132,7 @@ def measure(options: Options) -> Result:
     folders = {folder.resolve().name: opt.pictures_in(folder)[: options.limit] for folder in options.scenes}
     aligned = opt.pictures_in(options.close_ups)[: options.limit] if options.close_ups else []
     loaded = options.load()
-    models, weights = loaded.models, loaded.header["weights"]
-    if options.detector:
-        models = replace(models, detector=FaceDetector(load_teacher(options.detector).to(loaded.device)))
-        digest = hashlib.sha256(options.detector.read_bytes()).hexdigest()[:16]
-        name = f"{weights.name}, detector {options.detector.name}"
-        weights = weights.model_copy(update={"name": name, "sha256": weights.sha256 | {"detector": digest}})
-    judge = Judge(models.detector)
+    judge = Judge(loaded.models.detector)
     crops: list[ImageU8] = []
     rng = np.random.default_rng(options.seed)
     with torch_switches(cudnn_benchmark=False):
@@ -160,7 +148,7 @@ def measure(options: Options) -> Result:
         print(f"judged {len(aligned)} aligned faces, {list(map(len, folders.values()))} pictures")
         costs = {
             f"{kind}, {picture.shape[1]} x {picture.shape[0]}": _cost(
-                Pipeline(models, loaded.device), judge.looks, picture, options
+                Pipeline(loaded.models, loaded.device), judge.looks, picture, options
             )
             for kind, picture in _subjects()
         }
@@ -168,7 +156,7 @@ def measure(options: Options) -> Result:
         table: {label: Found(**counts) for label, counts in judge.sums[table].items()}
         for table in ("turned", "whole", "close_ups", "faceless")
     }
-    return Result.of(loaded.header | {"weights": weights}, options, **tables, costs=costs)
+    return Result.of(loaded.header, options, **tables, costs=costs)
 
 
 class Judge:

@@ -28,7 +28,7 @@ from codeformer.evaluation import metrics
 from codeformer.evaluation.degradation import HEAVY, MILD, MODERATE, DegradationRange
 from codeformer.evaluation.machine import NOT_INSTALLED
 from codeformer.imaging.files import ImageU8
-from codeformer.imaging.geometry import align_faces, crop_face, make_working_copy
+from codeformer.imaging.geometry import crop_face
 
 PRECISIONS: Final = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEGRADATIONS: Final[dict[str, DegradationRange]] = {"mild": MILD, "moderate": MODERATE, "heavy": HEAVY}
@@ -126,10 +126,10 @@ def measure(options: Options) -> Result:
     for index, picture in enumerate(clean):
         rng = np.random.default_rng((options.seed, index))
         degraded.append(DEGRADATIONS[options.degradation].sample(rng).apply(picture, rng))
-    crops = _crops(models.detector, degraded) if against else []
-    codes = {name: _codes(models, case, crops, device) for name, case in cases.items() if crops}
     restored: list[Restored] = []
     deviations: list[Deviation] = []
+    crops: list[ImageU8] = []
+    codes: dict[str, torch.Tensor] = {}
     for fidelity in options.fidelities:
         outputs: dict[str, list[ImageU8]] = {}
         for name, configuration in opt.cases_of(list(cases), fidelity).items():
@@ -142,12 +142,20 @@ def measure(options: Options) -> Result:
             faces = sum(len(result.faces) for result in results)
             found = scores(outputs[name], clean, boxes)
             restored.append(Restored(configuration=configuration, scores=found, faces=faces))
+            if name == against:
+                reference = configuration
+                crops = [
+                    crop_face(picture, face.picture_to_face)
+                    for picture, result in zip(degraded, results, strict=True)
+                    for face in result.faces
+                ]
+            if against and crops and name not in codes:
+                codes[name] = _codes(models, configuration, crops, device)
             if against and name != against:
                 deviation = _deviation(outputs[name], outputs[against])
                 if codes:
                     equal = (codes[name] == codes[against]).double().mean()
                     deviation["equal_codes"] = round(float(equal), 6)
-                reference = restored[-len(outputs)].configuration
                 deviations.append(Deviation(configuration=configuration, against=reference, **deviation))
             print(f"measured {configuration}")
     return Result.of(
@@ -198,17 +206,6 @@ def _deviation(ours: Sequence[ImageU8], theirs: Sequence[ImageU8]) -> dict[str, 
         "mean_levels": round(float(np.mean([difference.mean() for difference in levels])), 5),
         "psnr_db": round(float(np.mean([metrics.psnr_db(a, b) for a, b in pairs])), 3),
     }
-
-
-def _crops(detector: FaceDetector, pictures: Sequence[ImageU8]) -> list[ImageU8]:
-    """The aligned faces of all pictures, (512, 512, 3) uint8 BGR each."""
-    crops = []
-    for working in map(make_working_copy, pictures):
-        with torch_switches(cudnn_benchmark=False):
-            [found] = detector.detect([working.image_bgr])
-        faces, _ = align_faces(working, found)
-        crops += [crop_face(working.image_bgr, face.working_to_face) for face in faces]
-    return crops
 
 
 def _codes(

@@ -5,10 +5,9 @@ nothing yet, and done nothing but its warm-up in safe mode. `best_cold` answers 
 the ones that follow, both by the median. With several `--starts` the configurations take turns.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from pydantic import Field
 
@@ -21,9 +20,7 @@ from codeformer.options import DEFAULT_FIDELITY
 
 
 class Case(Model):
-    """What one configuration's servers did; times are None where every start failed. Its memory is the most
-    that any of them held.
-    """
+    """What one configuration's servers did, None where every start failed; the most memory that any held."""
 
     configuration: Configuration
     errors: list[str]
@@ -63,30 +60,28 @@ class Options(opt.Serving):
     repeats: opt.Repeats = 5
 
 
-@dataclass(frozen=True)
-class Starts:
-    """What the servers of one configuration did so far."""
+class Start(NamedTuple):
+    """One server's life: when it was ready, its answers but those of the warm-up, and its memory."""
 
-    setup_s: list[float] = field(default_factory=list)
-    cold: list[Answer] = field(default_factory=list)
-    warm: list[Answer] = field(default_factory=list)
-    memory: list[tuple[float | None, str | None]] = field(default_factory=list)
-    errors: list[str] = field(default_factory=list)
+    setup_s: float
+    answers: list[Answer]
+    memory: tuple[float | None, Literal["server processes", "GPU"] | None]
 
 
 def measure(options: Options) -> Result:
     header = options.header()
     image = opt.described(options.image)
     chosen = opt.cases_of(options.cases, options.codeformer_fidelity)
-    starts = {name: Starts() for name in chosen}
+    starts: dict[str, list[Start]] = {name: [] for name in chosen}
+    errors: dict[str, list[str]] = {name: [] for name in chosen}
     for turn in range(options.starts):
         for name in rotated(list(chosen), turn):
             try:
-                _start_once(chosen[name], options, starts[name])
+                starts[name].append(_start_once(chosen[name], options))
             except BenchmarkError as failure:
-                starts[name].errors.append(str(failure))
-            print(f"{name}: measured {len(starts[name].warm)} warm requests")
-    cases = {name: _case_of(chosen[name], starts[name]) for name in chosen}
+                errors[name].append(str(failure))
+            print(f"{name}: measured start {turn + 1} of {options.starts}")
+    cases = {name: _case_of(chosen[name], starts[name], errors[name]) for name in chosen}
     good = {name: case for name, case in cases.items() if not case.errors}
     best = {
         times: min(good, key=lambda name: getattr(good[name], times).p50, default=None)
@@ -97,33 +92,30 @@ def measure(options: Options) -> Result:
     )
 
 
-def _start_once(configuration: Configuration, options: Options, found: Starts) -> None:
-    """Setup, the first request, those of the warm-up, those that count; ends at the first failure."""
+def _start_once(configuration: Configuration, options: Options) -> Start:
+    """Setup, the first request, those of the warm-up, those that count; raises the first failure."""
     inputs = {"images": [as_input(options.image)], **configuration.model_dump()}
-    warm_up: list[Answer] = []
+    answers = []
     with options.start() as server:
-        found.setup_s.append(server.setup_s)
-        phases = ((found.cold, 1), (warm_up, options.warmup), (found.warm, options.repeats))
-        for answers, count in phases:
-            for _ in range(count):
-                answer = server.predict(inputs, options.timeout_sec)
-                if answer.error is not None:
-                    raise BenchmarkError(answer.error)
-                answers.append(answer.without_pictures())
-        found.memory.append(server.peak_memory_mib())
+        for _ in range(1 + options.warmup + options.repeats):
+            answer = server.predict(inputs, options.timeout_sec)
+            if answer.error is not None:
+                raise BenchmarkError(answer.error)
+            answers.append(answer.without_pictures())
+        return Start(server.setup_s, answers[:1] + answers[1 + options.warmup :], server.peak_memory_mib())
 
 
-def _case_of(configuration: Configuration, starts: Starts) -> Case:
-    memory_mib, memory_of = max(starts.memory, key=lambda memory: memory[0] or 0.0, default=(None, None))
-    return Case.model_validate(
-        {
-            "configuration": configuration,
-            "errors": starts.errors,
-            "peak_memory_mib": memory_mib,
-            "peak_memory_of": memory_of,
-            "setup_s": Summary.of_any(starts.setup_s),
-            "cold_ms": Summary.of_any([answer.elapsed_ms for answer in starts.cold]),
-            "warm_ms": Summary.of_any([answer.elapsed_ms for answer in starts.warm]),
-            "stages_ms": stage_times([answer.metrics for answer in starts.warm]),
-        }
+def _case_of(configuration: Configuration, starts: Sequence[Start], errors: list[str]) -> Case:
+    warm = [answer for start in starts for answer in start.answers[1:]]
+    memories = [start.memory for start in starts]
+    memory_mib, memory_of = max(memories, key=lambda memory: memory[0] or 0.0, default=(None, None))
+    return Case(
+        configuration=configuration,
+        errors=errors,
+        peak_memory_mib=memory_mib,
+        peak_memory_of=memory_of,
+        setup_s=Summary.of_any([start.setup_s for start in starts]),
+        cold_ms=Summary.of_any([start.answers[0].elapsed_ms for start in starts]),
+        warm_ms=Summary.of_any([answer.elapsed_ms for answer in warm]),
+        stages_ms=stage_times([answer.metrics for answer in warm]),
     )

@@ -13,6 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
@@ -121,59 +122,55 @@ def measure(options: Options) -> Result:
     if options.settled >= options.requests:
         raise InputError(f"--settled: expected a number below {options.requests}, the number of --requests.")
     header = header_of(available_device(None), load_weight_set(options.weights))
-    with tempfile.TemporaryDirectory(prefix="codeformer-soak-") as folder:
-        temporary = Path(folder)
-        with running_server(
-            options.port, kind="direct", weights=options.weights, temporary=temporary
-        ) as server:
-            found = _send_all(server, temporary, options)
-        files_left = sorted(str(path.relative_to(temporary)) for path in temporary.rglob("*"))
-    return Result.of(header, options, **found, files_left=files_left)
-
-
-def _send_all(server: Server, temporary: Path, options: Options) -> dict[str, Any]:
-    """Sends the requests, from several clients at a time; the fields of the result that come of it."""
-    [long_request] = next(kinds for kinds in good_requests() if kinds[0].name == _CANCELLED)
+    to_cancel = next(kind for kind in good_requests() if kind.name == _CANCELLED)
+    after_s = cycle(_CANCEL_AFTER_S)
     requests: Counter[str] = Counter()
     cancelled: Counter[str] = Counter()
     faults = []
     times_ms: defaultdict[str, list[float]] = defaultdict(list)
     resident_mib: dict[str, float] = {}
     most_files = 0
-    after_s = cycle(_CANCEL_AFTER_S)
 
-    def send(kind: Kind | None) -> Answer | str:
+    def send(server: Server, kind: Kind | None) -> Answer | str:
         if kind is None:
-            return _cancel(server, long_request, next(after_s))
+            return _cancel(server, to_cancel, next(after_s))
         return server.predict(kind.inputs, _TIMEOUT_S)
 
-    plan = make_plan(options.requests, options.cancelled)
-    with ThreadPoolExecutor(options.clients) as pool:
-        for kind, answer in zip(plan, pool.map(send, plan), strict=True):
-            if kind is None or isinstance(answer, str):
-                cancelled[str(answer)] += 1
-                continue
-            requests[kind.name] += 1
-            served = requests.total()
-            if fault := kind.fault_of(answer):
-                faults.append(f"request {served}, {kind.name}: {fault}")
-            elif not kind.error:
-                times_ms[kind.name].append(answer.elapsed_ms)
-            since_settled = served - options.settled
-            if served == options.requests or (since_settled >= 0 and since_settled % _EVERY == 0):
-                resident_mib[str(served)] = round(server.resident_mib(), 1)
-            if served % _EVERY == 0:
+    with tempfile.TemporaryDirectory(prefix="codeformer-soak-") as folder:
+        temporary = Path(folder)
+        starting = running_server(options.port, kind="direct", weights=options.weights, temporary=temporary)
+        with starting as server, ThreadPoolExecutor(options.clients) as pool:
+            plan = make_plan(options.requests, options.cancelled)
+            for kind, answer in zip(plan, pool.map(partial(send, server), plan), strict=True):
+                if kind is None or isinstance(answer, str):
+                    cancelled[str(answer)] += 1
+                    continue
+                requests[kind.name] += 1
+                served = requests.total()
+                if fault := kind.fault_of(answer):
+                    faults.append(f"request {served}, {kind.name}: {fault}")
+                elif not kind.error:
+                    times_ms[kind.name].append(answer.elapsed_ms)
+                if served % _EVERY and served not in {options.settled, options.requests}:
+                    continue
+                resident = server.resident_mib()
+                if served >= options.settled:
+                    resident_mib[str(served)] = round(resident, 1)
                 files = sum(path.is_file() for path in temporary.rglob("*"))
                 most_files = max(most_files, files)
-                print(f"{served}: {server.resident_mib():.0f} MiB, {files} files, {len(faults)} faults")
-    return {
-        "requests": dict(requests),
-        "cancelled": dict(cancelled),
-        "faults": faults,
-        "times_ms": {name: Summary.of(values) for name, values in times_ms.items()},
-        "resident_mib": resident_mib,
-        "most_files": most_files,
-    }
+                print(f"{served}: {resident:.0f} MiB, {files} files, {len(faults)} faults")
+        files_left = sorted(str(path.relative_to(temporary)) for path in temporary.rglob("*"))
+    return Result.of(
+        header,
+        options,
+        requests=dict(requests),
+        cancelled=dict(cancelled),
+        faults=faults,
+        times_ms={name: Summary.of(values) for name, values in times_ms.items()},
+        resident_mib=resident_mib,
+        most_files=most_files,
+        files_left=files_left,
+    )
 
 
 def _cancel(server: Server, kind: Kind, after_s: float) -> str:
@@ -196,17 +193,17 @@ def _cancel(server: Server, kind: Kind, after_s: float) -> str:
 
 def make_plan(requests: int, cancelled: int) -> list[Kind | None]:
     """The requests in order, None for one to be cancelled; one of `BAD_SHARE` of the others is bad."""
-    bad, good = cycle(bad_requests()), cycle([cycle(variants) for variants in good_requests()])
+    bad, good = cycle(bad_requests()), cycle(good_requests())
     plan: list[Kind | None] = [
-        next(bad) if number % BAD_SHARE == BAD_SHARE - 1 else next(next(good)) for number in range(requests)
+        next(bad if number % BAD_SHARE == BAD_SHARE - 1 else good) for number in range(requests)
     ]
     plan += [None] * cancelled
     random.Random(0).shuffle(plan)  # noqa: S311
     return plan
 
 
-def good_requests() -> list[list[Kind]]:
-    """Requests that have to succeed: variants of each kind."""
+def good_requests() -> list[Kind]:
+    """Requests that have to succeed, each kind in turn."""
     portrait = decode_image((SAMPLES / "1.jpg").read_bytes())
     small = np.asarray(cv2.resize(portrait, (200, 260), interpolation=cv2.INTER_AREA), dtype=np.uint8)
     grey: Any = np.repeat(cv2.cvtColor(small, cv2.COLOR_BGR2GRAY)[:, :, None], 3, axis=2)
@@ -223,7 +220,7 @@ def good_requests() -> list[list[Kind]]:
         _request(_CANCELLED, [small, plain, grey, small], 3, runtime_profile="fast", **optimized),
         _request("w = 0", [small], 1, codeformer_fidelity=0.0),
     ]
-    return [growing, *([kind] for kind in steady)]
+    return [kind for one in growing for kind in (one, *steady)]
 
 
 def bad_requests() -> list[Kind]:
