@@ -24,9 +24,9 @@ from benchmarks.server import ROOT, Server, running_server, server_kind
 from codeformer.engine.models import Models, load_models
 from codeformer.engine.plan import available_device
 from codeformer.errors import InputError
-from codeformer.imaging.files import ImageU8, decode_image
 from codeformer.options import COMPILE_BACKENDS, DEFAULT_FIDELITY, RuntimeProfile
 from codeformer.process import tune_process
+from codeformer.training.faces import pictures_in, read_photograph
 from codeformer.weights.download import fetch_set
 from codeformer.weights.manifest import WeightSet, load_weight_set
 from data.make_pictures import COUNT, draw, encode, plan
@@ -34,7 +34,6 @@ from data.make_pictures import COUNT, draw, encode, plan
 DATA: Final = ROOT / "data"
 # The pictures that are part of the repository.
 COMMITTED: Final = frozenset({"1.jpg", "2.jpg", "3.jpg", "4.jpg"})
-SUFFIXES: Final = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 _MODES: Final[list[Any]] = [("safe", "eager"), *(("optimized", backend) for backend in COMPILE_BACKENDS)]
 _ALL: Final = [
     Configuration(runtime_profile=profile, stability_mode=mode, compile_backend=backend)
@@ -181,19 +180,18 @@ def cases_of(patterns: Sequence[str], fidelity: float = DEFAULT_FIDELITY) -> dic
     return chosen
 
 
-def pictures_in(folder: Path) -> list[Path]:
+def pictures_of(folder: Path) -> list[Path]:
     """A folder's pictures in numeric order: 2.jpg comes before 10.jpg.
 
     Raises:
         InputError: there are none.
     """
-    files = [file for file in folder.glob("*") if file.suffix.lower() in SUFFIXES and file.is_file()]
-    if not files:
-        raise InputError(f"{folder}: expected pictures ({', '.join(SUFFIXES)}), found none; see `make data`.")
-    # Numbers of the same length sort as text.
-    return sorted(
-        files, key=lambda file: re.sub(r"\d+", lambda digits: digits[0].zfill(20), file.name.lower())
-    )
+
+    def as_numbers(file: Path) -> str:
+        # Numbers of the same length sort as text.
+        return re.sub(r"\d+", lambda digits: digits[0].zfill(20), file.name.lower())
+
+    return sorted(pictures_in(folder), key=as_numbers)
 
 
 def benchmark_pictures(folder: Path) -> list[Path]:
@@ -202,7 +200,7 @@ def benchmark_pictures(folder: Path) -> list[Path]:
     Raises:
         InputError: there are none.
     """
-    files = pictures_in(folder)
+    files = pictures_of(folder)
     if folder.resolve() != DATA or {file.name for file in files} != COMMITTED:
         return files
     print(f"data/ holds {len(files)} pictures: making the other {COUNT - len(files)} (as `make data` does)")
@@ -213,20 +211,10 @@ def benchmark_pictures(folder: Path) -> list[Path]:
             file.write_bytes(encode(draw(plan(int(file.stem))), clean=False))
         for file in made:
             shutil.move(file, DATA / file.name)
-    return pictures_in(folder)
-
-
-def read_picture(file: Path) -> ImageU8:
-    """A picture (H, W, 3) uint8 BGR; raises InputError if it cannot be read, or is no usable picture."""
-    try:
-        return decode_image(file.read_bytes())
-    except OSError as cause:
-        raise InputError(f"{file}: cannot be read ({cause.strerror}).") from cause
-    except InputError as cause:
-        raise InputError(f"{file}: {cause}") from cause
+    return pictures_of(folder)
 
 
 def described(file: Path) -> str:
     """A picture's name and size; raises InputError if it cannot be read, or is no usable picture."""
-    height, width = read_picture(file).shape[:2]
+    height, width = read_photograph(file).shape[:2]
     return f"{file.name}, {width} x {height}"

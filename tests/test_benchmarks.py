@@ -139,7 +139,7 @@ def test_peak_memory_sees_what_was_freed_again() -> None:
 def test_pictures_come_in_numeric_order(tmp_path: Path) -> None:
     for name in ("10.jpg", "9.jpg", "1.jpg", "b2.png", "b10.png", "notes.txt"):
         (tmp_path / name).write_bytes(b"x")
-    found = [file.name for file in options.pictures_in(tmp_path)]
+    found = [file.name for file in options.pictures_of(tmp_path)]
     assert found == ["1.jpg", "9.jpg", "10.jpg", "b2.png", "b10.png"]
 
 

@@ -24,7 +24,7 @@ from codeformer.engine.detector import FaceDetector, resize_for_detection
 from codeformer.engine.finder import FaceFinder, FoundFaces
 from codeformer.engine.pipeline import Pipeline
 from codeformer.engine.plan import torch_switches
-from codeformer.errors import BenchmarkError, InputError
+from codeformer.errors import BenchmarkError
 from codeformer.imaging.files import ImageU8
 from codeformer.imaging.geometry import (
     FACE_SIZE,
@@ -37,6 +37,7 @@ from codeformer.imaging.geometry import (
     estimate_similarity,
     make_working_copy,
 )
+from codeformer.training.faces import read_face, read_photograph
 from data.make_pictures import LANDMARKS_XY
 
 # Up to this mean distance of its landmarks, in eye distances, a face is right. Of aligned faces the template
@@ -129,8 +130,8 @@ class Options(opt.InProcess):
 
 
 def measure(options: Options) -> Result:
-    folders = {folder.resolve().name: opt.pictures_in(folder)[: options.limit] for folder in options.scenes}
-    aligned = opt.pictures_in(options.close_ups)[: options.limit] if options.close_ups else []
+    folders = {folder.resolve().name: opt.pictures_of(folder)[: options.limit] for folder in options.scenes}
+    aligned = opt.pictures_of(options.close_ups)[: options.limit] if options.close_ups else []
     loaded = options.load()
     judge = Judge(loaded.models.detector)
     crops: list[ImageU8] = []
@@ -140,7 +141,7 @@ def measure(options: Options) -> Result:
             judge.close_ups(file)
         for folder, files in folders.items():
             for file in files:
-                picture = opt.read_picture(file)
+                picture = read_photograph(file)
                 crops += crops_outside(judge.scene(folder, picture), picture, options.crops, rng)
         for kind, pictures in (("crops", crops), ("scikit-image", map(_skimage_picture, FACELESS))):
             for picture in pictures:
@@ -203,9 +204,7 @@ class Judge:
 
     def close_ups(self, file: Path) -> None:
         """Judges central crops of an aligned face; raises InputError for any other picture."""
-        aligned = opt.read_picture(file)
-        if aligned.shape[:2] != (FACE_SIZE, FACE_SIZE):
-            raise InputError(f"{file}: expected an aligned {FACE_SIZE} px face, got {aligned.shape[:2]}.")
+        aligned = read_face(file)
         for part in CLOSE_UPS:
             picture, corner_xy = close_up_of(aligned, part)
             self.add({"close_ups": f"{part:g}"}, picture, [FFHQ_TEMPLATE_XY - corner_xy], RIGHT_TO_TEMPLATE)

@@ -29,6 +29,7 @@ from codeformer.evaluation.degradation import HEAVY, MILD, MODERATE, Degradation
 from codeformer.evaluation.machine import NOT_INSTALLED
 from codeformer.imaging.files import ImageU8
 from codeformer.imaging.geometry import crop_face
+from codeformer.training.faces import read_photograph
 
 PRECISIONS: Final = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEGRADATIONS: Final[dict[str, DegradationRange]] = {"mild": MILD, "moderate": MODERATE, "heavy": HEAVY}
@@ -116,11 +117,11 @@ def measure(options: Options) -> Result:
         raise InputError(f"--against {against}: expected one of {', '.join(opt.CASES)}.")
     # The one that the others are compared with comes first.
     cases = opt.cases_of([against, *options.cases] if against else options.cases)
-    files = opt.pictures_in(options.reference)[: options.limit]
+    files = opt.pictures_of(options.reference)[: options.limit]
     loaded = options.load()
     device = loaded.device
     models = with_official_sizes(loaded.models, device) if options.official_size else loaded.models
-    clean = [opt.read_picture(file) for file in files]
+    clean = [read_photograph(file) for file in files]
     boxes = [_face_boxes(models.detector, picture) for picture in clean]
     degraded = []
     for index, picture in enumerate(clean):
