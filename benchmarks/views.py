@@ -31,11 +31,14 @@ class Table:
 
     @property
     def columns(self) -> list[tuple[bool, list[str]]]:
-        """Each column's title and cells, empty where a row lacks it, and whether they are numbers."""
+        """Each column's title and cells, empty where a row lacks it, and whether they are numbers.
+
+        Labels, whose column has no title, are none.
+        """
         titles = dict.fromkeys(title for row in self.rows for title in row)
         columns = {title: [row.get(title, "") for row in self.rows] for title in titles}
         return [
-            (all(cell[:1] in "-0123456789" for cell in cells), [title, *cells])
+            (bool(title) and all(cell[:1] in "-0123456789" for cell in cells), [title, *cells])
             for title, cells in columns.items()
             if set(cells) - {"", "-"}
         ]

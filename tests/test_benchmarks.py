@@ -28,7 +28,7 @@ from skimage.metrics import peak_signal_noise_ratio
 
 from benchmarks import options, runner
 from benchmarks.measure import Samples, Summary, interleave, rotated, timings_of
-from benchmarks.programs import faces, full_size, quality, requests, soak, stages
+from benchmarks.programs import faces, full_size, parts, quality, requests, soak, stages
 from benchmarks.results import PRICES, PROGRAMS, Device, Prices, read_model
 from benchmarks.runner import TOOLS, main, read_report, run
 from benchmarks.server import Answer, as_input, check_port, running_server
@@ -39,6 +39,7 @@ from codeformer.errors import BenchmarkError
 from codeformer.evaluation import metrics
 from codeformer.imaging.files import encode_jpeg
 from codeformer.imaging.geometry import FFHQ_TEMPLATE_XY, crop_face, estimate_similarity
+from codeformer.networks.retinaface import build_retinaface
 from codeformer.weights.manifest import load_weight_set
 from data.make_pictures import LANDMARKS_XY, draw, encode, plan
 from tests import pictures
@@ -543,6 +544,20 @@ def test_parts_are_compared_with_upstreams_way(tiny_weights: Path, tmp_path: Pat
     assert ours.ms.count == upstreams.ms.count == 2
     assert result.groups["start"]["import of predict"].ms.count == 3
     assert upstreams.to_first.p50 == pytest.approx(upstreams.ms.p50 / ours.ms.p50, rel=0.5)
+
+
+@torch.inference_mode()
+def test_the_forms_of_a_network_compute_the_same() -> None:
+    torch.manual_seed(0)
+    network = build_retinaface("mobile0.25").eval()
+    calls = parts.forms_of(network, torch.randn(1, 3, 64, 96))
+    expected = calls.pop("as published")()
+    assert len(calls) == 4
+    for form, call in calls.items():
+        for ours, theirs in zip(call(), expected, strict=True):
+            in_half = form.endswith("16")
+            assert ours.dtype == (theirs.dtype if not in_half else getattr(torch, form.split(", ")[1])), form
+            torch.testing.assert_close(ours.float(), theirs, rtol=0, atol=0.1 if in_half else 1e-4)
 
 
 @torch.inference_mode()
