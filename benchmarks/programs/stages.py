@@ -133,9 +133,9 @@ def measure(options: Options) -> Result:
     loaded = options.load()
     device = loaded.device
     models = with_official_sizes(loaded.models, device) if options.official_size else loaded.models
-    dtypes = {each.plan(device).half_dtype or torch.float32 for each in configurations.values()}
+    dtypes = [each.plan(device).half_dtype or torch.float32 for each in configurations.values()]
     with torch_switches(cudnn_benchmark=True):
-        ceilings = measure_ceilings(device, {torch.float32, *dtypes})
+        ceilings = measure_ceilings(device, dict.fromkeys([torch.float32, *dtypes]))
     # A pipeline each: a process may use one compile backend, and these are compared.
     pipelines = {name: Pipeline(models, device) for name in configurations}
     own_mib, least = _weights_mib(models), models.optimized("eager")
