@@ -39,11 +39,12 @@ from codeformer.errors import BenchmarkError
 from codeformer.evaluation import metrics
 from codeformer.imaging.files import encode_jpeg
 from codeformer.imaging.geometry import FFHQ_TEMPLATE_XY, crop_face, estimate_similarity
+from codeformer.networks.gfpgan import GFPGANv1Clean
 from codeformer.networks.retinaface import build_retinaface
 from codeformer.weights.manifest import load_weight_set
 from data.make_pictures import LANDMARKS_XY, draw, encode, plan
 from tests import pictures
-from tests.conftest import CPU
+from tests.conftest import CPU, TINY_GFPGAN_CONFIG
 from tests.shared import ROOT
 
 COMMITTED = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
@@ -546,18 +547,24 @@ def test_parts_are_compared_with_upstreams_way(tiny_weights: Path, tmp_path: Pat
     assert upstreams.to_first.p50 == pytest.approx(upstreams.ms.p50 / ours.ms.p50, rel=0.5)
 
 
+@pytest.mark.parametrize(
+    ("build", "side"),
+    [
+        (lambda: build_retinaface("mobile0.25"), 96),
+        (lambda: GFPGANv1Clean(out_size=64, **TINY_GFPGAN_CONFIG), 64),
+    ],
+    ids=["detector", "gfpgan"],
+)
 @torch.inference_mode()
-def test_the_forms_of_a_network_compute_the_same() -> None:
+def test_the_forms_of_a_network_compute_the_same(build: Any, side: int) -> None:
     torch.manual_seed(0)
-    network = build_retinaface("mobile0.25").eval()
-    calls = parts.forms_of(network, torch.randn(1, 3, 64, 96))
-    expected = calls.pop("as published")()
-    assert len(calls) == 4
-    for form, call in calls.items():
-        for ours, theirs in zip(call(), expected, strict=True):
-            in_half = form.endswith("16")
-            assert ours.dtype == (theirs.dtype if not in_half else getattr(torch, form.split(", ")[1])), form
-            torch.testing.assert_close(ours.float(), theirs, rtol=0, atol=0.1 if in_half else 1e-4)
+    calls = parts.forms_of(build().eval(), torch.rand(1, 3, side, side) * 2 - 1)
+    expected = calls.pop("as published")()[0]
+    half, channels_last, rewritten, rewritten_half = (call()[0] for call in calls.values())
+    torch.testing.assert_close(channels_last, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(rewritten, expected, rtol=1e-4, atol=1e-4)
+    for rounded in (half, rewritten_half):
+        assert 1e-5 < float((rounded.float() - expected).norm() / expected.norm()) < 0.05
 
 
 @torch.inference_mode()

@@ -18,6 +18,7 @@ import cv2
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import convert_conv2d_weight_memory_format
 
 from benchmarks import options as opt
 from benchmarks.full_frame import paste_full_frame
@@ -180,7 +181,8 @@ def forms_of(network: Any, x: Tensor) -> dict[str, Call]:
     """A network as published and as the profiles use it."""
     half = half_dtype_of(x.device) or torch.bfloat16
     in_half = f", {half}".replace("torch.", "")
-    channels_last = copy.deepcopy(network).to(memory_format=torch.channels_last)
+    # GFPGAN's kernels with five dimensions have no such layout.
+    channels_last = convert_conv2d_weight_memory_format(copy.deepcopy(network), torch.channels_last)
     rewritten = for_inference(network)
     x_last = x.contiguous(memory_format=torch.channels_last)
     return {
