@@ -116,6 +116,10 @@ def test_a_failed_request_leaves_its_round_and_its_pair_out() -> None:
     assert profiles[1].per_request
     assert (profiles[1].per_request.count, profiles[1].per_request.max) == (3, 15)
     assert [profile.failures for profile in profiles] == [{"1.jpg: no": 2}, {"1.jpg: no": 1}]
+    # Where several clients sent them, a round takes what the clock says.
+    together = requests.profile_of(case, first, warmup=1, walls_ms=[80.0, 17.0, 40.0]).round_totals
+    assert together
+    assert (together.count, together.avg) == (1, 17)
     # Request by request: a slow minute hits both, and the ratio does not see it.
     ratio = requests.ratios({"first": first[1:], "second": second[1:]})["second"]
     assert (ratio.count, ratio.min, ratio.p50, ratio.max) == (2, 0.25, 0.375, 0.5)
@@ -406,6 +410,19 @@ def test_a_run_reports_rounds_requests_and_images(
     assert written["per_request"]["p95"] > 0
     printed = capsys.readouterr().out
     assert all(name in printed for name in ("p95", "round totals", "per request", "per image", "per second"))
+
+
+@pytest.mark.slow
+def test_two_clients_at_a_time_take_no_longer_than_their_requests(
+    folder: Path, blind_weights: Path, tmp_path: Path
+) -> None:
+    arguments = ["--image-dir", folder, "--profiles", "baseline", "--concurrency", 2, "--warmup", 0]
+    status, result = served("requests", blind_weights, *arguments, output=tmp_path / "out.json")
+    assert status == 0
+    profile = result.profiles["baseline"]
+    assert (result.concurrency, profile.per_request.count, profile.round_totals.count) == (2, 9, 3)
+    # Requests that are sent one after another take their sum.
+    assert profile.round_totals.avg * 3 < profile.per_request.avg * 9
 
 
 @pytest.mark.slow

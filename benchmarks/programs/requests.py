@@ -5,9 +5,12 @@ and images, where the server spent its time, and what failed. Profiles take turn
 Without pictures of your own it measures those of data/, and makes the missing ones first.
 """
 
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Literal, Self, get_args
@@ -51,6 +54,7 @@ class Result(ServedReport):
 
     kind: Literal["requests"] = "requests"
     batch_size: Annotated[int, Field(ge=1, le=4)]
+    concurrency: Annotated[int, Field(ge=1)] = 1
     images: Annotated[list[str], Field(min_length=1)]
     setup_s: Amount
     profiles: dict[str, Profile]
@@ -79,6 +83,7 @@ class Options(opt.Serving):
     stability_mode: StabilityMode = "safe"
     compile_backend: CompileBackend = "eager"
     codeformer_fidelity: opt.Fidelity = DEFAULT_FIDELITY
+    concurrency: int = Field(1, ge=1, description="clients that send requests at the same time")
     warmup: opt.Warmup = 1
     repeats: opt.Repeats = 3
 
@@ -124,18 +129,28 @@ def measure(options: Options) -> Result:
     ]
     sent: dict[str, list[list[Sent]]] = {name: [] for name in configurations}
     rounds = options.warmup + options.repeats
+    walls_ms: dict[str, list[float]] = {name: [] for name in configurations}
     with options.start() as server:
+
+        def send(name: str, batch: Sequence[Path]) -> Sent:
+            inputs = configurations[name].model_dump() | {"images": [encoded[file] for file in batch]}
+            return Sent(batch, server.predict(inputs, options.timeout_sec).without_pictures())
+
         print(f"server ready after {server.setup_s:.1f} s ({server.kind}); {len(files)} images")
         for turn in range(rounds):
             for answers in sent.values():
                 answers.append([])
-            for number, batch in enumerate(batches):
-                images = {"images": [encoded[file] for file in batch]}
-                # In turns within a round, too: the first to see a picture pays for its size.
-                for name in rotated(list(sent), turn + number):
-                    inputs = configurations[name].model_dump() | images
-                    answer = server.predict(inputs, options.timeout_sec)
-                    sent[name][-1].append(Sent(batch, answer.without_pictures()))
+            if options.concurrency > 1:
+                for name in rotated(list(sent), turn):
+                    started = time.perf_counter()
+                    with ThreadPoolExecutor(options.concurrency) as clients:
+                        sent[name][-1] += clients.map(partial(send, name), batches)
+                    walls_ms[name].append((time.perf_counter() - started) * 1e3)
+            else:
+                for number, batch in enumerate(batches):
+                    # In turns within a round, too: the first to see a picture pays for its size.
+                    for name in rotated(list(sent), turn + number):
+                        sent[name][-1].append(send(name, batch))
             print(f"{'warm-up' if turn < options.warmup else 'measured'}: round {turn + 1} of {rounds}")
     return Result.of(
         header,
@@ -143,27 +158,37 @@ def measure(options: Options) -> Result:
         images=[_described(file) for file in files],
         setup_s=round(server.setup_s, 3),
         profiles={
-            name: profile_of(configurations[name], answers, options.warmup) for name, answers in sent.items()
+            name: profile_of(configurations[name], answers, options.warmup, walls_ms[name])
+            for name, answers in sent.items()
         },
         ratios_to_first=ratios({name: answers[options.warmup :] for name, answers in sent.items()}),
     )
 
 
-def profile_of(configuration: Configuration, rounds: Sequence[Sequence[Sent]], warmup: int) -> Profile:
-    """What became of a profile's requests, round by round; the times of the first `warmup` do not count."""
+def profile_of(
+    configuration: Configuration,
+    rounds: Sequence[Sequence[Sent]],
+    warmup: int,
+    walls_ms: Sequence[float] = (),
+) -> Profile:
+    """What became of a profile's requests, round by round; the times of the first `warmup` do not count.
+
+    A round takes the sum of its requests, or what `walls_ms` says if several clients sent them.
+    """
     failures = Counter(
         f"{', '.join(file.name for file in sent.files)}: {sent.answer.error}"
         for sent in chain(*rounds)
         if not sent.ok
     )
     counted = rounds[warmup:]
+    took_ms = walls_ms or [sum(sent.ms for sent in each) for each in rounds]
     good = [sent for sent in chain(*counted) if sent.ok]
     return Profile(
         configuration=configuration,
         failures=dict(failures),
         faces=sum(int(sent.answer.metrics.get("faces.restored", 0)) for sent in good),
         round_totals=Latency.of_any(
-            [sum(sent.ms for sent in each) for each in counted if all(sent.ok for sent in each)]
+            [ms for each, ms in zip(counted, took_ms[warmup:], strict=True) if all(sent.ok for sent in each)]
         ),
         per_request=Latency.of_any([sent.ms for sent in good]),
         per_image=Latency.of_any([sent.ms / len(sent.files) for sent in good for _ in sent.files]),
