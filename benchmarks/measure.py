@@ -10,6 +10,7 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Final, Self
 
@@ -71,13 +72,14 @@ class Summary(Model):
 
     def divided_by(self, number: int) -> Self:
         """Of each sample's part."""
-        parts = {name: value / number for name, value in self if name != "count"}
-        return self.model_copy(update=parts)
+        return self.model_copy(update={name: value / number for name, value in self if name != "count"})
 
 
-def digits(value: float) -> str:
-    """A number as it is shown: four digits of it, or all before the point."""
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+class Latency(Summary):
+    """Times whose slowest matter; shown by their percentiles."""
+
+    def __str__(self) -> str:
+        return ", ".join(f"{rank} {digits(getattr(self, rank))}" for rank in ("p50", "p95", "p99"))
 
 
 class Timing(Model):
@@ -95,18 +97,19 @@ class Samples:
     results: list[Any] = field(default_factory=list)
 
 
+def digits(value: float) -> str:
+    """A number as it is shown: four digits of it, or all before the point."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
 def time_call(call: Call, device: torch.device) -> tuple[float, Any]:
     """Milliseconds of one call, from an idle device to an idle device, and what it returned."""
-    _wait_for(device)
+    wait: Call = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
+    wait()
     started = time.perf_counter()
     result = call()
-    _wait_for(device)
+    wait()
     return (time.perf_counter() - started) * 1e3, result
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def interleave(
@@ -151,13 +154,12 @@ def stage_times(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Summary]:
 
     Without parts of stages, such as "timing.restorers.gfpgan".
     """
-    names = dict.fromkeys(
-        name for each in metrics for name in each if name.startswith("timing.") and name.count(".") == 1
-    )
-    return {
-        name.removeprefix("timing."): Summary.of([float(each[name]) for each in metrics if name in each])
-        for name in names
-    }
+    times: dict[str, list[float]] = {}
+    for each in metrics:
+        for name, value in each.items():
+            if name.startswith("timing.") and name.count(".") == 1:
+                times.setdefault(name.removeprefix("timing."), []).append(float(value))
+    return {stage: Summary.of(values) for stage, values in times.items()}
 
 
 def peak_memory_mib(call: Call, device: torch.device, own_mib: float) -> float | None:

@@ -19,14 +19,14 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tqdm import tqdm
 
-from benchmarks.results import Configuration, Picture, header_of
+from benchmarks.results import Configuration, header_of
 from benchmarks.server import ROOT, Server, running_server, server_kind
 from codeformer.engine.models import Models, load_models
 from codeformer.engine.plan import available_device
 from codeformer.errors import InputError
-from codeformer.imaging.files import ImageU8, decode_image
 from codeformer.options import COMPILE_BACKENDS, DEFAULT_FIDELITY, RuntimeProfile
 from codeformer.process import tune_process
+from codeformer.training.faces import pictures_in, read_photograph
 from codeformer.weights.download import fetch_set
 from codeformer.weights.manifest import WeightSet, load_weight_set
 from data.make_pictures import COUNT, draw, encode, plan
@@ -34,19 +34,13 @@ from data.make_pictures import COUNT, draw, encode, plan
 DATA: Final = ROOT / "data"
 # The pictures that are part of the repository.
 COMMITTED: Final = frozenset({"1.jpg", "2.jpg", "3.jpg", "4.jpg"})
-SUFFIXES: Final = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 _MODES: Final[list[Any]] = [("safe", "eager"), *(("optimized", backend) for backend in COMPILE_BACKENDS)]
-# Every sensible configuration by its label; in safe mode the backend is not used.
 _ALL: Final = [
-    Configuration(
-        runtime_profile=profile,
-        stability_mode=mode,
-        compile_backend=backend,
-        codeformer_fidelity=DEFAULT_FIDELITY,
-    )
+    Configuration(runtime_profile=profile, stability_mode=mode, compile_backend=backend)
     for profile in get_args(RuntimeProfile)
     for mode, backend in _MODES
 ]
+# Every sensible configuration by its label; in safe mode the backend is not used.
 CASES: Final = {case.label: case for case in _ALL}
 DEFAULT_CASES: Final = ("baseline/safe", "fast/optimized/none", "max_speed/optimized/none")
 
@@ -80,11 +74,30 @@ class Measuring(Options):
     output: Path | None = Field(None, description="the result; else benchmarks/last_*.json")
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """The networks to measure in this process, and the result's fields that are known before."""
+
+    device: torch.device
+    weights: WeightSet
+    models: Models
+    header: dict[str, Any]
+
+
 class InProcess(Measuring):
     """The options of a program that loads the networks itself."""
 
     weights: Weights = None
     device: Device = None
+
+    def load(self) -> Loaded:
+        """Loads the networks, fetched if need be; keeps freed memory as a server does."""
+        device = available_device(self.device)
+        weights = load_weight_set(self.weights)
+        header = header_of(device, weights)
+        fetch_set(weights, progress=True)
+        tune_process(device)
+        return Loaded(device, weights, load_models(weights, device), header)
 
 
 class Serving(Measuring):
@@ -98,6 +111,21 @@ class Serving(Measuring):
     weights: Weights = None
     timeout_sec: float = Field(600.0, description="for each request")
     start_timeout_sec: float = Field(600.0, description="for the server to become ready")
+
+    def header(self) -> dict[str, Any]:
+        """The result's fields that are known before the server starts; fetches its weights."""
+        kind = server_kind(self.server)
+        # An image serves weights of its own.
+        weights = load_weight_set(self.weights) if kind == "direct" else None
+        header = header_of(available_device(None), weights) | {"server": kind}
+        if weights:
+            fetch_set(weights, progress=True)
+        return header
+
+    def start(self) -> AbstractContextManager[Server]:
+        """The server."""
+        kind = server_kind(self.server)
+        return running_server(self.port, kind=kind, weights=self.weights, deadline_s=self.start_timeout_sec)
 
 
 _Options = TypeVar("_Options", bound=Options)
@@ -152,60 +180,18 @@ def cases_of(patterns: Sequence[str], fidelity: float = DEFAULT_FIDELITY) -> dic
     return chosen
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """The networks to measure in this process, and the result's fields that are known before."""
-
-    device: torch.device
-    weights: WeightSet
-    models: Models
-    header: dict[str, Any]
-
-
-def load(options: InProcess) -> Loaded:
-    """Loads the networks that are asked for, fetched if need be; keeps freed memory as a server does."""
-    device = available_device(options.device)
-    weights = load_weight_set(options.weights)
-    header = header_of(device, weights)
-    fetch_set(weights, progress=True)
-    tune_process(device)
-    return Loaded(device, weights, load_models(weights, device), header)
-
-
-def server_header(options: Serving) -> dict[str, Any]:
-    """The fields of a result of requests that are known before the server starts; fetches its weights."""
-    kind = server_kind(options.server)
-    weights = load_weight_set(options.weights)
-    # An image serves weights of its own.
-    header = header_of(available_device(None), weights if kind == "direct" else None)
-    if kind == "direct":
-        fetch_set(weights, progress=True)
-    return header | {"server": kind}
-
-
-def server_of(options: Serving) -> AbstractContextManager[Server]:
-    """A server, started as the options say."""
-    return running_server(
-        options.port,
-        kind=server_kind(options.server),
-        weights=options.weights,
-        deadline_s=options.start_timeout_sec,
-    )
-
-
-def pictures_in(folder: Path) -> list[Path]:
+def pictures_of(folder: Path) -> list[Path]:
     """A folder's pictures in numeric order: 2.jpg comes before 10.jpg.
 
     Raises:
         InputError: there are none.
     """
-    files = [file for file in folder.glob("*") if file.suffix.lower() in SUFFIXES and file.is_file()]
-    if not files:
-        raise InputError(f"{folder}: expected pictures ({', '.join(SUFFIXES)}), found none; see `make data`.")
-    # Numbers of the same length sort as text.
-    return sorted(
-        files, key=lambda file: re.sub(r"\d+", lambda digits: digits[0].zfill(20), file.name.lower())
-    )
+
+    def as_numbers(file: Path) -> str:
+        # Numbers of the same length sort as text.
+        return re.sub(r"\d+", lambda digits: digits[0].zfill(20), file.name.lower())
+
+    return sorted(pictures_in(folder), key=as_numbers)
 
 
 def benchmark_pictures(folder: Path) -> list[Path]:
@@ -214,7 +200,7 @@ def benchmark_pictures(folder: Path) -> list[Path]:
     Raises:
         InputError: there are none.
     """
-    files = pictures_in(folder)
+    files = pictures_of(folder)
     if folder.resolve() != DATA or {file.name for file in files} != COMMITTED:
         return files
     print(f"data/ holds {len(files)} pictures: making the other {COUNT - len(files)} (as `make data` does)")
@@ -225,20 +211,10 @@ def benchmark_pictures(folder: Path) -> list[Path]:
             file.write_bytes(encode(draw(plan(int(file.stem))), clean=False))
         for file in made:
             shutil.move(file, DATA / file.name)
-    return pictures_in(folder)
+    return pictures_of(folder)
 
 
-def read_picture(file: Path) -> ImageU8:
-    """A picture (H, W, 3) uint8 BGR; raises InputError if it cannot be read, or is no usable picture."""
-    try:
-        return decode_image(file.read_bytes())
-    except OSError as cause:
-        raise InputError(f"{file}: cannot be read ({cause.strerror}).") from cause
-    except InputError as cause:
-        raise InputError(f"{file}: {cause}") from cause
-
-
-def describe_picture(file: Path) -> Picture:
+def described(file: Path) -> str:
     """A picture's name and size; raises InputError if it cannot be read, or is no usable picture."""
-    height, width = read_picture(file).shape[:2]
-    return Picture(name=file.name, width=width, height=height)
+    height, width = read_photograph(file).shape[:2]
+    return f"{file.name}, {width} x {height}"

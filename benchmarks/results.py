@@ -1,4 +1,4 @@
-"""What the programs' results have in common: types, files, provenance, costs, and how they are shown."""
+"""What the programs' results have in common: types, files, provenance, costs, and what is shown of them."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,11 +8,11 @@ import torch
 from pydantic import BaseModel, Field, ValidationError
 
 from benchmarks.measure import STAGES, Amount, Count, Model, Positive, Summary, Timing
-from benchmarks.views import Chart, Section, Table, is_parts, row_of, shown, table_of, title_of
+from benchmarks.views import Chart, Section, Table, cells_of, is_table, notes_of, rows_of, shown, title_of
 from codeformer.engine.plan import ExecutionPlan, resolve_plan
 from codeformer.errors import BenchmarkError
 from codeformer.evaluation.machine import describe_machine
-from codeformer.options import CompileBackend, RuntimeProfile, StabilityMode
+from codeformer.options import DEFAULT_FIDELITY, CompileBackend, RuntimeProfile, StabilityMode
 from codeformer.weights.manifest import WeightSet
 
 PRICES: Final = Path(__file__).with_name("prices.json")
@@ -23,8 +23,7 @@ PROGRAMS: Final = {
     "single_image": "Which configuration answers one picture fastest, cold and warm?",
     "load": "How many requests a second, how long does each take, how busy is the device, with many clients?",
     "stages": "Where does the time go, and how far is each stage from the hardware's limit?",
-    "parts": "What does a request cost besides its networks, and what does a start cost?",
-    "networks": "What is each rewriting of the networks worth, at official size?",
+    "parts": "What does each part of a request cost, what a start, what gains each rewriting of a network?",
     "peers": "How fast is our GFPGAN compared with the published one, as another package computes it?",
     "quality": "How good are the pictures, and what does a faster profile change in them?",
     "faces": "Which faces are found, what is mistaken for one, and what does the second look cost?",
@@ -67,24 +66,13 @@ class Weights(Model):
     sha256: dict[str, str]
 
 
-class Picture(Model):
-    """A picture's name and size in px; 0 for a file that is not a picture."""
-
-    name: str
-    width: Count
-    height: Count
-
-    def __str__(self) -> str:
-        return f"{self.name}, {self.width} x {self.height}"
-
-
 class Configuration(Model):
     """A request's options, named as the server names them."""
 
     runtime_profile: RuntimeProfile
     stability_mode: StabilityMode
     compile_backend: CompileBackend
-    codeformer_fidelity: Annotated[float, Field(ge=0, le=1)]
+    codeformer_fidelity: Annotated[float, Field(ge=0, le=1)] = DEFAULT_FIDELITY
 
     def __str__(self) -> str:
         return f"{self.label}, w = {self.codeformer_fidelity:g}"
@@ -123,8 +111,8 @@ class Kind(BaseModel):
 class Report(Model):
     """A result of a program. Its `kind` is the program's name.
 
-    A program's own result adds its fields. Fields that hold models or mappings are shown as tables, all
-    others as a note; a program overrides the methods below where that is not enough.
+    A program's own result adds its fields. Those that hold models, or mappings of them, are shown as tables,
+    all others as a note; a program overrides the methods below where there is more to say.
     """
 
     kind: str
@@ -140,21 +128,13 @@ class Report(Model):
 
     def notes(self) -> list[str]:
         """Everything of this result that is in no table."""
-        facts = [f"{title_of(name)} {shown(value)}" for name, value in self._own() if _is_fact(value)]
-        return ["; ".join(facts) + "."]
-
-    def tables(self) -> list[Table]:
-        return [table_of(title_of(name), value) for name, value in self._own() if _is_table(value)]
+        return [notes_of({name: value for name, value in self._own().items() if not is_table(value)})]
 
     def charts(self) -> list[Chart]:
         return []
 
-    def ms_per_image(self) -> dict[str, Summary]:
-        """What has a price, by label."""
-        return {}
-
-    def stages_ms(self) -> dict[str, Mapping[str, Summary]]:
-        """The times of a request's stages, by label."""
+    def timed(self) -> dict[str, tuple[Summary | None, Mapping[str, Summary]]]:
+        """By label: ms per image, which have a price, and the times of stages."""
         return {}
 
     def problems(self) -> list[str]:
@@ -163,37 +143,34 @@ class Report(Model):
 
     def section(self, prices: Prices) -> Section:
         """What is shown of it."""
-        times = self.ms_per_image()
-        rows = []
-        for label, ms in times.items():
-            rows.append({"": label, **row_of(ms), "per second": shown(1e3 / ms.avg)})
-            cost = prices.cost(ms.avg, self.machine.device)
-            rows[-1][f"{prices.currency} per 1000 images"] = shown(cost)
+        times = {label: ms for label, (ms, _) in self.timed().items() if ms}
         stages = {
             label: {stage: found[stage].p50 for stage in STAGES if stage in found}
-            for label, found in self.stages_ms().items()
+            for label, (_, found) in self.timed().items()
         }
-        charts = [
-            Chart("boxes", "ms per image", times),
-            Chart("bars", "median ms of a request", {label: bar for label, bar in stages.items() if bar}),
+        costs = [
+            {"": label, **cells_of(ms), "per second": shown(1e3 / ms.avg)}
+            | {f"{prices.currency} per 1000 images": shown(prices.cost(ms.avg, self.machine.device))}
+            for label, ms in times.items()
         ]
+        tables = [Table(title_of(name), rows_of(value)) for name, value in self._own().items()]
+        machine = self.machine.model_dump() | {"load_average": self.machine.load_average[0]}
+        machine["weights"] = self.weights.name if self.weights else "random"
         return Section(
             PROGRAMS[self.kind],
             self.notes(),
-            [*self.tables(), Table("ms per image", rows)],
-            [*charts, *self.charts()],
+            [*tables, Table("ms per image", costs)],
+            [
+                Chart("boxes", "ms per image", times),
+                Chart("bars", "median ms of a request", {label: bar for label, bar in stages.items() if bar}),
+                *self.charts(),
+            ],
             self.problems(),
-            self._provenance(),
+            [notes_of(machine), f"Made by: {self.command}"],
         )
 
-    def _own(self) -> list[tuple[str, Any]]:
-        return [(name, value) for name, value in self if name not in Report.model_fields]
-
-    def _provenance(self) -> list[str]:
-        facts = row_of(self.machine) | {"load average": f"{self.machine.load_average[0]:g}"}
-        facts["weights"] = self.weights.name if self.weights else "random"
-        known = [f"{title} {text}" for title, text in facts.items() if text != "-"]
-        return ["; ".join(known) + ".", f"Made by: {self.command}"]
+    def _own(self) -> dict[str, Any]:
+        return {name: value for name, value in self if name not in Report.model_fields}
 
 
 class RepeatedReport(Report):
@@ -207,14 +184,6 @@ class CallsReport(RepeatedReport):
     """Times of calls that took turns, by group and name."""
 
     groups: dict[str, dict[str, Timing]]
-
-    def tables(self) -> list[Table]:
-        rows = [
-            {"": group, "call": name, **row_of(timing)}
-            for group, calls in self.groups.items()
-            for name, timing in calls.items()
-        ]
-        return [Table("calls", rows)]
 
 
 class ServedReport(RepeatedReport):
@@ -246,13 +215,3 @@ def header_of(device: torch.device, weights: WeightSet | None) -> dict[str, Any]
         "machine": Machine.model_validate(describe_machine(device)),
         "weights": Weights(name=weights.name, sha256=hashes) if weights else None,
     }
-
-
-def _is_table(value: Any) -> bool:
-    return isinstance(value, dict) or (isinstance(value, list) and any(map(is_parts, value)))
-
-
-def _is_fact(value: Any) -> bool:
-    if isinstance(value, list):
-        return not any(is_parts(item) or isinstance(item, tuple) for item in value)
-    return not (isinstance(value, dict) or is_parts(value))

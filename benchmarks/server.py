@@ -2,7 +2,6 @@
 
 import base64
 import contextlib
-import json
 import mimetypes
 import os
 import re
@@ -33,8 +32,7 @@ HOST: Final = "127.0.0.1"
 START_DEADLINE_S: Final = 600.0
 # How the answer of a server begins that takes no more requests at this moment.
 FULL: Final = "HTTP 409"
-_POLL_S: Final = 0.1
-_STATE_POLL_S: Final = 0.01
+_POLL_S: Final = 0.05
 _STOP_S: Final = 20.0
 # How long a failed request may keep the worker after its answer.
 _BUSY_S: Final = 30.0
@@ -62,7 +60,7 @@ class Answer:
             return cls(elapsed_ms, error=f"HTTP {reply.status_code}: {reply.text[:500]}")
         if reply.status_code == 200 and body.get("status") == "succeeded":
             pictures = [base64.b64decode(uri.partition(",")[2]) for uri in body.get("output") or ()]
-            return cls(elapsed_ms, _dotted(body.get("metrics") or {}), pictures)
+            return cls(elapsed_ms, dict(_dotted(body.get("metrics") or {})), pictures)
         error = body.get("error") or body.get("detail") or body
         return cls(elapsed_ms, error=f"HTTP {reply.status_code}: {error}")
 
@@ -71,15 +69,13 @@ class Answer:
         return replace(self, pictures=())
 
 
-def _dotted(nested: Mapping[str, Any]) -> dict[str, Any]:
+def _dotted(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """What Cog nests, by the names of the predictor, such as "timing.detect"."""
-    flat: dict[str, Any] = {}
     for name, value in nested.items():
         if isinstance(value, dict):
-            flat |= {f"{name}.{rest}": inner for rest, inner in _dotted(value).items()}
+            yield from _dotted(value, f"{prefix}{name}.")
         else:
-            flat[name] = value
-    return flat
+            yield f"{prefix}{name}", value
 
 
 class Server:
@@ -100,39 +96,51 @@ class Server:
     def url(self) -> str:
         return f"http://{HOST}:{self._port}"
 
-    def predict(self, inputs: Mapping[str, Any], timeout_s: float) -> Answer:
+    def predict(self, inputs: Mapping[str, Any], timeout_s: float, *, insist: bool = True) -> Answer:
         """Sends a request and waits for its answer; after a timeout, until the server is idle again.
 
-        A full server, which answers 409, is asked again. Raises BenchmarkError if the server has ended, or
-        does not finish a request that timed out. May be called from any thread.
+        A full server is asked again, unless `insist` is false: then its refusal is the answer. Raises
+        BenchmarkError if the server has ended, or does not finish a request that timed out. May be called
+        from any thread.
         """
-        deadline = time.monotonic() + _BUSY_S
-        while True:
-            answer = self.predict_once(inputs, timeout_s)
-            if FULL not in (answer.error or "") or time.monotonic() > deadline:
-                return answer
-            time.sleep(_POLL_S)
-
-    def predict_once(self, inputs: Mapping[str, Any], timeout_s: float) -> Answer:
-        """As `predict`, but a full server's refusal is the answer."""
         started = time.perf_counter()
         try:
-            reply = self._session.post(
-                f"{self.url}/predictions",
-                data=json.dumps({"input": dict(inputs)}).encode(),
-                headers={"Content-Type": "application/json"},
-                timeout=timeout_s,
-            )
+            reply, elapsed_ms = self._send("POST", "", inputs, timeout_s, insist=insist)
         except requests.Timeout:
             elapsed_ms = (time.perf_counter() - started) * 1e3
             self.wait_until_idle(max(timeout_s, _BUSY_S))
             return Answer(elapsed_ms, error=f"no answer within {timeout_s:g} s (--timeout-sec)")
         except requests.RequestException as cause:
             raise self._error(f"does not answer any more ({type(cause).__name__})") from cause
-        elapsed_ms = (time.perf_counter() - started) * 1e3
         if reply.status_code == 503:
             raise self._error("can serve no more")
         return Answer.read(reply, elapsed_ms)
+
+    def predict_as(self, name: str, inputs: Mapping[str, Any], timeout_s: float) -> str:
+        """Sends a request under a name it can be cancelled by; returns what became of it, in Cog's word.
+
+        May be called from any thread. Raises BenchmarkError if there is no proper answer.
+        """
+        try:
+            reply, _ = self._send("PUT", f"/{name}", inputs, timeout_s, insist=True)
+            return str(reply.json()["status"])
+        except (requests.RequestException, ValueError, KeyError) as cause:
+            raise self._error(f"gives no proper answer ({cause!r})") from cause
+
+    def _send(
+        self, method: str, name: str, inputs: Mapping[str, Any], timeout_s: float, *, insist: bool
+    ) -> tuple[requests.Response, float]:
+        """The answer to a request, and the milliseconds from sending it to the last byte."""
+        deadline = time.monotonic() + (_BUSY_S if insist else 0)
+        while True:
+            started = time.perf_counter()
+            reply = self._session.request(
+                method, f"{self.url}/predictions{name}", json={"input": dict(inputs)}, timeout=timeout_s
+            )
+            elapsed_ms = (time.perf_counter() - started) * 1e3
+            if reply.status_code != 409 or time.monotonic() >= deadline:
+                return reply, elapsed_ms
+            time.sleep(_POLL_S)
 
     @property
     def _session(self) -> requests.Session:
@@ -141,41 +149,15 @@ class Server:
             self._sessions.mine = direct_session()
         return cast("requests.Session", self._sessions.mine)
 
-    def predict_as(self, name: str, inputs: Mapping[str, Any], timeout_s: float) -> str:
-        """Sends a request under a name it can be cancelled by; returns what became of it, in Cog's word.
-
-        May be called from another thread. Raises BenchmarkError if there is no proper answer.
-        """
-        url = f"{self.url}/predictions/{name}"
-        deadline = time.monotonic() + _BUSY_S
-        try:
-            with direct_session() as session:
-                while True:
-                    reply = session.put(url, json={"input": dict(inputs)}, timeout=timeout_s)
-                    if reply.status_code != 409 or time.monotonic() > deadline:
-                        return str(reply.json()["status"])
-                    time.sleep(_POLL_S)
-        except (requests.RequestException, ValueError, KeyError) as cause:
-            raise self._error(f"gives no proper answer ({cause!r})") from cause
-
     def cancel(self, name: str) -> None:
         """Cancels a request, if it is still at work."""
         with direct_session() as session:
             session.post(f"{self.url}/predictions/{name}/cancel", timeout=_BUSY_S)
 
-    def wait_until_started(self, limit_s: float) -> None:
-        """Waits until a new server takes requests; raises BenchmarkError if it ends, fails or is late."""
-        self._wait_for("READY", limit_s, "was not ready in time", every_s=_POLL_S)
-
-    def wait_until_busy(self, limit_s: float) -> None:
-        """Waits until the server is at work on a request of another thread; raises BenchmarkError."""
-        self._wait_for("BUSY", limit_s, "does not begin with a request")
-
-    def wait_until_idle(self, limit_s: float) -> None:
-        """Waits until the server takes requests again; raises BenchmarkError if it does not."""
-        self._wait_for("READY", limit_s, "does not finish a request that timed out or was cancelled")
-
-    def _wait_for(self, wanted: str, limit_s: float, otherwise: str, every_s: float = _STATE_POLL_S) -> None:
+    def wait_until_idle(
+        self, limit_s: float, late: str = "does not finish a request that timed out or was cancelled"
+    ) -> None:
+        """Waits until the server takes requests; raises BenchmarkError if it ends, fails or is late."""
         state = "no answer"
         deadline = time.monotonic() + limit_s
         while time.monotonic() < deadline:
@@ -185,12 +167,12 @@ class Server:
             with contextlib.suppress(requests.RequestException, ValueError):
                 health = self._session.get(f"{self.url}/health-check", timeout=5).json()
                 state = str(health.get("status"))
+                if state == "READY":
+                    return
                 if state in _DEAD:
                     raise self._error(_DEAD[state], (health.get("setup") or {}).get("logs") or "")
-            if state == wanted:
-                return
-            time.sleep(every_s)
-        raise self._error(f"{otherwise} ({state})")
+            time.sleep(_POLL_S)
+        raise self._error(f"{late} ({state})")
 
     def _error(self, what: str, log: str = "") -> BenchmarkError:
         log = log.strip() or self._log.read_text(encoding="utf-8", errors="replace").strip()
@@ -200,15 +182,14 @@ class Server:
         """What the server's processes hold in memory now."""
         return float(sum(member.memory_info().rss for member in _family(self.pid))) / 2**20
 
-    def peak_memory_mib(self) -> tuple[float | None, str | None]:
-        """The most memory the server has held so far, and of what: the GPU or its processes."""
-        if self.kind == "cog":
-            return None, None
-        pids = [member.pid for member in _family(self.pid)]
-        if (gpu := _gpu_memory_mib(pids)) is not None:
+    def peak_memory_mib(self) -> tuple[float | None, Literal["server processes", "GPU"] | None]:
+        """The most memory the server has held so far, and of what; unknown of a container."""
+        pids = [] if self.kind == "cog" else [member.pid for member in _family(self.pid)]
+        if gpu := _gpu_memory_mib(pids):
             return gpu, "GPU"
-        peak = peak_resident_mib(pids)
-        return peak, None if peak is None else "server processes"
+        if peak := peak_resident_mib(pids):
+            return peak, "server processes"
+        return None, None
 
 
 @contextlib.contextmanager
@@ -247,7 +228,7 @@ def running_server(
         process = _start(kind, port, weights, log, temporary)
         server = Server(process, port, log, kind)
         try:
-            server.wait_until_started(deadline_s)
+            server.wait_until_idle(deadline_s, "was not ready in time")
             server.setup_s = time.monotonic() - started
             yield server
         finally:
@@ -370,14 +351,13 @@ def _family(pid: int) -> list[psutil.Process]:
     return []
 
 
-def _gpu_memory_mib(pids: Sequence[int]) -> float | None:
-    """What processes hold of an NVIDIA GPU, None without one; torch keeps what it once had."""
+def _gpu_memory_mib(pids: Sequence[int]) -> float:
+    """What processes hold of an NVIDIA GPU, 0 without one; torch keeps what it once had."""
     command = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
     try:
         lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout  # noqa: S603
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return 0.0
     # Where processes must not see each other's memory, the column holds words, and no line matches.
     rows = re.findall(r"^\s*(\d+)\s*,\s*([\d.]+)\s*$", lines, re.MULTILINE)
-    held = [float(memory) for pid, memory in rows if int(pid) in pids]
-    return sum(held) if held else None
+    return sum(float(memory) for pid, memory in rows if int(pid) in pids)

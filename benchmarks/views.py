@@ -5,7 +5,7 @@ templates/page.html.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -19,21 +19,26 @@ from benchmarks.measure import digits
 COLOURS: Final = ("#56B4E9", "#E69F00", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#F0E442", "#000000")
 _UNITS: Final = {"ms": "ms", "s": "s", "mib": "MiB", "db": "dB"}
 
+Row = Mapping[str, str]
+
 
 @dataclass(frozen=True)
 class Table:
     """Rows of cells as they are shown, by column; columns without a value are left out."""
 
     title: str
-    rows: Sequence[Mapping[str, str]]
+    rows: Sequence[Row]
 
     @property
     def columns(self) -> list[tuple[bool, list[str]]]:
-        """Each column's title and cells, empty where a row lacks it, and whether they are numbers."""
+        """Each column's title and cells, empty where a row lacks it, and whether they are numbers.
+
+        Labels, whose column has no title, are none.
+        """
         titles = dict.fromkeys(title for row in self.rows for title in row)
         columns = {title: [row.get(title, "") for row in self.rows] for title in titles}
         return [
-            (all(cell[:1] in "-0123456789" for cell in cells), [title, *cells])
+            (bool(title) and all(cell[:1] in "-0123456789" for cell in cells), [title, *cells])
             for title, cells in columns.items()
             if set(cells) - {"", "-"}
         ]
@@ -82,7 +87,7 @@ def title_of(name: str) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value in a table: the length of a list, a dash for None."""
+    """A value in a table or note: the length of a list, a dash for None."""
     if isinstance(value, float):
         return digits(value)
     if isinstance(value, list):
@@ -91,35 +96,41 @@ def shown(value: Any) -> str:
     return names[value] if value is None or isinstance(value, bool) else str(value)
 
 
-def is_parts(value: Any) -> bool:
-    """Whether a value is a model that is shown field by field, not in words of its own."""
-    return isinstance(value, BaseModel) and type(value).__str__ is BaseModel.__str__
+def is_table(value: Any) -> bool:
+    """Whether a field is shown as rows or cells: a mapping, or a model that has no words of its own."""
+    if isinstance(value, list):
+        return any(map(is_table, value))
+    is_wordless = isinstance(value, BaseModel) and type(value).__str__ is BaseModel.__str__
+    return is_wordless or isinstance(value, Mapping)
 
 
-def row_of(model: BaseModel) -> dict[str, str]:
-    """A model as cells by the titles of its fields, with those of its parts in their place."""
-    row: dict[str, str] = {}
-    for name, value in model:
-        if isinstance(value, Mapping):
-            row |= {key: shown(part) for key, part in value.items()}
-        elif is_parts(value):
-            row |= row_of(value)
+def rows_of(value: Any, label: str = "") -> list[Row]:
+    """A row for each model in mappings and lists, labelled by its keys; none for what is no table."""
+    if not is_table(value):
+        return []
+    if isinstance(value, BaseModel):
+        return [{"": label} | cells_of(value)]
+    rows: list[Row] = []
+    for key, item in value.items() if isinstance(value, Mapping) else (("", item) for item in value):
+        name = ", ".join(filter(None, (label, key)))
+        rows += rows_of(item, name) if is_table(item) else [{"": name, "value": shown(item)}]
+    return rows
+
+
+def cells_of(items: BaseModel | Mapping[str, Any]) -> dict[str, str]:
+    """Cells by the titles of fields; those of parts come in their place."""
+    cells: dict[str, str] = {}
+    for name, value in items.items() if isinstance(items, Mapping) else items:
+        if is_table(value) and not isinstance(value, list):
+            cells |= cells_of(value)
         else:
-            row[title_of(name)] = shown(value)
-    return row
+            cells[title_of(name)] = shown(value)
+    return cells
 
 
-def table_of(title: str, items: Sequence[BaseModel] | Mapping[str, Any]) -> Table:
-    """A row for each model, or for each item of a mapping, whose names are the first column."""
-    if not isinstance(items, Mapping):
-        return Table(title, [row_of(item) for item in items])
-    return Table(
-        title,
-        [
-            {"": name} | (row_of(item) if isinstance(item, BaseModel) else {"value": shown(item)})
-            for name, item in items.items()
-        ],
-    )
+def notes_of(items: Mapping[str, Any]) -> str:
+    """What is known, as a sentence."""
+    return "; ".join(f"{title} {text}" for title, text in cells_of(items).items() if text != "-") + "."
 
 
 def as_text(section: Section) -> str:
@@ -135,7 +146,7 @@ def as_text(section: Section) -> str:
     return "\n".join(lines)
 
 
-def as_page(sections: Sequence[Section]) -> str:
+def as_page(sections: Iterable[Section]) -> str:
     """One HTML page that needs nothing else."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).with_name("templates")),

@@ -5,28 +5,26 @@ look in an upright picture are taken for its faces, including its mistakes there
 pictures.
 """
 
-import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
 import cv2
 import numpy as np
 import skimage.data
-import torch
 from pydantic import Field
 
 from benchmarks import options as opt
-from benchmarks.measure import Count, Model, Summary, interleave, ratio_of_pairs
+from benchmarks.measure import Call, Count, Model, Summary, interleave, ratio_of_pairs
 from benchmarks.programs.stages import picture_with
-from benchmarks.results import RepeatedReport, Weights
+from benchmarks.results import RepeatedReport
 from codeformer.engine.detector import FaceDetector, resize_for_detection
 from codeformer.engine.finder import FaceFinder, FoundFaces
 from codeformer.engine.pipeline import Pipeline
 from codeformer.engine.plan import torch_switches
-from codeformer.errors import BenchmarkError, InputError
+from codeformer.errors import BenchmarkError
 from codeformer.imaging.files import ImageU8
 from codeformer.imaging.geometry import (
     FACE_SIZE,
@@ -39,7 +37,7 @@ from codeformer.imaging.geometry import (
     estimate_similarity,
     make_working_copy,
 )
-from codeformer.training.detector import load_teacher
+from codeformer.training.faces import read_face, read_photograph
 from data.make_pictures import LANDMARKS_XY
 
 # Up to this mean distance of its landmarks, in eye distances, a face is right. Of aligned faces the template
@@ -73,8 +71,6 @@ class Found(Model):
     would be restored at the place of a face, `extra` what would be elsewhere, `skipped` what would be left.
     """
 
-    pictures_of: str
-    second_look: bool
     pictures: Count
     with_ghosts: Count
     faces: Count
@@ -84,54 +80,12 @@ class Found(Model):
     skipped: Count
 
 
-def judge(
-    found_xy: Sequence[FloatArray], true_xy: Sequence[FloatArray], skipped: int = 0, *, right: float = RIGHT
-) -> Counter[str]:
-    """The numbers of `Found` for one picture, from landmarks (5, 2) of what would be restored and of faces.
-
-    Each face is found once at most, within a distance `right`.
-    """
-    missing, others = list(true_xy), []
-    for found in found_xy:
-        at = next((i for i, truth in enumerate(missing) if _distance(found, truth) <= right), None)
-        if at is None:
-            others.append(found)
-        else:
-            del missing[at]
-    wrong_pose = sum(any(_is_at(found, truth) for truth in true_xy) for found in others)
-    return Counter(
-        pictures=1,
-        with_ghosts=int(bool(others)),
-        faces=len(true_xy),
-        right=len(true_xy) - len(missing),
-        wrong_pose=wrong_pose,
-        extra=len(others) - wrong_pose,
-        skipped=skipped,
-    )
-
-
-def _distance(found_xy: FloatArray, true_xy: FloatArray) -> float:
-    return float(np.linalg.norm(found_xy - true_xy, axis=1).mean() / _eye_distance(true_xy))
-
-
-def _is_at(found_xy: FloatArray, true_xy: FloatArray) -> bool:
-    between = np.linalg.norm(found_xy.mean(axis=0) - true_xy.mean(axis=0))
-    return bool(between <= _SAME_PLACE * _eye_distance(true_xy))
-
-
-def _eye_distance(landmarks_xy: FloatArray) -> float:
-    return float(np.linalg.norm(landmarks_xy[0] - landmarks_xy[1]))
-
-
 class Cost(Model):
     """Times of finding faces without the second look and with it, and of a whole request with it.
 
     `share_of_request` is that of what the second look adds. Ratios are taken round by round.
     """
 
-    picture: str
-    width: Count
-    height: Count
     faces: Count
     off_ms: Summary
     on_ms: Summary
@@ -147,11 +101,11 @@ class Result(RepeatedReport):
 
     kind: Literal["faces"] = "faces"
     seed: Count
-    turned: list[Found]
-    whole: list[Found]
-    close_ups: list[Found]
-    faceless: list[Found]
-    costs: list[Cost]
+    turned: dict[str, Found]
+    whole: dict[str, Found]
+    close_ups: dict[str, Found]
+    faceless: dict[str, Found]
+    costs: dict[str, Cost]
 
     def notes(self) -> list[str]:
         return [
@@ -168,9 +122,6 @@ class Options(opt.InProcess):
     close_ups: Annotated[
         Path | None, Field(description=f"a folder of aligned {FACE_SIZE} px faces to cut close-ups from")
     ] = None
-    detector: Annotated[
-        Path | None, Field(description="RetinaFace mobile0.25 checkpoint, in place of the set's detector")
-    ] = None
     limit: opt.Limit = None
     crops: int = Field(3, ge=0, description="without faces, of each whole picture")
     seed: int = Field(0, ge=0, description="of these crops")
@@ -179,101 +130,119 @@ class Options(opt.InProcess):
 
 
 def measure(options: Options) -> Result:
-    folders = {folder.resolve().name: opt.pictures_in(folder)[: options.limit] for folder in options.scenes}
-    aligned = opt.pictures_in(options.close_ups)[: options.limit] if options.close_ups else []
-    loaded = opt.load(options)
-    models, header = loaded.models, loaded.header
-    if options.detector:
-        models = replace(models, detector=FaceDetector(load_teacher(options.detector).to(loaded.device)))
-        name = f"{header['weights'].name}, detector {options.detector.name}"
-        digest = hashlib.sha256(options.detector.read_bytes()).hexdigest()[:16]
-        hashes = header["weights"].sha256 | {"detector": digest}
-        header = header | {"weights": Weights(name=name, sha256=hashes)}
-    judged = _Judged(models.detector)
+    folders = {folder.resolve().name: opt.pictures_of(folder)[: options.limit] for folder in options.scenes}
+    aligned = opt.pictures_of(options.close_ups)[: options.limit] if options.close_ups else []
+    loaded = options.load()
+    judge = Judge(loaded.models.detector)
+    crops: list[ImageU8] = []
+    rng = np.random.default_rng(options.seed)
     with torch_switches(cudnn_benchmark=False):
         for file in aligned:
-            judged.close_ups(file)
-        print(f"measured close-ups of {len(aligned)} faces")
-        rng = np.random.default_rng(options.seed)
-        crops = []
-        for name, files in folders.items():
+            judge.close_ups(file)
+        for folder, files in folders.items():
             for file in files:
-                crops += judged.scene(name, opt.read_picture(file), options.crops, rng)
-            print(f"measured {len(files)} pictures of {name}")
-        faceless = {"crops": crops, "scikit-image": [_skimage_picture(name) for name in FACELESS]}
-        for kind, pictures in faceless.items():
+                picture = read_photograph(file)
+                crops += crops_outside(judge.scene(folder, picture), picture, options.crops, rng)
+        for kind, pictures in (("crops", crops), ("scikit-image", map(_skimage_picture, FACELESS))):
             for picture in pictures:
-                judged.add({"faceless": kind}, picture, [])
-        print(f"measured {len(crops)} crops and {len(FACELESS)} pictures without faces")
-        costs = _costs(Pipeline(models, loaded.device), loaded.device, judged.looks, options)
-    tables = {name: judged.rows(name) for name in ("turned", "whole", "close_ups", "faceless")}
-    return Result.of(header, options, **tables, costs=costs)
+                judge.add({"faceless": kind}, picture, [])
+        print(f"judged {len(aligned)} aligned faces, {list(map(len, folders.values()))} pictures")
+        costs = {
+            f"{kind}, {picture.shape[1]} x {picture.shape[0]}": _cost(
+                Pipeline(loaded.models, loaded.device), judge.looks, picture, options
+            )
+            for kind, picture in _subjects()
+        }
+    tables = {
+        table: {label: Found(**counts) for label, counts in judge.sums[table].items()}
+        for table in ("turned", "whole", "close_ups", "faceless")
+    }
+    return Result.of(loaded.header, options, **tables, costs=costs)
 
 
-class _Judged:
-    """Looks at pictures in both ways, and sums up what would be restored."""
+class Judge:
+    """Looks at pictures in both ways, and sums up what would be restored, by table and row."""
 
     def __init__(self, detector: FaceDetector) -> None:
         self._detector = detector
-        self._sums: defaultdict[tuple[str, str, bool], Counter[str]] = defaultdict(Counter)
         finder = FaceFinder(detector)
-        self.looks: dict[bool, Look] = {
-            False: lambda working: FoundFaces(detector.detect([working.image_bgr])[0], [], 0),
-            True: lambda working: finder.find([working])[0],
+        self.looks: dict[str, Look] = {
+            "first look": lambda working: FoundFaces(detector.detect([working.image_bgr])[0], [], 0),
+            "second look": lambda working: finder.find([working])[0],
         }
-
-    def rows(self, table: str) -> list[Found]:
-        """What was summed up for a table."""
-        return [
-            Found(pictures_of=of, second_look=second_look, **{name: sums[name] for name in judge([], [])})
-            for (where, of, second_look), sums in self._sums.items()
-            if where == table
-        ]
+        self.sums: defaultdict[str, dict[str, Counter[str]]] = defaultdict(dict)
 
     def add(
         self, kinds: Mapping[str, str], picture: ImageU8, true_xy: Sequence[FloatArray], right: float = RIGHT
     ) -> list[Face]:
         """Judges both looks at a picture, of some kind in each table; returns what they would restore."""
         restored = []
-        for second_look, look in self.looks.items():
+        for name, look in self.looks.items():
             faces, skipped = _restorable(look, picture)
-            found = judge([face.landmarks_xy for face in faces], true_xy, skipped, right=right)
-            for table, of in kinds.items():
-                self._sums[table, of, second_look].update(found)
+            found = counts_of([face.landmarks_xy for face in faces], true_xy, skipped, right=right)
+            for table, kind in kinds.items():
+                self.sums[table].setdefault(f"{kind}, {name}", Counter()).update(found)
             restored += faces
         return restored
 
-    def scene(self, folder: str, picture: ImageU8, crops: int, rng: np.random.Generator) -> list[ImageU8]:
-        """Judges a whole picture in four turns; returns crops of it without faces."""
+    def scene(self, folder: str, picture: ImageU8) -> list[FloatArray]:
+        """Judges a whole picture in four turns; returns boxes (4,) of all that may be a face there."""
         size_wh = (picture.shape[1], picture.shape[0])
-        upright, _ = _restorable(self.looks[False], picture)
+        upright, _ = _restorable(self.looks["first look"], picture)
+        copy, scale = resize_for_detection(picture)
         boxes: list[FloatArray] = []
-        for turns, view in _turns_of(picture):
+        for turns in range(4):
+            view = _turned(picture, turns)
             true_xy = [turned_points(face.landmarks_xy, turns, size_wh) for face in upright]
             kinds = {"turned": f"{90 * turns}°"} | ({} if turns else {"whole": folder})
-            faces = self.add(kinds, view, true_xy)
-            boxes += [_turned_back(face.box_xyxy, turns, view) for face in faces]
-        return crops_outside([*boxes, *self._faint_boxes(picture)], picture, crops, rng)
-
-    def _faint_boxes(self, picture: ImageU8) -> list[FloatArray]:
-        """Boxes of all possible faces, in any turn, at the first look's size and at the picture's own."""
-        boxes: list[FloatArray] = []
-        copy, scale = resize_for_detection(picture)
-        for frame, factor in ((copy, scale), (picture, 1.0)):
-            for turns, view in _turns_of(frame):
-                [found] = self._detector.detect_at_size(view[None], score_threshold=_FAINT_SCORE)
-                boxes += [_turned_back(one.box_xyxy, turns, view) / factor for one in found]
+            boxes += [_turned_back(face.box_xyxy, turns, view) for face in self.add(kinds, view, true_xy)]
+            # Faint ones, too, at the first look's size and at the picture's own.
+            for frame, factor in ((_turned(copy, turns), scale), (view, 1.0)):
+                [faint] = self._detector.detect_at_size(frame[None], score_threshold=_FAINT_SCORE)
+                boxes += [_turned_back(one.box_xyxy, turns, frame) / factor for one in faint]
         return boxes
 
     def close_ups(self, file: Path) -> None:
         """Judges central crops of an aligned face; raises InputError for any other picture."""
-        aligned = opt.read_picture(file)
-        if aligned.shape[:2] != (FACE_SIZE, FACE_SIZE):
-            raise InputError(f"{file}: expected an aligned {FACE_SIZE} px face, got {aligned.shape[:2]}.")
+        aligned = read_face(file)
         for part in CLOSE_UPS:
             picture, corner_xy = close_up_of(aligned, part)
-            true_xy = [FFHQ_TEMPLATE_XY - corner_xy]
-            self.add({"close_ups": f"{part:g}"}, picture, true_xy, RIGHT_TO_TEMPLATE)
+            self.add({"close_ups": f"{part:g}"}, picture, [FFHQ_TEMPLATE_XY - corner_xy], RIGHT_TO_TEMPLATE)
+
+
+def counts_of(
+    found_xy: Sequence[FloatArray], true_xy: Sequence[FloatArray], skipped: int = 0, *, right: float = RIGHT
+) -> Counter[str]:
+    """The numbers of `Found` for one picture, from landmarks (5, 2) of what would be restored and of faces.
+
+    Each face is found once at most, within a distance `right`.
+    """
+    missing, others = list(true_xy), []
+    for found in found_xy:
+        distances = [np.linalg.norm(found - truth, axis=1).mean() / _eyes(truth) for truth in missing]
+        at = next((index for index, distance in enumerate(distances) if distance <= right), None)
+        if at is None:
+            others.append(found)
+        else:
+            del missing[at]
+    wrong_pose = sum(
+        any(np.linalg.norm((found - truth).mean(axis=0)) <= _SAME_PLACE * _eyes(truth) for truth in true_xy)
+        for found in others
+    )
+    return Counter(
+        pictures=1,
+        with_ghosts=int(bool(others)),
+        faces=len(true_xy),
+        right=len(true_xy) - len(missing),
+        wrong_pose=wrong_pose,
+        extra=len(others) - wrong_pose,
+        skipped=skipped,
+    )
+
+
+def _eyes(landmarks_xy: FloatArray) -> float:
+    """The distance of the eyes."""
+    return float(np.linalg.norm(landmarks_xy[0] - landmarks_xy[1]))
 
 
 def _restorable(look: Look, picture: ImageU8) -> tuple[list[Face], int]:
@@ -284,9 +253,8 @@ def _restorable(look: Look, picture: ImageU8) -> tuple[list[Face], int]:
     return [one.face for one in aligned], len(found.skipped) + len(skipped)
 
 
-def _turns_of(picture: ImageU8) -> Iterator[tuple[int, ImageU8]]:
-    for turns in range(4):
-        yield turns, np.ascontiguousarray(np.rot90(picture, turns))
+def _turned(picture: ImageU8, turns: int) -> ImageU8:
+    return np.ascontiguousarray(np.rot90(picture, turns))
 
 
 def turned_points(points_xy: FloatArray, turns: int, size_wh: tuple[int, int]) -> FloatArray:
@@ -340,33 +308,22 @@ def _skimage_picture(name: str) -> ImageU8:
     return np.asarray(cv2.cvtColor(picture, code), dtype=np.uint8)
 
 
-def _costs(
-    pipeline: Pipeline, device: torch.device, looks: Mapping[bool, Look], options: Options
-) -> list[Cost]:
-    costs = []
-    for name, picture in _subjects():
-        calls = {
-            "off": lambda picture=picture: looks[False](make_working_copy(picture)),
-            "on": lambda picture=picture: looks[True](make_working_copy(picture)),
-            "request": lambda picture=picture: pipeline.restore([picture]),
-        }
-        samples = interleave(calls, device, warmup=options.warmup, repeats=options.repeats)
-        off, on, request = (each.times_ms for each in samples.values())
-        [result] = samples["request"].results[0]
-        cost = Cost(
-            picture=name,
-            width=picture.shape[1],
-            height=picture.shape[0],
-            faces=len(result.faces),
-            off_ms=Summary.of(off),
-            on_ms=Summary.of(on),
-            request_ms=Summary.of(request),
-            on_to_off=ratio_of_pairs(on, off),
-            share_of_request=ratio_of_pairs([a - b for a, b in zip(on, off, strict=True)], request),
-        )
-        costs.append(cost)
-        print(f"measured the cost of {name}, {cost.width} x {cost.height}")
-    return costs
+def _cost(pipeline: Pipeline, looks: Mapping[str, Look], picture: ImageU8, options: Options) -> Cost:
+    calls: dict[str, Call] = {
+        name: partial(lambda look: look(make_working_copy(picture)), look) for name, look in looks.items()
+    }
+    calls["request"] = lambda: pipeline.restore([picture])
+    samples = interleave(calls, pipeline.device, warmup=options.warmup, repeats=options.repeats)
+    off, on, request = (each.times_ms for each in samples.values())
+    [result] = samples["request"].results[0]
+    return Cost(
+        faces=len(result.faces),
+        off_ms=Summary.of(off),
+        on_ms=Summary.of(on),
+        request_ms=Summary.of(request),
+        on_to_off=ratio_of_pairs(on, off),
+        share_of_request=ratio_of_pairs([a - b for a, b in zip(on, off, strict=True)], request),
+    )
 
 
 def _subjects() -> list[tuple[str, ImageU8]]:
@@ -378,7 +335,7 @@ def _subjects() -> list[tuple[str, ImageU8]]:
     close_up, _ = close_up_of(crop_face(_skimage_picture("astronaut"), to_face), 0.5)
     return [
         *(("upright portrait", portrait) for portrait in portraits.values()),
-        ("upside down", np.ascontiguousarray(np.rot90(portraits[640], 2))),
+        ("upside down", _turned(portraits[640], 2)),
         ("group of ten", picture_with(10, (1280, 720))),
         ("close-up", close_up),
         ("without a face", _skimage_picture("gravel")),

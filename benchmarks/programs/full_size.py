@@ -5,6 +5,8 @@ another set's: in the weight set that this command writes, alone; in `with_offic
 process, together with a ResNet50 whose answer is not used.
 """
 
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -18,13 +20,18 @@ from codeformer.engine.detector import FaceDetector
 from codeformer.engine.masker import FaceParser
 from codeformer.engine.models import Models, load_models
 from codeformer.networks.codeformer import CodeFormer
+from codeformer.networks.gfpgan import GFPGANv1Clean
 from codeformer.networks.parsenet import FaceParsingNetwork
 from codeformer.networks.retinaface import build_retinaface
 from codeformer.training.export import copy_network, export_network, write_manifest
 from codeformer.weights.manifest import load_weight_set
 
-LICENCE: Final = "random values"
-SEED: Final = 0
+NETWORKS: Final[Mapping[str, Callable[[], Any]]] = {
+    "restorer": CodeFormer,
+    "gfpgan": GFPGANv1Clean,
+    "parser": FaceParsingNetwork,
+    "detector": partial(build_retinaface, "resnet50"),
+}
 
 
 class Options(opt.Options):
@@ -37,28 +44,29 @@ class Options(opt.Options):
 def measure(options: Options) -> None:
     folder = options.folder
     folder.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(SEED)
-    networks = {"restorer": CodeFormer(), "parser": FaceParsingNetwork().parsenet}
+    cpu = torch.device("cpu")
+    networks = {"restorer": random_network("restorer", cpu), "parser": random_network("parser", cpu).parsenet}
     entries = {
-        role: export_network({"average": network.state_dict(), "header": {}}, role, folder, LICENCE)
+        role: export_network({"average": network.state_dict(), "header": {}}, role, folder, "random values")
         for role, network in networks.items()
     }
     entries["detector"] = copy_network(options.detector_from, "detector", folder)
     write_manifest(folder, "Official sizes, random values; for measuring speed.", entries)
-    load_models(load_weight_set(folder), torch.device("cpu"))
+    load_models(load_weight_set(folder), cpu)
     print(f"wrote {folder}")
+
+
+def random_network(name: str, device: torch.device) -> Any:
+    """A network of official size; its values are the same each time."""
+    torch.manual_seed(0)
+    return NETWORKS[name]().to(device).eval().requires_grad_(requires_grad=False)
 
 
 def with_official_sizes(models: Models, device: torch.device) -> Models:
     """Restorer and parser of official size; the given detector, taking as long as the official one."""
-    torch.manual_seed(SEED)
-    networks: Any = (CodeFormer(), FaceParsingNetwork(), build_retinaface("resnet50"))
-    restorer, parser, large = (
-        network.to(device).eval().requires_grad_(requires_grad=False) for network in networks
-    )
-    detector = _SlowedDetector(models.detector.network, large)
-    restorers = {"codeformer": CodeFormerRestorer(restorer)}
-    return Models(FaceDetector(detector), restorers, FaceParser(parser))
+    detector = _SlowedDetector(models.detector.network, random_network("detector", device))
+    restorers = {"codeformer": CodeFormerRestorer(random_network("restorer", device))}
+    return Models(FaceDetector(detector), restorers, FaceParser(random_network("parser", device)))
 
 
 class _SlowedDetector(nn.Module):
@@ -66,8 +74,7 @@ class _SlowedDetector(nn.Module):
 
     def __init__(self, used: nn.Module, unused: nn.Module) -> None:
         super().__init__()
-        self.used = used
-        self.unused = unused
+        self.used, self.unused = used, unused
 
     def forward(self, x: Tensor) -> Any:
         self.unused(x)

@@ -22,9 +22,9 @@ import torch
 from pydantic import Field
 
 from benchmarks import options as opt
-from benchmarks.measure import Amount, Count, Model, Positive, Summary
+from benchmarks.measure import Amount, Count, Latency, Model, Positive, Summary
 from benchmarks.results import Configuration, ServedReport, header_of
-from benchmarks.server import FULL, Answer, Server, as_input
+from benchmarks.server import FULL, Answer, as_input
 from benchmarks.views import Chart
 from codeformer.engine.detector import FaceDetector
 from codeformer.engine.masker import TemplateMask
@@ -50,11 +50,9 @@ class Load(Model):
     thread of the device worked.
     """
 
-    clients: Count | None = None
-    asked_per_s: Amount | None = None
     requests: Positive
     answered_per_s: Amount
-    ms: Summary | None
+    ms: Latency | None
     wait_ms: Summary | None
     faces_per_pass: Summary | None
     busy: Amount
@@ -69,25 +67,19 @@ class Result(ServedReport):
     configuration: Configuration | None
     simulated: Literal["no", "a device that sleeps"]
     image: str
-    loads: Annotated[list[Load], Field(min_length=1)]
+    loads: Annotated[dict[str, Load], Field(min_length=1)]
 
     def charts(self) -> list[Chart]:
-        def label(load: Load) -> str:
-            return f"{load.clients} clients" if load.clients else f"{load.asked_per_s:g} per s"
-
-        times = {label(load): load.ms for load in self.loads if load.ms}
-        rates = {label(load): {"": load.answered_per_s} for load in self.loads}
-        busy = {label(load): {"": 100 * load.busy} for load in self.loads}
+        loads = self.loads.items()
         return [
-            Chart("boxes", "ms per request", times),
-            Chart("bars", "answers per second", rates),
-            Chart("bars", "device busy, %", busy),
+            Chart("boxes", "ms per request", {label: load.ms for label, load in loads if load.ms}),
+            Chart("bars", "answers per second", {label: {"": load.answered_per_s} for label, load in loads}),
+            Chart("bars", "device busy, %", {label: {"": 100 * load.busy} for label, load in loads}),
         ]
 
     def problems(self) -> list[str]:
-        return [
-            f"failed {count} times: {error}" for load in self.loads for error, count in load.failures.items()
-        ]
+        failures = [each for load in self.loads.values() for each in load.failures.items()]
+        return [f"failed {count} times: {error}" for error, count in failures]
 
 
 class Options(opt.Serving):
@@ -106,43 +98,29 @@ def measure(options: Options) -> Result:
     if options.simulated:
         if len(options.simulated) != 2:
             raise BenchmarkError("--simulated: expected two numbers of milliseconds.")
-        header = header_of(torch.device("cpu"), None)
+        header = header_of(torch.device("cpu"), None) | {"server": "direct", "configuration": None}
+        header |= {"simulated": "a device that sleeps", "image": "one face"}
         with _simulation(*options.simulated) as ask:
-            loads = _all_loads(ask, options)
-        return Result.of(
-            header,
-            options,
-            server="direct",
-            configuration=None,
-            simulated="a device that sleeps",
-            image="one face",
-            loads=loads,
-        )
-    header = opt.server_header(options)
+            return Result.of(header, options, loads=_all_loads(ask, options))
     configuration = opt.cases_of([options.case])[options.case]
+    header = options.header() | {"simulated": "no", "configuration": configuration}
+    header["image"] = opt.described(options.image)
     inputs = configuration.model_dump() | {"images": [as_input(options.image)]}
-    with opt.server_of(options) as server:
-        loads = _all_loads(lambda: _ask(server, inputs, options.timeout_sec), options)
-    return Result.of(
-        header,
-        options,
-        configuration=configuration,
-        simulated="no",
-        image=str(opt.describe_picture(options.image)),
-        loads=loads,
-    )
+    with options.start() as server:
+
+        def ask() -> Answer:
+            return server.predict(inputs, options.timeout_sec, insist=False).without_pictures()
+
+        return Result.of(header, options, loads=_all_loads(ask, options))
 
 
-def _ask(server: Server, inputs: dict[str, Any], timeout_s: float) -> Answer:
-    return server.predict_once(inputs, timeout_s).without_pictures()
-
-
-def _all_loads(ask: Callable[[], Answer], options: Options) -> list[Load]:
+def _all_loads(ask: Callable[[], Answer], options: Options) -> dict[str, Load]:
     for _ in range(options.warmup):
         ask()
-    loads = [_closed(ask, clients, options.repeats) for clients in options.clients]
-    best = max(load.answered_per_s for load in loads)
-    loads += [_open(ask, share * best, 8 * options.repeats) for share in options.rates]
+    loads = {f"{clients} clients": _closed(ask, clients, options.repeats) for clients in options.clients}
+    best = max(load.answered_per_s for load in loads.values())
+    for share in options.rates:
+        loads[f"{share * best:.3f} per s"] = _open(ask, share * best, 8 * options.repeats)
     return loads
 
 
@@ -163,7 +141,7 @@ def _closed(ask: Callable[[], Answer], clients: int, repeats: int) -> Load:
     started = time.perf_counter()
     with ThreadPoolExecutor(clients) as pool:
         answers = [answer for each in pool.map(client, range(clients)) for answer in each]
-    return _load_of(answers, time.perf_counter() - started, refused=refused.total(), clients=clients)
+    return _load_of(answers, time.perf_counter() - started, refused.total())
 
 
 def _open(ask: Callable[[], Answer], rate: float, requests: int) -> Load:
@@ -176,12 +154,11 @@ def _open(ask: Callable[[], Answer], rate: float, requests: int) -> Load:
             pending.append(pool.submit(ask))
         answers = [answer.result() for answer in pending]
     elapsed_s = time.perf_counter() - started
-    refused = sum(FULL in (answer.error or "") for answer in answers)
     kept = [answer for answer in answers if FULL not in (answer.error or "")]
-    return _load_of(kept or answers, elapsed_s, refused=refused, asked_per_s=round(rate, 3))
+    return _load_of(kept or answers, elapsed_s, len(answers) - len(kept))
 
 
-def _load_of(answers: Sequence[Answer], elapsed_s: float, *, refused: int, **what: Any) -> Load:
+def _load_of(answers: Sequence[Answer], elapsed_s: float, refused: int) -> Load:
     good = [answer for answer in answers if answer.error is None]
 
     def metrics(name: str) -> list[float]:
@@ -189,10 +166,9 @@ def _load_of(answers: Sequence[Answer], elapsed_s: float, *, refused: int, **wha
 
     working_ms = sum(sum(metrics(f"timing.{stage}")) for stage in DEVICE_STAGES)
     return Load(
-        **what,
         requests=len(answers),
         answered_per_s=round(len(good) / elapsed_s, 3),
-        ms=Summary.of_any([answer.elapsed_ms for answer in good]),
+        ms=Latency.of_any([answer.elapsed_ms for answer in good]),
         wait_ms=Summary.of_any(metrics("timing.wait")),
         faces_per_pass=Summary.of_any(metrics("faces.per_pass")),
         busy=round(working_ms / 1e3 / elapsed_s, 3),
@@ -216,10 +192,11 @@ class _OneFace(FaceDetector):
 class _Sleeper:
     """Sleeps for each pass and for each of its faces."""
 
+    facts = FACTS
+    device = torch.device("cpu")
+
     def __init__(self, pass_ms: float, face_ms: float) -> None:
         self._pass_s, self._face_s = pass_ms / 1e3, face_ms / 1e3
-        self.facts = FACTS
-        self.device = torch.device("cpu")
 
     def restore(self, crops_bgr: torch.Tensor, _: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
         time.sleep(self._pass_s + self._face_s * len(crops_bgr))
@@ -231,7 +208,7 @@ def _simulation(pass_ms: float, face_ms: float) -> Iterator[Callable[[], Answer]
     """Requests of one face to a scheduler in this process, whose passes hold eight faces."""
     sleeper: Any = _Sleeper(pass_ms, face_ms)
     models = Models(_OneFace(), {"codeformer": sleeper}, TemplateMask())
-    pipeline = Pipeline(models, torch.device("cpu"), second_look=False)
+    pipeline = Pipeline(models, sleeper.device, second_look=False)
     scheduler = Scheduler(pipeline)
     plan = dataclasses.replace(
         resolve_plan("max_speed", device="cpu"), micro_batch=8, batch_detection=True, half_dtype=None
@@ -251,9 +228,8 @@ def _simulation(pass_ms: float, face_ms: float) -> Iterator[Callable[[], Answer]
             waited_s = ticket.done.result()
         finally:
             admitted.release()
-        [result] = results
-        metrics: dict[str, Any] = {f"timing.{stage}": ms for stage, ms in result.elapsed_ms.items()}
-        metrics |= {"timing.wait": waited_s * 1e3, "faces.per_pass": result.faces_per_pass}
+        metrics: dict[str, Any] = {f"timing.{stage}": ms for stage, ms in results[0].elapsed_ms.items()}
+        metrics |= {"timing.wait": waited_s * 1e3, "faces.per_pass": results[0].faces_per_pass}
         return Answer((time.perf_counter() - started) * 1e3, metrics)
 
     yield ask

@@ -18,7 +18,6 @@ from benchmarks import options as opt
 from benchmarks.measure import Count, Model, Summary
 from benchmarks.programs.full_size import with_official_sizes
 from benchmarks.results import Configuration, Report
-from benchmarks.views import Table, row_of, table_of
 from codeformer.engine.codeformer import CodeFormerRestorer
 from codeformer.engine.detector import FaceDetector
 from codeformer.engine.models import Models
@@ -29,7 +28,8 @@ from codeformer.evaluation import metrics
 from codeformer.evaluation.degradation import HEAVY, MILD, MODERATE, DegradationRange
 from codeformer.evaluation.machine import NOT_INSTALLED
 from codeformer.imaging.files import ImageU8
-from codeformer.imaging.geometry import align_faces, crop_face, make_working_copy
+from codeformer.imaging.geometry import crop_face
+from codeformer.training.faces import read_photograph
 
 PRECISIONS: Final = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEGRADATIONS: Final[dict[str, DegradationRange]] = {"mild": MILD, "moderate": MODERATE, "heavy": HEAVY}
@@ -69,7 +69,7 @@ class Deviation(Model):
     max_levels: float
     mean_levels: float
     psnr_db: float
-    equal_codes: Annotated[float, Field(ge=0, le=1)] | None
+    equal_codes: Annotated[float, Field(ge=0, le=1)] | None = None
 
 
 class Result(Report):
@@ -89,10 +89,6 @@ class Result(Report):
     def notes(self) -> list[str]:
         has_niqe = self.machine.versions.get("basicsr") != NOT_INSTALLED
         return super().notes() + ([] if has_niqe else ["No NIQE: basicsr was not installed."])
-
-    def tables(self) -> list[Table]:
-        restored = [{"configuration": "degraded", **row_of(self.degraded)}, *map(row_of, self.restored)]
-        return [Table("restored", restored), table_of("deviations", self.deviations)]
 
 
 class Options(opt.InProcess):
@@ -119,21 +115,22 @@ def measure(options: Options) -> Result:
     against = "baseline/safe" if options.against == "baseline" else options.against
     if against and against not in opt.CASES:
         raise InputError(f"--against {against}: expected one of {', '.join(opt.CASES)}.")
+    # The one that the others are compared with comes first.
     cases = opt.cases_of([against, *options.cases] if against else options.cases)
-    files = opt.pictures_in(options.reference)[: options.limit]
-    loaded = opt.load(options)
+    files = opt.pictures_of(options.reference)[: options.limit]
+    loaded = options.load()
     device = loaded.device
     models = with_official_sizes(loaded.models, device) if options.official_size else loaded.models
-    clean = [opt.read_picture(file) for file in files]
+    clean = [read_photograph(file) for file in files]
     boxes = [_face_boxes(models.detector, picture) for picture in clean]
     degraded = []
     for index, picture in enumerate(clean):
         rng = np.random.default_rng((options.seed, index))
         degraded.append(DEGRADATIONS[options.degradation].sample(rng).apply(picture, rng))
-    crops = _crops(models.detector, degraded) if against else []
-    codes = {name: _codes(models, case, crops, device) for name, case in cases.items() if crops}
     restored: list[Restored] = []
     deviations: list[Deviation] = []
+    crops: list[ImageU8] = []
+    codes: dict[str, torch.Tensor] = {}
     for fidelity in options.fidelities:
         outputs: dict[str, list[ImageU8]] = {}
         for name, configuration in opt.cases_of(list(cases), fidelity).items():
@@ -143,18 +140,24 @@ def measure(options: Options) -> Result:
             pipeline = Pipeline(models, device)
             results = [pipeline.restore([picture], fidelity, plan)[0] for picture in degraded]
             outputs[name] = [result.image_bgr for result in results]
-            found = scores(outputs[name], clean, boxes)
             faces = sum(len(result.faces) for result in results)
+            found = scores(outputs[name], clean, boxes)
             restored.append(Restored(configuration=configuration, scores=found, faces=faces))
+            if name == against:
+                reference = configuration
+                crops = [
+                    crop_face(picture, face.picture_to_face)
+                    for picture, result in zip(degraded, results, strict=True)
+                    for face in result.faces
+                ]
+            if against and crops and name not in codes:
+                codes[name] = _codes(models, configuration, crops, device)
             if against and name != against:
-                # The first of the cases is the one they are compared with.
-                deviation = Deviation(
-                    configuration=configuration,
-                    against=restored[-len(outputs)].configuration,
-                    equal_codes=_share_of_equal(codes[name], codes[against]) if codes else None,
-                    **_differences(outputs[name], outputs[against]),
-                )
-                deviations.append(deviation)
+                deviation = _deviation(outputs[name], outputs[against])
+                if codes:
+                    equal = (codes[name] == codes[against]).double().mean()
+                    deviation["equal_codes"] = round(float(equal), 6)
+                deviations.append(Deviation(configuration=configuration, against=reference, **deviation))
             print(f"measured {configuration}")
     return Result.of(
         loaded.header,
@@ -168,6 +171,7 @@ def measure(options: Options) -> Result:
 
 
 def _face_boxes(detector: FaceDetector, picture: ImageU8) -> list[Box]:
+    """Where faces are, none of them too small to be compared."""
     height, width = picture.shape[:2]
     boxes = []
     with torch_switches(cudnn_benchmark=False):
@@ -183,9 +187,8 @@ def _face_boxes(detector: FaceDetector, picture: ImageU8) -> list[Box]:
 def scores(results: Sequence[ImageU8], clean: Sequence[ImageU8], boxes: Sequence[Sequence[Box]]) -> Scores:
     """Scores of pictures (H, W, 3) uint8 BGR against clean ones, and of their faces in boxes."""
     values: defaultdict[str, list[float]] = defaultdict(list)
-    whole: Box = np.s_[:, :]
     for result, truth, faces in zip(results, clean, boxes, strict=True):
-        for prefix, region in [("", whole), *(("face_", face) for face in faces)]:
+        for prefix, region in [("", np.s_[:, :]), *(("face_", face) for face in faces)]:
             values[f"{prefix}psnr_db"].append(metrics.psnr_db(result[region], truth[region]))
             values[f"{prefix}ssim"].append(metrics.ssim(result[region], truth[region]))
     summaries: dict[str, Any] = {name: Summary.of(numbers) for name, numbers in values.items()}
@@ -196,29 +199,14 @@ def _niqe(pictures: Sequence[ImageU8]) -> Summary | None:
     return Summary.of_any([value for value in map(metrics.niqe, pictures) if value is not None])
 
 
-def _differences(ours: Sequence[ImageU8], theirs: Sequence[ImageU8]) -> dict[str, float]:
+def _deviation(ours: Sequence[ImageU8], theirs: Sequence[ImageU8]) -> dict[str, float]:
     pairs = list(zip(ours, theirs, strict=True))
     levels = [np.abs(a.astype(np.int16) - b) for a, b in pairs]
     return {
-        "max_levels": int(max(difference.max() for difference in levels)),
+        "max_levels": float(max(difference.max() for difference in levels)),
         "mean_levels": round(float(np.mean([difference.mean() for difference in levels])), 5),
         "psnr_db": round(float(np.mean([metrics.psnr_db(a, b) for a, b in pairs])), 3),
     }
-
-
-def _share_of_equal(a: torch.Tensor, b: torch.Tensor) -> float:
-    return round(float((a == b).double().mean()), 6)
-
-
-def _crops(detector: FaceDetector, pictures: Sequence[ImageU8]) -> list[ImageU8]:
-    """The aligned faces of all pictures, (512, 512, 3) uint8 BGR each."""
-    crops = []
-    for working in map(make_working_copy, pictures):
-        with torch_switches(cudnn_benchmark=False):
-            [found] = detector.detect([working.image_bgr])
-        faces, _ = align_faces(working, found)
-        crops += [crop_face(working.image_bgr, face.working_to_face) for face in faces]
-    return crops
 
 
 def _codes(

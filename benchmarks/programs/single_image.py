@@ -6,61 +6,47 @@ the ones that follow, both by the median. With several `--starts` the configurat
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, NamedTuple
 
 from pydantic import Field
 
 from benchmarks import options as opt
 from benchmarks.measure import Amount, Model, Positive, Summary, rotated, stage_times
-from benchmarks.results import Configuration, Picture, ServedReport
+from benchmarks.results import Configuration, ServedReport
 from benchmarks.server import Answer, as_input
 from codeformer.errors import BenchmarkError
 from codeformer.options import DEFAULT_FIDELITY
 
 
 class Case(Model):
-    """What one configuration's servers did; times are None where every start failed."""
+    """What one configuration's servers did, None where every start failed; the most memory that any held."""
 
     configuration: Configuration
     errors: list[str]
     peak_memory_mib: Amount | None
     peak_memory_of: Literal["server processes", "GPU"] | None
-    setup_s: Summary | None = None
-    cold_ms: Summary | None = None
-    warm_ms: Summary | None = None
-    stages_ms: dict[str, Summary] = Field(default_factory=dict)
+    setup_s: Summary | None
+    cold_ms: Summary | None
+    warm_ms: Summary | None
+    stages_ms: dict[str, Summary]
 
 
 class Result(ServedReport):
     """Of all configurations; the best ones are those that never failed, by their medians."""
 
     kind: Literal["single_image"] = "single_image"
-    image: Picture
+    image: str
     starts: Positive
     cases: dict[str, Case]
     best_warm: str | None
     best_cold: str | None
 
-    def ms_per_image(self) -> dict[str, Summary]:
-        return {name: case.warm_ms for name, case in self.cases.items() if case.warm_ms}
-
-    def stages_ms(self) -> dict[str, Mapping[str, Summary]]:
-        return {name: case.stages_ms for name, case in self.cases.items()}
+    def timed(self) -> dict[str, tuple[Summary | None, Mapping[str, Summary]]]:
+        return {name: (case.warm_ms, case.stages_ms) for name, case in self.cases.items()}
 
     def problems(self) -> list[str]:
         return [f"{name} failed: {error}" for name, case in self.cases.items() for error in case.errors]
-
-
-@dataclass
-class Start:
-    """One server's life: when it was ready, its answers in order, its memory, and what went wrong."""
-
-    setup_s: float | None = None
-    answers: list[Answer] = field(default_factory=list)
-    memory: tuple[float | None, Any] = (None, None)
-    error: str | None = None
 
 
 class Options(opt.Serving):
@@ -74,18 +60,28 @@ class Options(opt.Serving):
     repeats: opt.Repeats = 5
 
 
+class Start(NamedTuple):
+    """One server's life: when it was ready, its answers but those of the warm-up, and its memory."""
+
+    setup_s: float
+    answers: list[Answer]
+    memory: tuple[float | None, Literal["server processes", "GPU"] | None]
+
+
 def measure(options: Options) -> Result:
-    header = opt.server_header(options)
-    image = opt.describe_picture(options.image)
+    header = options.header()
+    image = opt.described(options.image)
     chosen = opt.cases_of(options.cases, options.codeformer_fidelity)
     starts: dict[str, list[Start]] = {name: [] for name in chosen}
+    errors: dict[str, list[str]] = {name: [] for name in chosen}
     for turn in range(options.starts):
         for name in rotated(list(chosen), turn):
-            start = _one_start(chosen[name], options)
-            starts[name].append(start)
-            times = " ".join(f"{answer.elapsed_ms:.0f}" for answer in start.answers)
-            print(f"{name}: {start.error or f'{times} ms'}")
-    cases = {name: case_of(chosen[name], starts[name], options.warmup) for name in chosen}
+            try:
+                starts[name].append(_start_once(chosen[name], options))
+            except BenchmarkError as failure:
+                errors[name].append(str(failure))
+            print(f"{name}: measured start {turn + 1} of {options.starts}")
+    cases = {name: _case_of(chosen[name], starts[name], errors[name]) for name in chosen}
     good = {name: case for name, case in cases.items() if not case.errors}
     best = {
         times: min(good, key=lambda name: getattr(good[name], times).p50, default=None)
@@ -96,36 +92,30 @@ def measure(options: Options) -> Result:
     )
 
 
-def _one_start(configuration: Configuration, options: Options) -> Start:
-    """Setup, the first request, those of the warm-up, those that count; ends at the first failure."""
+def _start_once(configuration: Configuration, options: Options) -> Start:
+    """Setup, the first request, those of the warm-up, those that count; raises the first failure."""
     inputs = {"images": [as_input(options.image)], **configuration.model_dump()}
-    start = Start()
-    try:
-        with opt.server_of(options) as server:
-            start.setup_s = server.setup_s
-            for _ in range(1 + options.warmup + options.repeats):
-                answer = server.predict(inputs, options.timeout_sec)
-                if answer.error is not None:
-                    start.error = answer.error
-                    break
-                start.answers.append(answer.without_pictures())
-            start.memory = server.peak_memory_mib()
-    except BenchmarkError as failure:
-        start.error = str(failure)
-    return start
+    answers = []
+    with options.start() as server:
+        for _ in range(1 + options.warmup + options.repeats):
+            answer = server.predict(inputs, options.timeout_sec)
+            if answer.error is not None:
+                raise BenchmarkError(answer.error)
+            answers.append(answer.without_pictures())
+        return Start(server.setup_s, answers[:1] + answers[1 + options.warmup :], server.peak_memory_mib())
 
 
-def case_of(configuration: Configuration, starts: Sequence[Start], warmup: int) -> Case:
-    """A configuration's part of the result; its memory is the most that any of its servers held."""
-    warm = [answer for start in starts for answer in start.answers[1 + warmup :]]
-    memory_mib, memory_of = max((start.memory for start in starts), key=lambda memory: memory[0] or 0.0)
+def _case_of(configuration: Configuration, starts: Sequence[Start], errors: list[str]) -> Case:
+    warm = [answer for start in starts for answer in start.answers[1:]]
+    memories = [start.memory for start in starts]
+    memory_mib, memory_of = max(memories, key=lambda memory: memory[0] or 0.0, default=(None, None))
     return Case(
         configuration=configuration,
-        errors=[start.error for start in starts if start.error is not None],
+        errors=errors,
         peak_memory_mib=memory_mib,
         peak_memory_of=memory_of,
-        setup_s=Summary.of_any([start.setup_s for start in starts if start.setup_s is not None]),
-        cold_ms=Summary.of_any([start.answers[0].elapsed_ms for start in starts if start.answers]),
+        setup_s=Summary.of_any([start.setup_s for start in starts]),
+        cold_ms=Summary.of_any([start.answers[0].elapsed_ms for start in starts]),
         warm_ms=Summary.of_any([answer.elapsed_ms for answer in warm]),
         stages_ms=stage_times([answer.metrics for answer in warm]),
     )

@@ -13,6 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
@@ -25,14 +26,12 @@ from benchmarks import options as opt
 from benchmarks.measure import Amount, Count, Positive, Summary
 from benchmarks.results import Report, header_of
 from benchmarks.server import Answer, Server, as_uri, running_server
-from benchmarks.views import Chart
 from codeformer.engine.plan import available_device
 from codeformer.errors import BenchmarkError, InputError
 from codeformer.imaging.files import ImageU8, decode_image, encode_jpeg
 from codeformer.serving.request import MAX_IMAGES, SAMPLES
 from codeformer.weights.manifest import load_weight_set
 
-SEED: Final = 0
 BAD_SHARE: Final = 10
 MAX_GROWTH: Final = 0.02
 MAX_TAIL: Final = 3.0
@@ -46,7 +45,7 @@ _CANCELLED: Final = "four pictures, fast"
 
 class Result(Report):
     """What became of the requests, by kind, and of the cancelled ones, in Cog's words; unexpected answers;
-    memory by requests served and its growth from the first as a share; and temporary files.
+    memory by the number of requests served; and temporary files.
     """
 
     kind: Literal["soak"] = "soak"
@@ -55,14 +54,17 @@ class Result(Report):
     cancelled: dict[str, Positive]
     faults: list[str]
     times_ms: dict[str, Summary]
-    resident_mib: Annotated[list[tuple[Count, Amount]], Field(min_length=2)]
-    growth: float
+    resident_mib: Annotated[dict[str, Amount], Field(min_length=2)]
     most_files: Count
     files_left: list[str]
 
-    def charts(self) -> list[Chart]:
-        memory = {f"after {requests} requests": {"": mib} for requests, mib in self.resident_mib}
-        return [Chart("bars", "resident MiB", memory)]
+    @property
+    def growth(self) -> float:
+        """How far memory has gone above what it was when it was first looked at, as a share."""
+        return max(self.resident_mib.values()) / next(iter(self.resident_mib.values())) - 1
+
+    def notes(self) -> list[str]:
+        return [*super().notes(), f"Memory grew by {self.growth:.2%}."]
 
     def problems(self) -> list[str]:
         found = [*self.faults, *(f"left behind: {path}" for path in self.files_left)]
@@ -71,7 +73,7 @@ class Result(Report):
         if self.cancelled and "canceled" not in self.cancelled:
             found.append("every cancelled request succeeded")
         if self.growth > MAX_GROWTH:
-            found.append(f"memory grew by {self.growth:.1%} after request {self.resident_mib[0][0]}")
+            found.append(f"memory grew by {self.growth:.1%} after request {next(iter(self.resident_mib))}")
         # With several clients a request also waits for others, of any length.
         for kind, times in self.times_ms.items() if self.clients == 1 else ():
             if times.p99 > MAX_TAIL * times.p50:
@@ -120,67 +122,55 @@ def measure(options: Options) -> Result:
     if options.settled >= options.requests:
         raise InputError(f"--settled: expected a number below {options.requests}, the number of --requests.")
     header = header_of(available_device(None), load_weight_set(options.weights))
-    plan = make_plan(options.requests, options.cancelled)
-    with tempfile.TemporaryDirectory(prefix="codeformer-soak-") as folder:
-        temporary = Path(folder)
-        with running_server(
-            options.port, kind="direct", weights=options.weights, temporary=temporary
-        ) as server:
-            found = _send_all(plan, server, temporary, options.settled, options.clients)
-        files_left = sorted(str(path.relative_to(temporary)) for path in temporary.rglob("*"))
-    return Result.of(header, options, **found, files_left=files_left)
-
-
-def growth_of(resident_mib: Sequence[tuple[int, float]]) -> float:
-    """How far memory has gone above what it was when it was first looked at, as a share."""
-    return round(max(mib for _, mib in resident_mib) / resident_mib[0][1] - 1, 5)
-
-
-def _send_all(
-    plan: Sequence[Kind | None], server: Server, temporary: Path, settled: int, clients: int
-) -> dict[str, Any]:
-    """Sends the requests, from several clients at a time; the fields of the result that come of it."""
-    [long_request] = next(kinds for kinds in good_requests() if kinds[0].name == _CANCELLED)
+    to_cancel = next(kind for kind in good_requests() if kind.name == _CANCELLED)
+    after_s = cycle(_CANCEL_AFTER_S)
     requests: Counter[str] = Counter()
     cancelled: Counter[str] = Counter()
     faults = []
     times_ms: defaultdict[str, list[float]] = defaultdict(list)
-    resident_mib: list[tuple[int, float]] = []
+    resident_mib: dict[str, float] = {}
     most_files = 0
-    after_s = cycle(_CANCEL_AFTER_S)
 
-    def send(kind: Kind | None) -> Answer | str:
+    def send(server: Server, kind: Kind | None) -> Answer | str:
         if kind is None:
-            return _cancel(server, long_request, next(after_s))
+            return _cancel(server, to_cancel, next(after_s))
         return server.predict(kind.inputs, _TIMEOUT_S)
 
-    with ThreadPoolExecutor(clients) as pool:
-        for kind, answer in zip(plan, pool.map(send, plan), strict=True):
-            if kind is None or isinstance(answer, str):
-                cancelled[str(answer)] += 1
-                continue
-            requests[kind.name] += 1
-            served = requests.total()
-            if fault := kind.fault_of(answer):
-                faults.append(f"request {served}, {kind.name}: {fault}")
-            elif not kind.error:
-                times_ms[kind.name].append(answer.elapsed_ms)
-            if served % _EVERY == 0:
+    with tempfile.TemporaryDirectory(prefix="codeformer-soak-") as folder:
+        temporary = Path(folder)
+        starting = running_server(options.port, kind="direct", weights=options.weights, temporary=temporary)
+        with starting as server, ThreadPoolExecutor(options.clients) as pool:
+            plan = make_plan(options.requests, options.cancelled)
+            for kind, answer in zip(plan, pool.map(partial(send, server), plan), strict=True):
+                if kind is None or isinstance(answer, str):
+                    cancelled[str(answer)] += 1
+                    continue
+                requests[kind.name] += 1
+                served = requests.total()
+                if fault := kind.fault_of(answer):
+                    faults.append(f"request {served}, {kind.name}: {fault}")
+                elif not kind.error:
+                    times_ms[kind.name].append(answer.elapsed_ms)
+                if served % _EVERY and served not in {options.settled, options.requests}:
+                    continue
+                resident = server.resident_mib()
+                if served >= options.settled:
+                    resident_mib[str(served)] = round(resident, 1)
                 files = sum(path.is_file() for path in temporary.rglob("*"))
                 most_files = max(most_files, files)
-                print(f"{served}: {server.resident_mib():.0f} MiB, {files} files, {len(faults)} faults")
-            if served >= settled and (served - settled) % _EVERY == 0:
-                resident_mib.append((served, round(server.resident_mib(), 1)))
-    resident_mib.append((requests.total(), round(server.resident_mib(), 1)))
-    return {
-        "requests": dict(requests),
-        "cancelled": dict(cancelled),
-        "faults": faults,
-        "times_ms": {name: Summary.of(values) for name, values in times_ms.items()},
-        "resident_mib": resident_mib,
-        "growth": growth_of(resident_mib),
-        "most_files": most_files,
-    }
+                print(f"{served}: {resident:.0f} MiB, {files} files, {len(faults)} faults")
+        files_left = sorted(str(path.relative_to(temporary)) for path in temporary.rglob("*"))
+    return Result.of(
+        header,
+        options,
+        requests=dict(requests),
+        cancelled=dict(cancelled),
+        faults=faults,
+        times_ms={name: Summary.of(values) for name, values in times_ms.items()},
+        resident_mib=resident_mib,
+        most_files=most_files,
+        files_left=files_left,
+    )
 
 
 def _cancel(server: Server, kind: Kind, after_s: float) -> str:
@@ -203,19 +193,17 @@ def _cancel(server: Server, kind: Kind, after_s: float) -> str:
 
 def make_plan(requests: int, cancelled: int) -> list[Kind | None]:
     """The requests in order, None for one to be cancelled; one of `BAD_SHARE` of the others is bad."""
-    bad, good = cycle(bad_requests()), cycle([cycle(variants) for variants in good_requests()])
+    bad, good = cycle(bad_requests()), cycle(good_requests())
     plan: list[Kind | None] = [
-        next(bad) if number % BAD_SHARE == BAD_SHARE - 1 else next(next(good)) for number in range(requests)
+        next(bad if number % BAD_SHARE == BAD_SHARE - 1 else good) for number in range(requests)
     ]
-    order = random.Random(SEED)  # noqa: S311
-    order.shuffle(plan)
-    for _ in range(cancelled):
-        plan.insert(order.randrange(len(plan)), None)
+    plan += [None] * cancelled
+    random.Random(0).shuffle(plan)  # noqa: S311
     return plan
 
 
-def good_requests() -> list[list[Kind]]:
-    """Requests that have to succeed: variants of each kind."""
+def good_requests() -> list[Kind]:
+    """Requests that have to succeed, each kind in turn."""
     portrait = decode_image((SAMPLES / "1.jpg").read_bytes())
     small = np.asarray(cv2.resize(portrait, (200, 260), interpolation=cv2.INTER_AREA), dtype=np.uint8)
     grey: Any = np.repeat(cv2.cvtColor(small, cv2.COLOR_BGR2GRAY)[:, :, None], 3, axis=2)
@@ -232,7 +220,7 @@ def good_requests() -> list[list[Kind]]:
         _request(_CANCELLED, [small, plain, grey, small], 3, runtime_profile="fast", **optimized),
         _request("w = 0", [small], 1, codeformer_fidelity=0.0),
     ]
-    return [growing, *([kind] for kind in steady)]
+    return [kind for one in growing for kind in (one, *steady)]
 
 
 def bad_requests() -> list[Kind]:

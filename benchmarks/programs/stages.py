@@ -7,8 +7,7 @@ doing it has to move at the speed of a large copy on the host.
 """
 
 import tempfile
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -20,24 +19,11 @@ import torch.nn.functional as F
 from pydantic import BeforeValidator, Field
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import measure as timing
 from benchmarks import options as opt
-from benchmarks.measure import (
-    Amount,
-    Call,
-    Count,
-    Model,
-    Positive,
-    Summary,
-    Timing,
-    interleave,
-    peak_memory_mib,
-    stage_times,
-    time_call,
-    timings_of,
-)
+from benchmarks.measure import Amount, Call, Count, Model, Positive, Summary, Timing
 from benchmarks.programs.full_size import with_official_sizes
 from benchmarks.results import Configuration, RepeatedReport
-from benchmarks.views import Table, row_of
 from codeformer.engine.detector import resize_for_detection
 from codeformer.engine.masker import FaceParser
 from codeformer.engine.models import Models
@@ -54,10 +40,9 @@ from data.make_pictures import Placement, Recipe, draw, encode
 # Large enough to reach the ceiling, small enough not to wait for it.
 _MATRIX_SIDE: Final = {"cpu": 2048, "cuda": 8192}
 _CHANNELS: Final = 256
-_MAP_HW: Final = (128, 128)
+_MAP_SIDE: Final = 128
 _COPY_BYTES: Final = 2**28
 _CEILING_REPEATS: Final = 7
-
 
 # From text such as 640x832.
 Size = Annotated[
@@ -85,10 +70,6 @@ class Ceilings(Model):
     gflops: dict[str, Amount]
     host_copy_gbytes_per_s: Amount
 
-    def __str__(self) -> str:
-        speeds = "".join(f"{dtype} {speed:,.0f} GFLOP/s, " for dtype, speed in self.gflops.items())
-        return f"{speeds}copy on the host {self.host_copy_gbytes_per_s:.1f} GB/s"
-
 
 class Stage(Model):
     """A stage's time, its least work (`gflop` or `mbytes`), what that takes at the ceiling, and the ratio.
@@ -106,7 +87,6 @@ class Stage(Model):
 class Request(Model):
     """What was asked: copies of a picture, each with the same number of faces."""
 
-    picture: str
     faces: Count
     width: Count
     height: Count
@@ -122,36 +102,27 @@ class Case(Model):
     request: Request
     configuration: Configuration
     total: Timing
-    stages: dict[str, Stage]
     peak_memory_mib: Amount | None
-
-    def __str__(self) -> str:
-        return f"{self.configuration.label}, {self.request}"
 
 
 class Result(RepeatedReport):
-    """Of all cases; `failures` says what could not be measured."""
+    """Of all cases, and of their stages; `failures` says what could not be measured."""
 
     kind: Literal["stages"] = "stages"
     official_size: bool
     ceilings: Ceilings
     failures: list[str]
-    cases: list[Case]
+    cases: dict[str, Case]
+    stages: dict[str, dict[str, Stage]]
 
-    def tables(self) -> list[Table]:
-        requests = [row_of(case.model_copy(update={"stages": {}})) for case in self.cases]
-        stages = [
-            {"": str(case), "stage": name, **row_of(stage)}
-            for case in self.cases
-            for name, stage in case.stages.items()
-        ]
-        return [Table("requests", requests), Table("stages", stages)]
-
-    def ms_per_image(self) -> dict[str, Summary]:
-        return {str(case): case.total.ms.divided_by(case.request.batch_size) for case in self.cases}
-
-    def stages_ms(self) -> dict[str, Mapping[str, Summary]]:
-        return {str(case): {name: stage.ms for name, stage in case.stages.items()} for case in self.cases}
+    def timed(self) -> dict[str, tuple[Summary | None, Mapping[str, Summary]]]:
+        return {
+            label: (
+                case.total.ms.divided_by(case.request.batch_size),
+                {name: stage.ms for name, stage in self.stages[label].items()},
+            )
+            for label, case in self.cases.items()
+        }
 
     def problems(self) -> list[str]:
         return self.failures
@@ -159,67 +130,61 @@ class Result(RepeatedReport):
 
 def measure(options: Options) -> Result:
     configurations = opt.cases_of(options.cases, options.codeformer_fidelity)
-    loaded = opt.load(options)
+    loaded = options.load()
     device = loaded.device
     models = with_official_sizes(loaded.models, device) if options.official_size else loaded.models
+    dtypes = [each.plan(device).half_dtype or torch.float32 for each in configurations.values()]
     with torch_switches(cudnn_benchmark=True):
-        ceilings = measure_ceilings(
-            device, [each.plan(device).half_dtype for each in configurations.values()]
-        )
+        ceilings = measure_ceilings(device, dict.fromkeys([torch.float32, *dtypes]))
     # A pipeline each: a process may use one compile backend, and these are compared.
     pipelines = {name: Pipeline(models, device) for name in configurations}
     own_mib, least = _weights_mib(models), models.optimized("eager")
     failures: list[str] = []
-    cases: list[Case] = []
+    cases: dict[str, Case] = {}
+    stages: dict[str, dict[str, Stage]] = {}
     with tempfile.TemporaryDirectory(prefix="codeformer-bench-") as folder:
-        for request in _requests(options, Path(folder)):
+        file = Path(folder) / "picture.jpg"
+        for (width, height), faces, batch_size in product(options.sizes, options.faces, options.batch_sizes):
+            request = Request(faces=faces, width=width, height=height, batch_size=batch_size)
+            file.write_bytes(encode(picture_with(faces, (width, height)), clean=True))
             calls: dict[str, Call] = {}
             peaks_mib: dict[str, float | None] = {}
             for name, configuration in configurations.items():
-                call = partial(_serve, pipelines[name], configuration, request, Path(folder))
+                call = partial(_serve, pipelines[name], configuration, request, file)
                 # Of the first call: CUDA graphs take their memory when they are recorded, and none later.
                 try:
-                    peaks_mib[name] = peak_memory_mib(call, device, own_mib)
+                    peaks_mib[name] = timing.peak_memory_mib(call, device, own_mib)
                     calls[name] = call
                 except CodeFormerError as failure:
                     failures.append(f"{request}: {name} failed: {failure}")
-            samples = interleave(calls, device, warmup=options.warmup, repeats=options.repeats)
-            for name, total in timings_of(samples).items():
-                work = least_work(least, configurations[name], device, request)
-                times = stage_times([outcome.metrics for outcome in samples[name].results])
+            samples = timing.interleave(calls, device, warmup=options.warmup, repeats=options.repeats)
+            for name, total in timing.timings_of(samples).items():
+                configuration, label = configurations[name], f"{name}, {request}"
+                work = least_work(least, configuration, device, request)
+                times = timing.stage_times([outcome.metrics for outcome in samples[name].results])
                 del times["total"]
-                case = Case(
+                stages[label] = {
+                    stage: stage_of(ms, work.get(stage), ceilings) for stage, ms in times.items()
+                }
+                cases[label] = Case(
                     request=request,
-                    configuration=configurations[name],
+                    configuration=configuration,
                     total=total,
-                    stages={stage: stage_of(ms, work.get(stage), ceilings) for stage, ms in times.items()},
                     peak_memory_mib=peaks_mib[name],
                 )
-                cases.append(case)
             print(f"measured {request}")
-    return Result.of(loaded.header, options, ceilings=ceilings, failures=failures, cases=cases)
+    return Result.of(loaded.header, options, ceilings=ceilings, failures=failures, cases=cases, stages=stages)
 
 
 def _weights_mib(models: Models) -> float:
     """What one copy of the networks takes."""
     adapters = (models.detector, *models.restorers.values(), models.masker)
     networks = [adapter.network for adapter in adapters if hasattr(adapter, "network")]
-    parameters = (value for network in networks for value in network.state_dict().values())
-    return float(sum(value.numel() * value.element_size() for value in parameters)) / 2**20
+    return float(sum(value.nbytes for network in networks for value in network.state_dict().values())) / 2**20
 
 
-def _requests(options: Options, folder: Path) -> Iterator[Request]:
-    """What to measure; its pictures are drawn into the folder."""
-    for (width, height), faces in product(options.sizes, options.faces):
-        name = f"{width}x{height}_{faces}.jpg"
-        (folder / name).write_bytes(encode(picture_with(faces, (width, height)), clean=True))
-        for batch_size in options.batch_sizes:
-            yield Request(picture=name, faces=faces, width=width, height=height, batch_size=batch_size)
-
-
-def _serve(pipeline: Pipeline, configuration: Configuration, request: Request, folder: Path) -> Outcome:
-    asked = RequestOptions(**configuration.model_dump())
-    outcome = serve(pipeline, [folder / request.picture] * request.batch_size, asked)
+def _serve(pipeline: Pipeline, configuration: Configuration, request: Request, file: Path) -> Outcome:
+    outcome = serve(pipeline, [file] * request.batch_size, RequestOptions(**configuration.model_dump()))
     found = [len(result.faces) for result in outcome.results]
     if found != [request.faces] * request.batch_size:
         raise BenchmarkError(
@@ -235,54 +200,50 @@ def picture_with(faces: int, size_wh: tuple[int, int]) -> ImageU8:
     columns = max(1, round((faces * width / height) ** 0.5))
     rows = -(-faces // columns)
     side = min(width / columns / 1.7, height / rows / 2.2, 0.4 * min(size_wh))
+    centres = [
+        ((number % columns + 0.5) * width / columns, (number // columns + 0.45) * height / rows)
+        for number in range(faces)
+    ]
     placements = tuple(
-        Placement(
-            ((column + 0.5) * width / columns, (row + 0.45) * height / rows),
-            width=side,
-            turn_deg=0.0,
-            mirrored=False,
-            gain_bgr=(1.0, 1.0, 1.0),
-        )
-        for row, column in (divmod(number, columns) for number in range(faces))
+        Placement(centre_xy, side, 0.0, mirrored=False, gain_bgr=(1.0, 1.0, 1.0)) for centre_xy in centres
     )
     ground = "portrait" if faces == 1 else "moon"
     return draw(Recipe(1, "group", size_wh, ground, placements, "colour", 0, None))
 
 
-def measure_ceilings(device: torch.device, dtypes: Iterable[torch.dtype | None]) -> Ceilings:
+def measure_ceilings(device: torch.device, dtypes: Iterable[torch.dtype]) -> Ceilings:
     """GFLOP/s on the device per dtype, of a large matrix product or a large convolution, whichever is faster,
     and GB/s of a large copy on the host.
 
     The best of several: a ceiling is not a typical speed.
     """
+
+    def fastest_ms(call: Call, where: torch.device) -> float:
+        call()
+        return min(timing.time_call(call, where)[0] for _ in range(_CEILING_REPEATS))
+
     side = _MATRIX_SIDE[device.type]
     gflops = {}
-    for dtype in dict.fromkeys([torch.float32, *(dtype for dtype in dtypes if dtype is not None)]):
+    for dtype in dtypes:
         a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-        product_speed = 2 * side**3 / _fastest_ms(partial(torch.matmul, a, b), device)
-        maps, kernel = (
-            torch.randn(shape, device=device).to(dtype, memory_format=torch.channels_last)
-            for shape in ((1, _CHANNELS, *_MAP_HW), (_CHANNELS, _CHANNELS, 3, 3))
-        )
-        operations = 2 * 9 * _CHANNELS**2 * _MAP_HW[0] * _MAP_HW[1]
+        maps = torch.randn(1, _CHANNELS, _MAP_SIDE, _MAP_SIDE, device=device)
+        kernel = torch.randn(_CHANNELS, _CHANNELS, 3, 3, device=device)
+        maps, kernel = (each.to(dtype, memory_format=torch.channels_last) for each in (maps, kernel))
+        works: list[tuple[Call, int]] = [
+            (partial(torch.matmul, a, b), 2 * side**3),
+            (partial(F.conv2d, maps, kernel, padding=1), 2 * 9 * (_CHANNELS * _MAP_SIDE) ** 2),
+        ]
         with torch.inference_mode():
-            convolution_speed = operations / _fastest_ms(partial(F.conv2d, maps, kernel, padding=1), device)
-        gflops[_name(dtype)] = round(max(product_speed, convolution_speed) / 1e6, 1)
-    # Files, crops and paste-back are the host's work on every device.
+            speeds = [operations / fastest_ms(call, device) / 1e6 for call, operations in works]
+        gflops[_name(dtype)] = round(max(speeds), 1)
+    # Files, crops and paste-back are the host's work on every device. Read once, written once.
     source = np.ones(_COPY_BYTES, np.uint8)
-    target = np.empty_like(source)
-    copy_ms = _fastest_ms(partial(np.copyto, target, source), torch.device("cpu"))
-    # Read once, written once.
+    copy_ms = fastest_ms(partial(np.copyto, np.empty_like(source), source), torch.device("cpu"))
     return Ceilings(gflops=gflops, host_copy_gbytes_per_s=round(2 * source.nbytes / copy_ms / 1e6, 2))
 
 
-def _fastest_ms(call: Call, device: torch.device) -> float:
-    call()
-    return min(time_call(call, device)[0] for _ in range(_CEILING_REPEATS))
-
-
-def _name(dtype: torch.dtype | None) -> str:
-    return str(dtype or torch.float32).removeprefix("torch.")
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def least_work(
@@ -293,7 +254,7 @@ def least_work(
     `models` are the rewritten networks, whose arithmetic cannot be avoided.
     """
     plan = configuration.plan(device)
-    half = _name(plan.half_dtype)
+    half = _name(plan.half_dtype or torch.float32)
     crops = request.faces * request.batch_size
     blank = np.zeros((request.height, request.width, 3), np.uint8)
     copy, _ = resize_for_detection(blank)
@@ -302,19 +263,14 @@ def least_work(
     network = models.restorers["codeformer"].network
     with torch.inference_mode():
         answer = network.predict(face)
-    restore = defaultdict(float, float32=gflop_of(lambda: network.predict(face)) * crops)
+    restore = {"float32": gflop_of(lambda: network.predict(face)) * crops}
     generated = gflop_of(lambda: network.generate(*answer, configuration.codeformer_fidelity, adain=True))
-    restore[half] += generated * crops
+    restore[half] = restore.get(half, 0.0) + generated * crops
     picture = {"mbytes": blank.nbytes * request.batch_size / 1e6}
     faces = {"mbytes": crops * FACE_SIZE**2 * 3 / 1e6}
-    work = {
-        "decode": picture,
-        "detect": {"float32": gflop_of(lambda: models.detector.network(scene)) * request.batch_size},
-        "align": faces,
-        "restore": restore,
-        "paste": faces,
-        "encode": picture,
-    }
+    detect = {"float32": gflop_of(lambda: models.detector.network(scene)) * request.batch_size}
+    work = {"decode": picture, "align": faces, "paste": faces, "encode": picture}
+    work |= {"detect": detect, "restore": restore}
     if plan.parse_faces and isinstance(models.masker, FaceParser):
         parser = models.masker.network
         work["parse"] = {half: gflop_of(lambda: parser(face)) * crops}

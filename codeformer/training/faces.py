@@ -18,7 +18,7 @@ from codeformer.evaluation.degradation import HEAVY, MILD, MODERATE, Degradation
 from codeformer.imaging.files import ImageU8, decode_image
 from codeformer.imaging.geometry import BORDER_BGR, FACE_SIZE
 
-PICTURE_SUFFIXES: Final = (".jpg", ".jpeg", ".png", ".webp")
+PICTURE_SUFFIXES: Final = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 # One face in this many is held out for validation.
 VALIDATION_SHARE: Final = 30
 # Crops start at multiples of this number of px, so that they align with the latent cells.
