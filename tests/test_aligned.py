@@ -60,7 +60,7 @@ def as_gray(restored_bgr: np.ndarray, crop_bgr: np.ndarray) -> np.ndarray:
     luma = restored_bgr.astype(float) @ [0.1140, 0.5870, 0.2989]
     crop = crop_bgr.astype(float)
     normal = (luma - luma.mean()) / np.sqrt(luma.var() + 1e-5)
-    return normal[:, :, None] * np.sqrt(crop.var(axis=(0, 1)) + 1e-5) + crop.mean(axis=(0, 1))
+    return np.asarray(normal[:, :, None] * np.sqrt(crop.var(axis=(0, 1)) + 1e-5) + crop.mean(axis=(0, 1)))
 
 
 @pytest.mark.parametrize("profile", ["baseline", "fast", "max_speed"])

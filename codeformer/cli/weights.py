@@ -3,21 +3,26 @@
 import argparse
 import sys
 
-from codeformer.cli.arguments import set_help
+from codeformer.cli.arguments import add_command, is_progress_shown, set_help
 from codeformer.errors import WeightsError
 from codeformer.weights.manifest import OPTIONAL_ROLES, available_sets, load_weight_set
 
 
 def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Adds the command and its actions."""
-    weights = commands.add_parser("weights", help="list, fetch or verify weight files")
+    weights = add_command(
+        commands,
+        "weights",
+        "list, fetch or verify the files of weight sets",
+        "codeformer weights fetch official",
+    )
     actions = weights.add_subparsers(required=True, metavar="ACTION")
     for name, command, text in (
         ("list", _list, "show the sets, their files, licences and state"),
         ("fetch", _fetch, "download files that are missing or wrong"),
         ("verify", _verify, "check every file's size and hash"),
     ):
-        action = actions.add_parser(name, help=text)
+        action = add_command(actions, name, text, f"codeformer weights {name} official")
         action.add_argument("set", nargs="?", metavar="SET", help=set_help())
         action.set_defaults(command=command)
         if command is _fetch:
@@ -52,7 +57,7 @@ def _fetch(options: argparse.Namespace) -> int:
     from codeformer.weights.download import fetch_set
 
     weight_set = load_weight_set(options.set)
-    fetch_set(weight_set, ("codeformer", *options.optional), replace=True)
+    fetch_set(weight_set, ("codeformer", *options.optional), replace=True, progress=is_progress_shown())
     print(f"{weight_set.name}: all files are present and verified.")
     return 0
 

@@ -27,7 +27,7 @@ from codeformer.engine.stream import DEFAULT_WINDOW, Work, check_array, stream
 from codeformer.errors import CodeFormerError, OptionError
 from codeformer.imaging.files import ImageU8
 from codeformer.limits import DEFAULT_LIMITS, Deadline, Limits
-from codeformer.options import DEFAULT_FIDELITY, Recipe, Selection, Step, check_fidelity
+from codeformer.options import DEFAULT_FIDELITY, Recipe, Selection, Step, check_aligned, check_fidelity
 from codeformer.weights.download import fetch_set
 from codeformer.weights.manifest import WeightSet, load_weight_set
 
@@ -249,9 +249,7 @@ class Pipeline:
         if plan is None:
             plan = resolve_plan(device=self.device)
         if aligned:
-            if selection not in (None, Selection()):
-                expected = "their defaults with aligned crops, each of which is one face"
-                raise OptionError("faces, min_face_px", selection, expected)
+            check_aligned(selection)
             # Without a paste, nothing needs a mask.
             plan = replace(plan, parse_faces=False)
         self.check(plan, recipe)
