@@ -2,10 +2,13 @@
 
 import argparse
 import sys
+from typing import Final
 
 from codeformer.cli.arguments import add_command, is_progress_shown, set_help
 from codeformer.errors import WeightsError
-from codeformer.weights.manifest import OPTIONAL_ROLES, available_sets, load_weight_set
+from codeformer.weights.manifest import OPTIONAL_ROLES, WeightFile, available_sets, load_weight_set
+
+VERIFIED: Final = "verified"
 
 
 def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -36,18 +39,22 @@ def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
             )
 
 
-def _list(options: argparse.Namespace) -> int:
+def state_of(role: str, file: WeightFile) -> str:
+    """Whether a file is there and verified, by its hash; `VERIFIED` if so."""
     from codeformer.weights.download import is_verified
 
+    if not file.path.exists():
+        return "not fetched" if role in OPTIONAL_ROLES else "missing"
+    return VERIFIED if is_verified(file) else "wrong size or hash"
+
+
+def _list(options: argparse.Namespace) -> int:
     chosen = load_weight_set(options.set)
     others = [load_weight_set(name) for name in available_sets()]
     for weight_set in [chosen] + [other for other in others if other != chosen and not options.set]:
         print(f"{weight_set.name}{' (in use)' * (weight_set == chosen)}: {weight_set.description}")
         for role, file in (*weight_set.files(), *weight_set.optional.items()):
-            if not file.path.exists():
-                state = "not fetched" if role in OPTIONAL_ROLES else "missing"
-            else:
-                state = "verified" if is_verified(file) else "wrong size or hash"
+            state = state_of(role, file)
             megabytes = file.size_bytes / 1e6
             print(f"  {role:10} {file.path.name:28} {megabytes:7.1f} MB  {state:18}  {file.licence}")
     return 0
