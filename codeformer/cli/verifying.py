@@ -18,8 +18,8 @@ _VERIFIED: Final = "VERIFIED"
 _NOT_VERIFIED: Final = "NOT VERIFIED"
 # The least that a restored face has to gain on the degraded one. docs/operations.md has the reasons.
 LEAST_GAIN_DB: Final = 0.0
-LEAST_GAIN_SSIM: Final = 0.03
-LEAST_GAIN_DETAIL: Final = 0.05
+LEAST_GAIN_SSIM: Final = 0.0
+LEAST_GAIN_DETAIL: Final = 0.1
 
 
 @dataclass(frozen=True)
