@@ -209,7 +209,7 @@ def _examine_cpu(findings: Findings, threads: int, usable: float) -> None:
         findings.slow.append(f"fast is hardly faster than baseline: float32, since {precision['reason']}")
     if threads > usable:
         findings.slow.append(
-            f"{threads} threads share {usable:g} cores and wait for each other; "
+            f"{_count(threads, 'thread')} share {usable:g} cores and wait for each other; "
             f"set OMP_NUM_THREADS={max(1, int(usable))}"
         )
     elif threads < int(usable):
@@ -343,8 +343,8 @@ def _device_lines(facts: Mapping[str, Any]) -> Iterator[str]:
     elif why := facts.get("no_gpu"):
         yield f"no GPU: {why}"
     quota = "" if cpu["quota"] is None else f", of which the container may use {cpu['quota']:g}"
-    threads = f", {cpu['threads']} threads" if "threads" in cpu else ""
-    yield f"{cpu['name']}, {cpu['cores']} cores{quota}{threads}"
+    threads = f", {_count(cpu['threads'], 'thread')}" if "threads" in cpu else ""
+    yield f"{cpu['name']}, {_count(cpu['cores'], 'core')}{quota}{threads}"
 
 
 def _states(files: Mapping[str, str]) -> str:
@@ -353,6 +353,10 @@ def _states(files: Mapping[str, str]) -> str:
     for role, state in files.items():
         by_state.setdefault(state, []).append(role)
     return "; ".join(f"{', '.join(roles)} {state}" for state, roles in by_state.items())
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def _size(count: int | None) -> str:
