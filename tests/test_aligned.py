@@ -64,15 +64,16 @@ def as_gray(restored_bgr: np.ndarray, crop_bgr: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("profile", ["baseline", "fast", "max_speed"])
-@pytest.mark.parametrize("w", [0.0, 0.7])
-def test_a_crop_is_what_the_network_makes_of_it_to_its_borders(profile: str, w: float) -> None:
+@pytest.mark.parametrize(("w", "device_pixels"), [(0.0, False), (0.7, False), (0.7, True)])
+def test_a_crop_is_what_the_network_makes_of_it_to_its_borders(
+    profile: str, w: float, device_pixels: bool
+) -> None:
     network = make_tiny_restorer()
     crop = noise(1)
     before = crop.copy()
-    [result] = pipeline_of(CodeFormerRestorer(network)).restore(
-        [crop], w, resolve_plan(profile, device=CPU), aligned=True
-    )
-    assert_pictures_close(result.image_bgr, computed(network, crop, w), mean=0.01, within=1)
+    plan = dataclasses.replace(resolve_plan(profile, device=CPU), device_pixels=device_pixels)
+    [result] = pipeline_of(CodeFormerRestorer(network)).restore([crop], w, plan, aligned=True)
+    assert_pictures_close(result.image_bgr, computed(network, crop, w), mean=0.001, within=1)
     np.testing.assert_array_equal(crop, before)
     [face] = result.faces
     np.testing.assert_array_equal(face.box_xyxy, [0, 0, 512, 512])
@@ -102,12 +103,14 @@ def test_a_crop_in_black_and_white_stays_so_as_upstream_has_it() -> None:
     assert np.ptp(computed(network, gray, 0.5).astype(int), axis=2).max() > 20, "the network invents colour"
 
 
-def test_strength_blends_the_whole_crop() -> None:
+@pytest.mark.parametrize("device_pixels", [False, True])
+def test_strength_blends_the_whole_crop(device_pixels: bool) -> None:
     crop = noise(2)
+    plan = dataclasses.replace(resolve_plan("fast", device=CPU), device_pixels=device_pixels)
 
     def restored(strength: float) -> np.ndarray:
         recipe = Recipe((Step("codeformer", 0.5),), strength)
-        return pipeline_of(Negative()).restore([crop], recipe=recipe, aligned=True)[0].image_bgr
+        return pipeline_of(Negative()).restore([crop], plan=plan, recipe=recipe, aligned=True)[0].image_bgr
 
     np.testing.assert_array_equal(restored(0.0), crop)
     np.testing.assert_array_equal(restored(1.0), 255 - crop)

@@ -84,35 +84,6 @@ class DeviceCanvas:
         return image
 
 
-class FaceCanvas:
-    """A picture that is itself one aligned face: its crop is the picture, and no mask limits the paste.
-
-    Args:
-        image_bgr: (512, 512, 3) uint8 BGR; not altered.
-        device: where it goes.
-    """
-
-    def __init__(self, image_bgr: ImageU8, device: torch.device) -> None:
-        self._source = self._pasted = _uploaded(image_bgr, device)
-
-    def crops(self, faces: Sequence[AlignedFace]) -> Tensor:
-        return self._source.expand(len(faces), *self._source.shape)
-
-    def paste(
-        self,
-        face_bgr: Tensor,
-        face_to_picture: FloatArray,  # noqa: ARG002
-        face_mask: Tensor | None,  # noqa: ARG002
-        strength: float,
-    ) -> None:
-        blended = torch.lerp(self._source.float(), face_bgr.float(), strength)
-        self._pasted = blended.round_().clamp_(0, 255).to(torch.uint8)
-
-    def to_image(self) -> ImageU8:
-        image: ImageU8 = self._pasted.cpu().numpy()
-        return image
-
-
 def _uploaded(image_bgr: ImageU8, device: torch.device) -> Tensor:
     # A copy also on the CPU, where a tensor would share the caller's memory.
     return torch.tensor(np.ascontiguousarray(image_bgr)).to(device)

@@ -11,7 +11,7 @@ from typing import Final
 import numpy as np
 import torch
 
-from codeformer.engine.canvas import Canvas, DeviceCanvas, FaceCanvas, HostCanvas
+from codeformer.engine.canvas import Canvas, DeviceCanvas, HostCanvas
 from codeformer.engine.engine import BatchKey, FaceJob, FaceResult
 from codeformer.engine.finder import FoundFaces
 from codeformer.engine.memory import is_out_of_memory, release_failed_attempt
@@ -203,19 +203,21 @@ class Picture:
     def prepare_aligned(self) -> list[FaceJob]:
         """Takes the picture for the crop of one face; returns its job.
 
+        Without a mask, a paste that covers the whole picture replaces it: neither erosion nor blur of the
+        square begins at the picture's border.
+
         Raises:
             InferenceError: the device failed.
         """
         face = whole_picture_as_face()
         with run_stage("align", self.name, self._device) as span:
-            self._canvas = FaceCanvas(self.image_bgr, self._device)
             jobs = self._jobs_of([face])
         self.add_time("align", span)
         self._faces, self._unfinished = [face.face], 1
         return jobs
 
     def _jobs_of(self, faces: Sequence[AlignedFace]) -> list[FaceJob]:
-        canvas = self._canvas = self._canvas or self._make_canvas()
+        canvas = self._canvas = self._make_canvas()
         image = self.image_bgr
         picture_is_gray = is_gray(image)
         numbers = {id(face): number for number, face in enumerate(faces, start=1)}
