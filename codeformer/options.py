@@ -73,6 +73,13 @@ class Selection:
     min_face_px: float = 0.0
 
 
+def check_aligned(selection: Selection | None) -> None:
+    """Raises OptionError when faces are to be chosen among aligned crops."""
+    if selection not in (None, Selection()):
+        expected = "their defaults with aligned crops, each of which is one face"
+        raise OptionError("faces, min_face_px", selection, expected)
+
+
 @dataclass(frozen=True)
 class Options:
     """Everything that a request may ask for besides its pictures; checked when it is made.

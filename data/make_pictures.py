@@ -28,6 +28,8 @@ COUNT: Final = 100
 SEED: Final = 2022
 # Written together with the pictures.
 INDEX: Final = "pictures.json"
+# The folder of a portrait and its degraded copy, with which `codeformer verify-official` verifies weights.
+PAIR: Final = "pair"
 
 # The face in NASA's portrait, in its pixels, measured by hand: the centre of eyes and mouth, the width from
 # ear to ear, and the landmarks (eyes, nose, corners of the mouth).
@@ -139,6 +141,11 @@ def main() -> None:
     for recipe in tqdm(recipes, unit="picture"):
         (options.output / f"{recipe.number}.jpg").write_bytes(encode(draw(recipe), clean=options.clean))
     (options.output / INDEX).write_text(index_text(recipes), encoding="utf-8")
+    if not options.clean:
+        for name, picture in draw_pair().items():
+            file = options.output / PAIR / name
+            file.parent.mkdir(exist_ok=True)
+            file.write_bytes(encode_png(picture))
 
 
 def index_text(recipes: Iterable[Recipe]) -> str:
@@ -287,6 +294,28 @@ def draw(recipe: Recipe) -> ImageU8:
         edge = recipe.frame
         picture = cv2.copyMakeBorder(inner, edge, edge, edge, edge, cv2.BORDER_CONSTANT, value=paper)
     return np.asarray(picture, dtype=np.uint8)
+
+
+def draw_pair() -> dict[str, ImageU8]:
+    """A portrait in the size of its original and its degraded copy, (300, 300, 3) uint8 BGR, by file name.
+
+    Other pictures enlarge the portrait and have no sharp original to compare with. The noise is strong, so
+    that a restored face is closer to its original than the degraded one, even where it invents detail.
+    """
+    degradation = Degradation(7, 1.2, 2.5, 25.0, 60)
+    clean = np.ascontiguousarray(_portrait()[:300, 74:374])
+    return {
+        "clean.png": clean,
+        "degraded.png": degradation.apply(clean, np.random.default_rng((SEED, 0, 1))),
+    }
+
+
+def encode_png(picture: ImageU8) -> bytes:
+    """Encodes a picture as PNG."""
+    ok, data = cv2.imencode(".png", picture)
+    if not ok:
+        raise RuntimeError("OpenCV cannot write PNG")
+    return data.tobytes()
 
 
 def encode(picture: ImageU8, *, clean: bool) -> bytes:

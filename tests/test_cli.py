@@ -1,8 +1,11 @@
 """The command line, called as a user calls it."""
 
+import argparse
 import errno
+import io
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -22,10 +25,10 @@ from codeformer.cli.photos import Photo
 from codeformer.cli.results import ResultFolder
 from codeformer.engine.pipeline import Pipeline
 from codeformer.errors import DeviceMemoryError
-from codeformer.imaging.files import encode_jpeg
+from codeformer.imaging.files import decode_image, encode_jpeg
 from codeformer.options import COMPILE_CACHE_VARIABLE, Options
-from codeformer.serving import compile_cache
-from tests import shared
+from codeformer.serving import compile_cache, request
+from tests import pictures, shared
 from tests.compare import assert_pictures_close
 from tests.shared import ROOT
 
@@ -150,13 +153,208 @@ def test_an_output_that_is_a_file(folder: Path, tmp_path: Path, capsys: pytest.C
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["restore"], ["restore", "a", "--runtime-profile", "turbo"], ["weights"]]
+    "arguments",
+    [
+        ["restore"],
+        ["restore", "a", "--runtime-profile", "turbo"],
+        ["restore", "a", "-q", "-v"],
+        ["weights"],
+    ],
 )
 def test_a_wrong_call_shows_the_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(arguments)
     assert ended.value.code == 2
     assert "usage" in capsys.readouterr().err
+
+
+def commands() -> list[list[str]]:
+    """Every command of the command line, and every action of one."""
+    found: list[list[str]] = []
+    waiting: list[tuple[list[str], argparse.ArgumentParser]] = [([], cli._parser())]
+    while waiting:
+        words, parser = waiting.pop()
+        found.append(words)
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                waiting += [([*words, name], inner) for name, inner in action.choices.items()]
+    return found
+
+
+@pytest.mark.parametrize("command", commands(), ids=" ".join)
+def test_help_says_what_a_command_does_with_an_example_that_works_and_the_exit_codes(
+    command: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["codeformer"])
+    with pytest.raises(SystemExit) as ended:
+        main([*command, "--help"])
+    assert ended.value.code == 0
+    _, _, text = capsys.readouterr().out.partition("\n\n")
+    purpose, heading, example, *_ = [line for line in text.splitlines() if line]
+    assert purpose[0].isupper()
+    assert purpose.endswith(".")
+    assert heading == "example:"
+    program, *words = shlex.split(example)
+    assert program == "codeformer"
+    assert words[: len(command)] == command
+    assert callable(cli._parser().parse_args(words).command)
+    assert "exit codes:\n  0 " in text
+
+
+def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    said = capsys.readouterr()
+    assert said.out.startswith("usage: ")
+    assert all(command[0] in said.out for command in commands() if command)
+    assert said.err == ""
+
+
+ODD_NAMES = ("plain", 'quote"\\', "line\nbreak", "tab\t", "\u00e9\U0001f600", os.fsdecode(b"\xff\xfe byte"))
+
+
+def test_json_has_one_object_for_each_photo_whatever_its_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    album, output = tmp_path / "album", tmp_path / "out"
+    for number, name in enumerate(ODD_NAMES):
+        put(album / f"{name}.png", 20 + number)
+    (album / "notes.txt").write_text("words")
+    missing = tmp_path / "missing.png"
+    assert restore(album, missing, "-o", output, "--json", "--strength", 0.5) == 1
+    said = capsys.readouterr()
+    assert said.out.isascii()
+    lines = [json.loads(line, parse_constant=pytest.fail) for line in said.out.splitlines()]
+    by_source = {os.fsencode(line["source"]): line for line in lines}
+    assert len(lines) == len(by_source) == len(ODD_NAMES) + 2
+    for number, name in enumerate(ODD_NAMES):
+        line = by_source[os.fsencode(album / f"{name}.png")]
+        assert (line["status"], line["error"]) == ("no_face", None)
+        assert len(decode_image(Path(line["target"]).read_bytes())) == 20 + number
+        assert line["times_ms"]["total"] >= line["times_ms"]["detect"] > 0
+        assert line["options"]["strength"] == 0.5
+    for path, status, reason in (
+        (album / "notes.txt", "skipped", "not a picture"),
+        (missing, "failed", "No such file"),
+    ):
+        line = by_source[os.fsencode(path)]
+        assert (line["status"], line["target"], line["faces"]) == (status, None, [])
+        assert reason in line["error"]
+    assert {frozenset(line) for line in lines} == {frozenset(lines[0])}, "all lines have the same keys"
+    assert f"skipped: {album / 'notes.txt'}" in said.err
+    assert f"failed: {missing}" in said.err
+    assert restore(album, "-o", output, "--json", "--skip-existing") == 0
+    again = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert {line["status"] for line in again} == {"skipped"}
+    assert {line["target"] for line in again} == {line["target"] for line in lines}
+
+
+def test_json_has_the_faces_of_a_photo(
+    tmp_path: Path, tiny_weights: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photo = tmp_path / "group.png"
+    assert cv2.imwrite(str(photo), pictures.group())
+    options = ["-o", tmp_path / "out", "--weights", tiny_weights, "--faces", "largest", "--json", "-q"]
+    assert restore(photo, *options) == 0
+    said = capsys.readouterr()
+    [line] = map(json.loads, said.out.splitlines())
+    assert said.err == ""
+    assert line["status"] == "restored"
+    [face] = line["faces"]
+    assert [other["reason"] for other in line["skipped_faces"]] == ["left out: not the largest face"] * 3
+    for one in (face, *line["skipped_faces"]):
+        left, top, right, bottom = one["box"]
+        assert all(left < x < right and top < y < bottom for x, y in one["landmarks"])
+        assert len(one["landmarks"]) == 5
+        assert 0.8 < one["score"] <= 1
+    widths = [one["box"][2] - one["box"][0] for one in (face, *line["skipped_faces"])]
+    assert widths[0] == max(widths)
+
+
+def test_json_is_written_before_the_next_photo_is_restored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = io.TextIOWrapper(io.BufferedWriter(io.FileIO(tmp_path / "lines", "w")))  # buffered, as a pipe
+    monkeypatch.setattr(sys, "stdout", output)
+    seen: list[int] = []
+    serve = request.serve
+
+    def record(*arguments: Any, **options: Any) -> Any:
+        seen.append(len((tmp_path / "lines").read_bytes().splitlines()))
+        return serve(*arguments, **options)
+
+    monkeypatch.setattr(request, "serve", record)
+    assert (
+        restore(*[put(tmp_path / f"{name}.png", 20) for name in "abc"], "-o", tmp_path / "out", "--json") == 0
+    )
+    assert seen == [0, 1, 2]
+    output.close()
+
+
+def test_quiet_says_nothing_but_failures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    album = tmp_path / "album"
+    put(album / "a.png", 20)
+    (album / "notes.txt").write_text("words")
+    assert restore(album, "-o", tmp_path / "out", "--quiet") == 0
+    assert capsys.readouterr() == ("", "")
+    assert restore(album, tmp_path / "missing.png", "-o", tmp_path / "out", "-q") == 1
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert [line.split(":")[0] for line in said.err.splitlines()] == ["failed", "error"]
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_a_bar_is_drawn_on_terminals_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], is_terminal: bool
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
+    photos = [put(tmp_path / f"{name}.png", 20) for name in "ab"]
+    assert restore(*photos, "-o", tmp_path / "out") == 0
+    said = capsys.readouterr()
+    assert ("restoring" in said.err) == is_terminal
+    assert len(said.out.splitlines()) == 2
+
+
+def test_a_closed_standard_error_sends_nothing_to_standard_output(
+    tmp_path: Path, blind_weights: Path
+) -> None:
+    (tmp_path / "notes.txt").write_text("words")
+    put(tmp_path / "a.png", 20)
+    command = (
+        f'exec "{sys.executable}" -m codeformer restore "{tmp_path}" -o "{tmp_path / "out"}" --json 2>&-'
+    )
+    run = subprocess.run(["sh", "-c", command], cwd=ROOT, stdout=subprocess.PIPE, timeout=100, check=True)
+    assert [json.loads(line)["status"] for line in run.stdout.splitlines()] == ["skipped", "no_face"]
+
+
+def test_aligned_crops_are_restored_whole_and_photos_refused(
+    tmp_path: Path, tiny_weights: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    crop = tmp_path / "crop.png"
+    assert cv2.imwrite(str(crop), np.full((512, 512, 3), (40, 90, 160), np.uint8))
+    photo = put(tmp_path / "photo.png", 20)
+    options = ["-o", tmp_path / "out", "--weights", tiny_weights, "--aligned", "--json"]
+    assert restore(crop, photo, *options) == 1
+    lines = {
+        Path(line["source"]).name: line for line in map(json.loads, capsys.readouterr().out.splitlines())
+    }
+    assert lines["crop.png"]["status"] == "restored"
+    assert lines["crop.png"]["times_ms"]["detect"] == 0
+    assert "512 x 512 px, got 40 x 20 px" in lines["photo.png"]["error"]
+    [expected] = Pipeline.load(tiny_weights, "cpu").restore([shared.read_picture(crop)], aligned=True)
+    result = shared.read_picture(Path(lines["crop.png"]["target"]))
+    assert_pictures_close(result, expected.image_bgr, mean=4, within=60)
+
+
+@pytest.mark.parametrize("choice", [("--faces", "centre"), ("--min-face-px", "20")])
+def test_a_choice_among_aligned_crops_is_refused_before_networks_are_loaded(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    choice: tuple[str, str],
+) -> None:
+    monkeypatch.setattr(Pipeline, "load", None)
+    assert restore(put(tmp_path / "a.png", 512), "-o", tmp_path / "out", "--aligned", *choice) == 1
+    assert "with aligned crops, each of which is one face" in capsys.readouterr().err
 
 
 def test_weights_are_listed_verified_and_fetched(

@@ -11,7 +11,7 @@ import pytest
 from codeformer.engine.detector import FaceDetector
 from codeformer.imaging.files import decode_image
 from codeformer.imaging.geometry import align_faces, make_working_copy
-from data.make_pictures import COUNT, INDEX, KINDS, Recipe, draw, encode, index_text, plan
+from data.make_pictures import COUNT, INDEX, KINDS, PAIR, Recipe, draw, draw_pair, encode, index_text, plan
 from tests.shared import ROOT
 
 DATA = ROOT / "data"
@@ -30,6 +30,13 @@ def test_the_committed_pictures_are_those_of_the_plan(number: int) -> None:
         # Another processor may round pixels differently.
         difference = decode_image(made).astype(int) - decode_image(committed).astype(int)
         assert np.abs(difference).mean() < 0.2
+
+
+def test_the_committed_pair_is_the_portrait_and_its_degraded_copy() -> None:
+    for name, picture in draw_pair().items():
+        committed = decode_image((DATA / PAIR / name).read_bytes())
+        assert np.abs(committed.astype(int) - picture).mean() < (0.2 if name == "degraded.png" else 1e-9)
+    assert sorted(path.name for path in (DATA / PAIR).iterdir()) == ["clean.png", "degraded.png"]
 
 
 def test_the_index_is_that_of_the_plan() -> None:

@@ -214,7 +214,7 @@ def test_landmarks_that_fit_no_pose_are_skipped_and_counted() -> None:
     [found] = FaceFinder(FirstLookDetector([odd])).find(
         [WorkingCopy(np.zeros((1000, 1000, 3), np.uint8), 1.0)]
     )
-    assert (found.faces, found.skipped) == ([], [NO_POSE])
+    assert (found.faces, found.skipped) == ([], [(odd, NO_POSE)])
 
 
 def test_the_number_of_detections_looked_at_again_is_limited() -> None:

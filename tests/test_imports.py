@@ -19,6 +19,7 @@ WITHOUT_TORCH = [
     "codeformer.limits",
     "codeformer.locations",
     "codeformer.log",
+    "codeformer.machine",
     "codeformer.options",
     "codeformer.process",
     "codeformer.weights.manifest",
@@ -145,7 +146,7 @@ ROOMS = [
     "evaluation",
     "training",
 ]
-GROUND = {"limits", "locations", "log", "options"}
+GROUND = {"limits", "locations", "log", "machine", "options"}
 # What measures and trains is no part of a server.
 NOT_SERVED = {"evaluation", "training"}
 

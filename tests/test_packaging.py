@@ -222,6 +222,7 @@ def test_an_installed_package_restores_its_sample_portrait(installed: Installed)
     assert module.is_relative_to(installed.environment)
     said = installed.run("codeformer", "restore", str(sample), "-o", "results", "--weights", "lite")
     assert "(1 face)" in said
+    assert "\nVERIFIED: " in installed.run("codeformer", "verify-official", "--weights", "lite")
     before = shared.read_picture(ROOT / "data" / "1.jpg").astype(float)
     after = shared.read_picture(installed.elsewhere / "results" / "1.jpg").astype(float)
     assert before.shape == after.shape == (832, 640, 3)

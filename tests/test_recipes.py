@@ -120,7 +120,11 @@ def test_only_the_chosen_faces_are_restored_and_the_others_counted(
         round(float(faces_xy[index][2, 0])) for index in kept
     ]
     assert len(result.skipped_faces) == 3 - len(kept)
-    assert reason is None or set(result.skipped_faces) == {reason}
+    assert reason is None or {face.reason for face in result.skipped_faces} == {reason}
+    places = [face.landmarks_xy for face in result.faces] + [
+        face.landmarks_xy for face in result.skipped_faces
+    ]
+    np.testing.assert_allclose(sorted(xy[2, 0] for xy in places), [xy[2, 0] for xy in faces_xy], atol=1e-3)
     assert "left out" not in caplog.text, "a choice is no warning"
     for index, landmarks_xy in enumerate(faces_xy):
         x, y = landmarks_xy[2].astype(int)
@@ -155,4 +159,5 @@ def test_defaults_change_nothing(tiny_pipeline: Pipeline) -> None:
         [plain] = tiny_pipeline.restore([photo])
         [explicit] = tiny_pipeline.restore([photo], **asked)
         np.testing.assert_array_equal(plain.image_bgr, explicit.image_bgr)
-        assert plain.skipped_faces == explicit.skipped_faces
+        assert len(plain.faces) == len(explicit.faces) > 0
+        assert plain.skipped_faces == explicit.skipped_faces == ()

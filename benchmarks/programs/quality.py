@@ -26,9 +26,10 @@ from codeformer.engine.plan import torch_switches
 from codeformer.errors import InputError
 from codeformer.evaluation import metrics
 from codeformer.evaluation.degradation import HEAVY, MILD, MODERATE, DegradationRange
-from codeformer.evaluation.machine import NOT_INSTALLED
 from codeformer.imaging.files import ImageU8
 from codeformer.imaging.geometry import crop_face
+from codeformer.imaging.quality import psnr_db, ssim
+from codeformer.machine import NOT_INSTALLED
 from codeformer.training.faces import read_photograph
 
 PRECISIONS: Final = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -189,8 +190,8 @@ def scores(results: Sequence[ImageU8], clean: Sequence[ImageU8], boxes: Sequence
     values: defaultdict[str, list[float]] = defaultdict(list)
     for result, truth, faces in zip(results, clean, boxes, strict=True):
         for prefix, region in [("", np.s_[:, :]), *(("face_", face) for face in faces)]:
-            values[f"{prefix}psnr_db"].append(metrics.psnr_db(result[region], truth[region]))
-            values[f"{prefix}ssim"].append(metrics.ssim(result[region], truth[region]))
+            values[f"{prefix}psnr_db"].append(psnr_db(result[region], truth[region]))
+            values[f"{prefix}ssim"].append(ssim(result[region], truth[region]))
     summaries: dict[str, Any] = {name: Summary.of(numbers) for name, numbers in values.items()}
     return Scores(**summaries, niqe=_niqe(results))
 
@@ -205,7 +206,7 @@ def _deviation(ours: Sequence[ImageU8], theirs: Sequence[ImageU8]) -> dict[str, 
     return {
         "max_levels": float(max(difference.max() for difference in levels)),
         "mean_levels": round(float(np.mean([difference.mean() for difference in levels])), 5),
-        "psnr_db": round(float(np.mean([metrics.psnr_db(a, b) for a, b in pairs])), 3),
+        "psnr_db": round(float(np.mean([psnr_db(a, b) for a, b in pairs])), 3),
     }
 
 

@@ -2,9 +2,10 @@
 
 import argparse
 import dataclasses
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from codeformer.options import (
     COMPILE_BACKENDS,
@@ -19,6 +20,53 @@ from codeformer.weights.manifest import DEFAULT_SET, SET_VARIABLE
 
 if TYPE_CHECKING:
     from codeformer.engine.pipeline import Pipeline
+
+
+EXIT_CODES: Final = """\
+exit codes:
+  0    everything succeeded
+  1    something failed; standard error tells what
+  2    wrong usage
+  130  ended by Ctrl-C
+  141  ended because the program that reads the output has closed it
+"""
+
+
+def add_command(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, purpose: str, example: str
+) -> argparse.ArgumentParser:
+    """Adds a command whose help begins with what it does, and an example.
+
+    Args:
+        commands: of the command line, or the actions of a command.
+        name: of the command.
+        purpose: what it does, a phrase without a full stop.
+        example: a call.
+    """
+    return commands.add_parser(
+        name,
+        help=purpose,
+        description=f"{purpose[0].upper()}{purpose[1:]}.\n\nexample:\n  {example}",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def add_loudness(parser: argparse.ArgumentParser) -> None:
+    """How much is told: what `is_progress_shown` and `main` read."""
+    loudness = parser.add_mutually_exclusive_group()
+    loudness.add_argument("-v", "--verbose", action="store_true", help="log faces and stage times")
+    loudness.add_argument(
+        "-q",
+        "--quiet",
+        action="store_true",
+        help="only failures on standard error, and on standard output nothing but JSON that was asked for",
+    )
+
+
+def is_progress_shown(*, quiet: bool = False) -> bool:
+    """Whether progress bars are wanted: on terminals."""
+    return not quiet and sys.stderr.isatty()
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -97,6 +145,7 @@ def load_pipeline(arguments: argparse.Namespace, restorers: Sequence[str] | None
         arguments.weights,
         device,
         restorers=restorers_for(restorers) if restorers else None,
+        progress=is_progress_shown(quiet=getattr(arguments, "quiet", False)),
         second_look=arguments.second_look,
     )
 

@@ -3,14 +3,17 @@
 import argparse
 from pathlib import Path
 
-from codeformer.cli.arguments import add_networks, load_pipeline
+from codeformer.cli.arguments import add_command, add_networks, load_pipeline
 from codeformer.options import COMPILE_CACHE_VARIABLE
 
 
 def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Adds the command."""
-    parser = commands.add_parser(
-        "compile", help="compile ahead of time for the backend inductor, into a folder"
+    parser = add_command(
+        commands,
+        "compile",
+        "compile the networks ahead of time for the backend inductor, into a folder",
+        "codeformer compile .compile-cache --weights official",
     )
     parser.add_argument(
         "folder", type=Path, metavar="DIR", help=f"the folder to name in {COMPILE_CACHE_VARIABLE}"

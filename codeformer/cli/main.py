@@ -11,15 +11,17 @@ import logging
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
-from codeformer.cli import compiling, restore, weights
+from codeformer.cli import compiling, doctor, faces, restore, verifying, weights
+from codeformer.cli.arguments import EXIT_CODES
 from codeformer.errors import CodeFormerError
 
 # In the order of the help.
-_COMMANDS: Final = (restore, compiling, weights)
+_COMMANDS: Final = (restore, faces, doctor, weights, verifying, compiling)
 # Shells report this number plus the signal's number for a program that a signal ended.
 _ENDED_BY_SIGNAL: Final = 128
 
@@ -31,6 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0 if everything succeeded, 1 if something failed, 2 for wrong usage, 130 after Ctrl-C, 141 if the
         program that reads the output has closed it.
     """
+    if sys.stderr is None:
+        # It was closed by the caller; print would write to standard output in its place.
+        sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
     try:
         with _flushed_output():
             return _run(arguments)
@@ -51,11 +56,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Sequence[str] | None) -> int:
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.command is None:
+        parser.print_help()
+        return 0
+    quiet, verbose = getattr(options, "quiet", False), getattr(options, "verbose", False)
     logging.basicConfig(
-        level=logging.INFO if getattr(options, "verbose", False) else logging.WARNING,
+        level=logging.ERROR if quiet else logging.INFO if verbose else logging.WARNING,
         format="%(levelname)s %(name)s: %(message)s",
     )
+    if quiet:
+        warnings.simplefilter("ignore")
     try:
         return int(options.command(options))
     except CodeFormerError as failure:
@@ -87,8 +99,14 @@ def _discard_output() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=_program_name(), description="Restore the faces of photos.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    parser = argparse.ArgumentParser(
+        prog=_program_name(),
+        description="Restore the faces of photos.\n\nexample:\n  codeformer restore photo.jpg -o restored",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(command=None)
+    commands = parser.add_subparsers(metavar="COMMAND")
     for command in _COMMANDS:
         command.add_to(commands)
     return parser

@@ -1,17 +1,25 @@
 """`codeformer restore`: photos and folders of photos into a folder of results."""
 
 import argparse
-import contextlib
-import logging
+import dataclasses
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from codeformer.cli.arguments import add_networks, add_options, load_pipeline, options_of, shown
+from codeformer.cli.arguments import (
+    add_command,
+    add_loudness,
+    add_networks,
+    add_options,
+    load_pipeline,
+    options_of,
+    shown,
+)
+from codeformer.cli.reports import Report, photo_in_log, progress
 from codeformer.errors import CodeFormerError, DiskFullError, InputError
 from codeformer.limits import Limits
-from codeformer.options import Options
+from codeformer.options import Options, check_aligned
 
 if TYPE_CHECKING:
     from codeformer.cli.photos import Photo
@@ -26,13 +34,23 @@ _NO_FACE: Final = "no face found; pixels unaltered, encoded as JPG"
 
 def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Adds the command."""
-    parser = commands.add_parser("restore", help="restore photos, or folders of photos")
+    parser = add_command(
+        commands,
+        "restore",
+        "restore the faces of photos, or of folders of photos",
+        "codeformer restore photo.jpg album/ -o restored --fidelity 0.7",
+    )
     parser.add_argument("photos", nargs="+", type=Path, metavar="PHOTO", help="a file or a folder")
     parser.add_argument(
         "-o", "--output", type=Path, default=Path("restored"), metavar="DIR", help="default: restored"
     )
     add_options(parser)
     add_networks(parser)
+    parser.add_argument(
+        "--aligned",
+        action="store_true",
+        help="photos are aligned crops of 512 x 512 px: restore each as it is, without detection or paste",
+    )
     parser.add_argument("--compare", action="store_true", help="also write before/after pictures")
     parser.add_argument("-r", "--recursive", action="store_true", help="include subfolders")
     parser.add_argument(
@@ -43,7 +61,10 @@ def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     parser.add_argument(
         "--overwrite", action="store_true", help="replace files in DIR that are not results of this program"
     )
-    parser.add_argument("-v", "--verbose", action="store_true", help="log faces and stage times")
+    parser.add_argument(
+        "--json", action="store_true", help="results on standard output as JSON, one object for each photo"
+    )
+    add_loudness(parser)
     parser.set_defaults(command=_restore)
 
 
@@ -51,64 +72,63 @@ def _restore(options: argparse.Namespace) -> int:
     from codeformer.cli.photos import PhotoFinder
     from codeformer.cli.results import ResultFolder
 
-    failed: list[Path] = []
-
-    def fail(path: Path, reason: str) -> None:
-        failed.append(path)
-        print(f"failed: {shown(path)}: {reason}", file=sys.stderr)
-
-    def skip(path: Path, reason: str) -> None:
-        print(f"skipped: {shown(path)}: {reason}", file=sys.stderr)
-
-    finder = PhotoFinder(options.output, recursive=options.recursive, skip=skip, fail=fail)
+    asked = options_of(options)
+    if options.aligned:
+        check_aligned(asked.selection)
+    used = dataclasses.asdict(asked) | {"aligned": options.aligned}
+    report = Report(as_json=options.json, quiet=options.quiet, options=used)
+    finder = PhotoFinder(options.output, recursive=options.recursive, skip=report.skip, fail=report.fail)
     photos = finder.find(options.photos)
-    if not photos and not failed:
+    if not photos and not report.failures:
         raise InputError(f"{', '.join(map(shown, options.photos))}: expected photos, found none.")
     results = ResultFolder(options.output, photos, compare=options.compare, overwrite=options.overwrite)
     if options.skip_existing:
         existing = {photo: target for photo in photos if (target := results.existing(photo)) is not None}
         for photo, target in existing.items():
-            skip(photo.path, f"its result {shown(target)} already exists.")
+            report.skip(photo.path, f"its result {shown(target)} already exists.", target)
         photos = [photo for photo in photos if photo not in existing]
-    asked = len(photos) + len(failed)
+    count = len(photos) + report.failures
     if photos:
-        _restore_all(photos, results, options, fail)
-    if failed:
-        print(f"error: {len(failed)} of {asked} photos failed.", file=sys.stderr)
-    return int(bool(failed))
+        _restore_all(photos, results, asked, options, report)
+    if report.failures:
+        print(f"error: {report.failures} of {count} photos failed.", file=sys.stderr)
+    return int(bool(report.failures))
 
 
 def _restore_all(
     photos: "Sequence[Photo]",
     results: "ResultFolder",
+    asked: Options,
     options: argparse.Namespace,
-    fail: "Callable[[Path, str], None]",
+    report: Report,
 ) -> None:
     """Restores photos one after another and reports the outcome of each."""
-    from tqdm import tqdm
-    from tqdm.contrib.logging import logging_redirect_tqdm
-
-    asked = options_of(options)
     limits = Limits.from_environment()
     results.check()
     pipeline = load_pipeline(options, asked.restorer.split("+"))
-    with logging_redirect_tqdm(), _photo_in_log() as name_in_log:
-        for photo in tqdm(photos, desc="restoring", unit="photo", disable=len(photos) == 1):
-            name_in_log(shown(photo.path))
+    with photo_in_log() as set_photo:
+        for photo in progress(photos, quiet=options.quiet):
+            set_photo(photo.path)
             try:
                 outcome, target = _restore_one(
-                    pipeline, photo, results, asked, limits, compare=options.compare
+                    pipeline,
+                    photo,
+                    results,
+                    asked,
+                    limits,
+                    compare=options.compare,
+                    aligned=options.aligned,
                 )
             except DiskFullError:
                 raise
             except (CodeFormerError, OSError) as failure:
-                with tqdm.external_write_mode():
-                    fail(photo.path, failure.local if isinstance(failure, CodeFormerError) else str(failure))
+                report.fail(
+                    photo.path, failure.local if isinstance(failure, CodeFormerError) else str(failure)
+                )
             else:
                 faces = len(outcome.results[0].faces)
                 note = f"{faces} face{'s' * (faces != 1)}" if faces else _NO_FACE
-                with tqdm.external_write_mode(file=sys.stdout):
-                    print(f"{shown(photo.path)} -> {shown(target)} ({note})", flush=True)
+                report.restored(photo.path, target, note, outcome.results[0], outcome.metrics)
 
 
 def _restore_one(
@@ -119,6 +139,7 @@ def _restore_one(
     limits: Limits,
     *,
     compare: bool,
+    aligned: bool,
 ) -> "tuple[Outcome, Path]":
     from codeformer.imaging.files import encode_jpeg
     from codeformer.serving.request import serve
@@ -127,38 +148,13 @@ def _restore_one(
         pipeline,
         [photo.path],
         asked,
+        aligned=aligned,
         limits=limits,
     )
     jpegs = list(outcome.jpegs)
     if compare:
         jpegs.append(encode_jpeg(_pair(outcome.images_bgr[0], outcome.results[0].image_bgr)))
     return outcome, results.write(photo, *jpegs)
-
-
-@contextlib.contextmanager
-def _photo_in_log() -> "Iterator[Callable[[str], None]]":
-    """Prefixes each log line with the name of the current photo; yields a function that sets the name."""
-    name = ""
-
-    def set_name(new: str) -> None:
-        nonlocal name
-        name = new
-
-    def add_name(record: logging.LogRecord) -> bool:
-        if not hasattr(record, "photo"):
-            # The filter runs once per handler; the prefix is added only once.
-            record.photo = name
-            record.msg, record.args = f"{name}: {record.getMessage()}", ()
-        return True
-
-    handlers = list(logging.getLogger().handlers)
-    for handler in handlers:
-        handler.addFilter(add_name)
-    try:
-        yield set_name
-    finally:
-        for handler in handlers:
-            handler.removeFilter(add_name)
 
 
 def _pair(before_bgr: "ImageU8", after_bgr: "ImageU8") -> "ImageU8":

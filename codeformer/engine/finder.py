@@ -66,12 +66,12 @@ class FoundFaces:
 
     Attributes:
         faces: in their true pose, best score first.
-        skipped: for each face that cannot be restored, the reason.
+        skipped: each face that cannot be restored, with the reason.
         ghosts: detections that are no faces.
     """
 
     faces: list[Detection]
-    skipped: list[str]
+    skipped: list[tuple[Detection, str]]
     ghosts: int
 
 
@@ -195,7 +195,7 @@ class _SecondLook:
         # People in a picture mostly have one orientation: a small face that no view shows well is taken for
         # upright where all others are.
         has_others, all_upright = bool(faces), all(face.turns == 0 for face in faces)
-        skipped: list[str] = []
+        skipped: list[tuple[Detection, str]] = []
         ghosts = unseen_others
         for one, verdict in zip(first, verdicts, strict=True):
             if _is_at(one, faces):
@@ -210,7 +210,7 @@ class _SecondLook:
             ):
                 faces.append(one)
             else:
-                skipped.append(NO_POSE)
+                skipped.append((one.detection, NO_POSE))
         detections = [face.detection for face in faces] + ([] if unseen_others else others)
         return FoundFaces(sorted(detections, key=lambda one: -one.score), skipped, ghosts)
 

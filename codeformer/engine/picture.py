@@ -2,8 +2,10 @@
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
+from operator import not_
 from typing import Final
 
 import numpy as np
@@ -21,10 +23,13 @@ from codeformer.imaging.geometry import (
     FACE_SIZE,
     AlignedFace,
     Face,
+    SkippedFace,
     WorkingCopy,
     align_faces,
     from_far_to_near,
     make_working_copy,
+    skipped_in_picture,
+    whole_picture_as_face,
 )
 from codeformer.imaging.traits import gray_area, is_gray, loses_detail
 from codeformer.options import Recipe, Selection
@@ -37,6 +42,19 @@ _NOT_CHOSEN: Final = {
 }
 
 
+@dataclass(frozen=True, eq=False)
+class FaceCrops:
+    """A face as it went through the networks; (512, 512, 3) uint8 BGR each.
+
+    Attributes:
+        crop_bgr: the aligned crop of the picture.
+        restored_bgr: the restored face, before the mask and the strength of the paste.
+    """
+
+    crop_bgr: ImageU8
+    restored_bgr: ImageU8
+
+
 @dataclass(frozen=True)
 class RestoredImage:
     """What became of one picture.
@@ -44,7 +62,7 @@ class RestoredImage:
     Attributes:
         image_bgr: (H, W, 3) uint8 BGR, the input's size; equal to the input outside the faces.
         faces: the restored faces, best score first, in coordinates of the picture.
-        skipped_faces: for each detected face that was not restored, the reason.
+        skipped_faces: the detected faces that were not restored, with reasons.
         faces_losing_detail: sharp restored faces that are larger than their 512 px crop: they may come back
             softer than they were.
         elapsed_ms: milliseconds by stage (detect, align, restore, parse, paste). A stage that worked
@@ -57,16 +75,18 @@ class RestoredImage:
             again with less at a time.
         faces_per_pass: how many faces, of all pictures, went through the networks at a time together with
             those of this one, on average; 0 without a face.
+        crops: of each of `faces`, where they were asked for; otherwise empty.
     """
 
     image_bgr: ImageU8
     faces: tuple[Face, ...]
-    skipped_faces: tuple[str, ...]
+    skipped_faces: tuple[SkippedFace, ...]
     faces_losing_detail: int
     elapsed_ms: Mapping[str, float]
     float32_retries: int
     memory_retries: int
     faces_per_pass: float = 0.0
+    crops: tuple[FaceCrops, ...] = ()
 
 
 class Picture:
@@ -78,10 +98,18 @@ class Picture:
         key: how its faces are restored.
         recipe: what is done to them.
         selection: which of them.
+        keep_crops: fill `RestoredImage.crops`.
     """
 
     def __init__(
-        self, image_bgr: ImageU8, number: int, key: BatchKey, recipe: Recipe, selection: Selection
+        self,
+        image_bgr: ImageU8,
+        number: int,
+        key: BatchKey,
+        recipe: Recipe,
+        selection: Selection,
+        *,
+        keep_crops: bool = False,
     ) -> None:
         self.image_bgr = image_bgr
         self.number = number
@@ -90,12 +118,15 @@ class Picture:
         self._key = key
         self._recipe = recipe
         self._selection = selection
+        self._keep_crops = keep_crops
         self._device = key.plan.device
         self._canvas: Canvas | None = None
         self._working: WorkingCopy | None = None
         self._times = StageTimes()
         self._faces: list[Face] = []
-        self._skipped: list[str] = []
+        self._skipped: list[SkippedFace] = []
+        # By the identity of the face.
+        self._crops: dict[int, FaceCrops] = {}
         self._losing_detail = 0
         self._float32_retries = 0
         self._shortages = 0
@@ -154,9 +185,10 @@ class Picture:
             chosen, left_out = _choose(aligned, self._selection, self.image_bgr.shape[1::-1])
             jobs = self._jobs_of(chosen) if chosen else []
         self.add_time("align", span)
-        for reason, count in Counter(found.skipped + skipped).items():
+        not_restored = found.skipped + skipped
+        for reason, count in Counter(reason for _, reason in not_restored).items():
             logger.warning("%s: faces not restored: %d (%s)", self.name, count, reason)
-        self._skipped = found.skipped + skipped + left_out
+        self._skipped = [skipped_in_picture(*one, self.working) for one in not_restored] + left_out
         self._faces = [one.face for one in chosen]
         self._unfinished = len(jobs)
         if self._losing_detail:
@@ -166,6 +198,22 @@ class Picture:
                 self._losing_detail,
                 FACE_SIZE,
             )
+        return jobs
+
+    def prepare_aligned(self) -> list[FaceJob]:
+        """Takes the picture for the crop of one face; returns its job.
+
+        Without a mask, a paste that covers the whole picture replaces it: neither erosion nor blur of the
+        square begins at the picture's border.
+
+        Raises:
+            InferenceError: the device failed.
+        """
+        face = whole_picture_as_face()
+        with run_stage("align", self.name, self._device) as span:
+            jobs = self._jobs_of([face])
+        self.add_time("align", span)
+        self._faces, self._unfinished = [face.face], 1
         return jobs
 
     def _jobs_of(self, faces: Sequence[AlignedFace]) -> list[FaceJob]:
@@ -225,6 +273,9 @@ class Picture:
         face, mask, place = result.face_bgr, result.mask, job.aligned.face.face_to_picture
         if self._canvas is None or face is None:
             raise AssertionError(f"{job.where}: no canvas, or neither a face nor an error")
+        if self._keep_crops:
+            [crop] = self._canvas.crops([job.aligned])
+            self._crops[id(job.aligned.face)] = FaceCrops(crop.cpu().numpy(), face.cpu().numpy())
         try:
             self._canvas.paste(face, place, mask, self._recipe.strength)
         except RuntimeError as cause:
@@ -264,15 +315,19 @@ class Picture:
             float32_retries=self._float32_retries,
             memory_retries=self._shortages + self._smaller_batches,
             faces_per_pass=self._in_passes / len(self._faces) if self._faces else 0.0,
+            crops=tuple(self._crops[id(face)] for face in self._faces) if self._keep_crops else (),
         )
 
 
 def _choose(
     faces: Sequence[AlignedFace], selection: Selection, size_wh: tuple[int, ...]
-) -> tuple[list[AlignedFace], list[str]]:
-    """The faces that are to be restored, in their order, and for each other one the reason."""
-    chosen = [one for one in faces if _sides(one.face).max() >= selection.min_face_px]
-    left_out = [f"left out: smaller than {selection.min_face_px:g} px"] * (len(faces) - len(chosen))
+) -> tuple[list[AlignedFace], list[SkippedFace]]:
+    """The faces that are to be restored, in their order, and the other ones with the reason."""
+    is_large = [_sides(one.face).max() >= selection.min_face_px for one in faces]
+    chosen = list(compress(faces, is_large))
+    left_out = _left_out(
+        compress(faces, map(not_, is_large)), f"left out: smaller than {selection.min_face_px:g} px"
+    )
     if selection.faces == "all" or len(chosen) < 2:
         return chosen, left_out
     if selection.faces == "largest":
@@ -283,7 +338,12 @@ def _choose(
             chosen,
             key=lambda one: float(np.linalg.norm(one.face.box_xyxy.reshape(2, 2).mean(axis=0) - centre_xy)),
         )
-    return [best], left_out + [_NOT_CHOSEN[selection.faces]] * (len(chosen) - 1)
+    others = (one for one in chosen if one is not best)
+    return [best], left_out + _left_out(others, _NOT_CHOSEN[selection.faces])
+
+
+def _left_out(faces: Iterable[AlignedFace], reason: str) -> list[SkippedFace]:
+    return [SkippedFace(reason, one.face.box_xyxy, one.face.score, one.face.landmarks_xy) for one in faces]
 
 
 def _sides(face: Face) -> np.ndarray:

@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -26,7 +27,7 @@ from codeformer.engine.stream import DEFAULT_WINDOW, Work, check_array, stream
 from codeformer.errors import CodeFormerError, OptionError
 from codeformer.imaging.files import ImageU8
 from codeformer.limits import DEFAULT_LIMITS, Deadline, Limits
-from codeformer.options import DEFAULT_FIDELITY, Recipe, Selection, Step, check_fidelity
+from codeformer.options import DEFAULT_FIDELITY, Recipe, Selection, Step, check_aligned, check_fidelity
 from codeformer.weights.download import fetch_set
 from codeformer.weights.manifest import WeightSet, load_weight_set
 
@@ -139,6 +140,8 @@ class Pipeline:
         *,
         recipe: Recipe | None = None,
         selection: Selection | None = None,
+        aligned: bool = False,
+        keep_crops: bool = False,
     ) -> list[RestoredImage]:
         """Restores every face of every picture, or raises; there is no partial success.
 
@@ -149,6 +152,9 @@ class Pipeline:
             limits: pixels, faces and time of this call.
             recipe: restorers and their fidelities, in the place of `fidelity`.
             selection: which faces; None for all.
+            aligned: each picture is the aligned crop of one face, (512, 512, 3), and comes back as the
+                restored face itself: no detection, mask or paste. With strength below 1 both are blended.
+            keep_crops: fill `RestoredImage.crops`, 1.5 MB for each face.
 
         Returns:
             One result per picture, in order.
@@ -161,10 +167,19 @@ class Pipeline:
         if recipe is None:
             recipe = Recipe((Step("codeformer", check_fidelity(fidelity)),))
         for number, image in enumerate(images, start=1):
-            check_array(image, number, limits)
+            check_array(image, number, limits, aligned=aligned)
         results: dict[int, RestoredImage] = {}
         deadline = Deadline(limits.max_seconds)
-        for index, result in self.stream(enumerate(images), recipe, selection, plan, limits, deadline):
+        for index, result in self.stream(
+            enumerate(images),
+            recipe,
+            selection,
+            plan,
+            limits,
+            deadline,
+            aligned=aligned,
+            keep_crops=keep_crops,
+        ):
             if isinstance(result, CodeFormerError):
                 raise result
             results[index] = result
@@ -179,6 +194,9 @@ class Pipeline:
         limits: Limits = DEFAULT_LIMITS,
         deadline: Deadline | None = None,
         window: int = DEFAULT_WINDOW,
+        *,
+        aligned: bool = False,
+        keep_crops: bool = False,
     ) -> Iterator[tuple[KeyT, RestoredImage | CodeFormerError]]:
         """Restores pictures as they come; faces of several pictures share passes of the networks.
 
@@ -193,17 +211,22 @@ class Pipeline:
             limits: pixels and faces of each picture.
             deadline: of the whole stream; None for none.
             window: so many pictures are held in memory at most.
+            aligned: as for `restore`.
+            keep_crops: likewise.
 
         Returns:
             Each key once, with its result or its error, as soon as it is known; not always in order.
 
         Raises:
-            OptionError: plan or recipe do not suit this pipeline.
+            OptionError: plan or recipe do not suit this pipeline, or a selection aligned crops.
             BackendConflictError: this process uses another compile backend in optimized mode.
             TimeLimitError: the deadline is over.
             CancelledError: it was cancelled.
         """
-        return self._stream(pictures, self.work_for(recipe, selection, plan, limits, deadline, window))
+        work = self.work_for(
+            recipe, selection, plan, limits, deadline, window, aligned=aligned, keep_crops=keep_crops
+        )
+        return self._stream(pictures, work)
 
     def work_for(
         self,
@@ -213,15 +236,22 @@ class Pipeline:
         limits: Limits = DEFAULT_LIMITS,
         deadline: Deadline | None = None,
         window: int = DEFAULT_WINDOW,
+        *,
+        aligned: bool = False,
+        keep_crops: bool = False,
     ) -> Work:
         """What `stream` would do with these arguments, checked.
 
         Raises:
-            OptionError: plan or recipe do not suit this pipeline.
+            OptionError: plan or recipe do not suit this pipeline, or a selection aligned crops.
             BackendConflictError: this process uses another compile backend in optimized mode.
         """
         if plan is None:
             plan = resolve_plan(device=self.device)
+        if aligned:
+            check_aligned(selection)
+            # Without a paste, nothing needs a mask.
+            plan = replace(plan, parse_faces=False)
         self.check(plan, recipe)
         return Work(
             key=self.engine.key_of(plan, recipe),
@@ -231,6 +261,8 @@ class Pipeline:
             deadline=deadline or Deadline(math.inf),
             second_look=self.second_look,
             window=window,
+            aligned=aligned,
+            keep_crops=keep_crops,
         )
 
     def _stream(

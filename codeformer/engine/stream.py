@@ -19,6 +19,7 @@ from codeformer.engine.plan import torch_switches
 from codeformer.engine.stages import run_stage
 from codeformer.errors import CodeFormerError, DeviceMemoryError, ImageError, InferenceError
 from codeformer.imaging.files import ImageU8, check_size
+from codeformer.imaging.geometry import FACE_SIZE
 from codeformer.limits import Deadline, Limits
 from codeformer.options import Recipe, Selection
 
@@ -44,6 +45,8 @@ class Work:
         deadline: of all together.
         second_look: see `codeformer.engine.finder`.
         window: so many pictures are held in memory at most.
+        aligned: each picture is the aligned crop of one face.
+        keep_crops: fill `RestoredImage.crops`.
     """
 
     key: BatchKey
@@ -53,6 +56,17 @@ class Work:
     deadline: Deadline
     second_look: bool
     window: int
+    aligned: bool = False
+    keep_crops: bool = False
+
+    def picture(self, image_bgr: ImageU8, number: int) -> Picture:
+        """A picture to which this is done.
+
+        Args:
+            image_bgr: (H, W, 3) uint8 BGR, upright; not altered.
+            number: its place among the others, from 1.
+        """
+        return Picture(image_bgr, number, self.key, self.recipe, self.selection, keep_crops=self.keep_crops)
 
 
 def stream(
@@ -96,7 +110,7 @@ def stream(
                     yield key, problem
                 else:
                     keys[number] = key
-                    usable.append(Picture(image, number, work.key, work.recipe, work.selection))
+                    usable.append(work.picture(image, number))
             for picture, jobs in find_faces(usable, store, work):
                 waiting.extend((picture, job) for job in jobs)
                 progress.found += len(jobs)
@@ -147,13 +161,17 @@ def find_faces(
         TimeLimitError: the deadline is over.
         CancelledError: it was cancelled.
     """
-    for picture, found in zip(pictures, _detect(pictures, store, work), strict=True):
+    all_found = [None] * len(pictures) if work.aligned else _detect(pictures, store, work)
+    for picture, found in zip(pictures, all_found, strict=True):
         jobs: list[FaceJob] = []
         if isinstance(found, CodeFormerError):
             picture.fail(found)
         else:
             try:
-                jobs = picture.prepare(found, work.limits.max_faces)
+                if found is None:
+                    jobs = picture.prepare_aligned()
+                else:
+                    jobs = picture.prepare(found, work.limits.max_faces)
             except CodeFormerError as failure:
                 picture.fail(failure)
         yield picture, jobs
@@ -211,19 +229,20 @@ def _look(pictures: Sequence[Picture], store: ModelStore, work: Work) -> list[Fo
 def _problem_of(image: object, number: int, work: Work) -> ImageError | None:
     """Why an array cannot be restored; None if it can."""
     try:
-        check_array(image, number, work.limits)
+        check_array(image, number, work.limits, aligned=work.aligned)
     except ImageError as problem:
         return problem
     return None
 
 
-def check_array(image: object, number: int, limits: Limits) -> None:
+def check_array(image: object, number: int, limits: Limits, *, aligned: bool = False) -> None:
     """Raises ImageError when something is no picture (H, W, 3) uint8, or one over a limit.
 
     Args:
         image: what came.
         number: its place, from 1, for the message.
         limits: of pixels.
+        aligned: it has to be a crop of 512 x 512 px.
     """
     if not isinstance(image, np.ndarray) or image.dtype != np.uint8:
         kind = f"{image.dtype} array" if isinstance(image, np.ndarray) else type(image).__name__
@@ -231,6 +250,13 @@ def check_array(image: object, number: int, limits: Limits) -> None:
     if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
         raise ImageError(f"expected the shape (H, W, 3) in BGR, got {image.shape}.", number)
     check_size(image.shape[1], image.shape[0], number, limits)
+    if aligned and image.shape[:2] != (FACE_SIZE, FACE_SIZE):
+        raise ImageError(
+            f"expected an aligned face of {FACE_SIZE} x {FACE_SIZE} px, got {image.shape[1]} x "
+            f"{image.shape[0]} px; restore it as a whole photo, without aligned, or cut aligned faces out "
+            "with `codeformer faces`.",
+            number,
+        )
 
 
 class Progress:

@@ -1,40 +1,14 @@
-"""Image quality metrics, with and without a reference, for training and benchmarks."""
+"""Image quality metrics for training and benchmarks, beside those of `codeformer.imaging.quality`."""
 
-import math
 from typing import Final
 
 import numpy as np
-from skimage.metrics import structural_similarity
 
 from codeformer.evaluation.basicsr_compat import has_basicsr, import_basicsr
 from codeformer.imaging.files import ImageU8
 
-IDENTICAL_DB: Final = 100.0
-# The window of SSIM is 11 px.
-SMALLEST_FOR_SSIM: Final = 11
 # NIQE needs several blocks of 96 px.
 SMALLEST_FOR_NIQE: Final = 192
-
-
-def psnr_db(result: ImageU8, truth: ImageU8) -> float:
-    """Peak signal-to-noise ratio of two pictures (H, W, 3) uint8, in dB; `IDENTICAL_DB` at most.
-
-    The upper bound keeps means over several pictures finite.
-    """
-    error = float(np.mean((result.astype(np.float64) - truth) ** 2))
-    return min(10 * math.log10(255**2 / error), IDENTICAL_DB) if error else IDENTICAL_DB
-
-
-def ssim(result: ImageU8, truth: ImageU8) -> float:
-    """Structural similarity (Wang et al., 2004) of two pictures (H, W, 3) uint8; 1 for equal pictures.
-
-    Each side must be at least `SMALLEST_FOR_SSIM`.
-    """
-    # Gaussian weights with a sigma of 1.5 px in a window of 11 px; borders are excluded.
-    similarity = structural_similarity(
-        result, truth, data_range=255, channel_axis=2, gaussian_weights=True, use_sample_covariance=False
-    )  # type: ignore[no-untyped-call]
-    return float(similarity)
 
 
 def colour_shift(result: ImageU8, truth: ImageU8) -> float:

@@ -113,6 +113,41 @@ class AlignedFace:
     working_to_face: FloatArray
 
 
+@dataclass(frozen=True, eq=False)
+class SkippedFace:
+    """A detected face that is left as it is; every coordinate is in the picture frame.
+
+    Attributes:
+        reason: why.
+        box_xyxy: (4,) float64: left, top, right, bottom; may reach outside the picture.
+        score: the detector's confidence, 0 to 1.
+        landmarks_xy: (5, 2) float64, in the order of `Face`; not always finite.
+    """
+
+    reason: str
+    box_xyxy: FloatArray
+    score: float
+    landmarks_xy: FloatArray
+
+
+def whole_picture_as_face() -> AlignedFace:
+    """The face of a picture that is an aligned crop: where the template has it, with a score of 1."""
+    identity: FloatArray = np.eye(2, 3)
+    box = np.array([0.0, 0.0, FACE_SIZE, FACE_SIZE])
+    return AlignedFace(Face(box, 1.0, FFHQ_TEMPLATE_XY, identity, identity), identity)
+
+
+def skipped_in_picture(detection: Detection, reason: str, working: WorkingCopy) -> SkippedFace:
+    """A detection in the working frame that is left as it is, with its coordinates in the picture."""
+    to_picture = working.working_to_picture
+    return SkippedFace(
+        reason,
+        box_xyxy=transform_points(to_picture, detection.box_xyxy.reshape(2, 2)).reshape(4),
+        score=detection.score,
+        landmarks_xy=transform_points(to_picture, detection.landmarks_xy),
+    )
+
+
 def make_working_copy(image_bgr: ImageU8) -> WorkingCopy:
     """Enlarges a picture whose shorter side is under 512 px to 512 px (bilinear); keeps larger ones."""
     shorter = min(image_bgr.shape[:2])
@@ -125,7 +160,7 @@ def make_working_copy(image_bgr: ImageU8) -> WorkingCopy:
 
 def align_faces(
     working: WorkingCopy, detections: Sequence[Detection], at_most: int = sys.maxsize
-) -> tuple[list[AlignedFace], list[str]]:
+) -> tuple[list[AlignedFace], list[tuple[Detection, str]]]:
     """Computes the crop of each face that can be aligned.
 
     Args:
@@ -134,24 +169,24 @@ def align_faces(
         at_most: largest number of faces to align; further detections are ignored.
 
     Returns:
-        The aligned faces in the order of the detections, and for each skipped face the reason.
+        The aligned faces in the order of the detections, and each skipped one with the reason.
     """
     aligned: list[AlignedFace] = []
-    skipped: list[str] = []
+    skipped: list[tuple[Detection, str]] = []
     taken: list[npt.NDArray[np.float32]] = []
     for detection in detections:
         if len(aligned) == at_most:
             break
         eye_distance = float(np.linalg.norm(detection.landmarks_xy[0] - detection.landmarks_xy[1]))
         if eye_distance < MIN_EYE_DISTANCE:
-            skipped.append(f"eyes less than {MIN_EYE_DISTANCE:g} px apart")
+            skipped.append((detection, f"eyes less than {MIN_EYE_DISTANCE:g} px apart"))
             continue
         if taken and _is_among(detection.landmarks_xy, np.stack(taken)):
-            skipped.append("the same face as one with a better score")
+            skipped.append((detection, "the same face as one with a better score"))
             continue
         working_to_face = estimate_similarity(detection.landmarks_xy)
         if working_to_face is None:
-            skipped.append("landmarks that are not those of a face")
+            skipped.append((detection, "landmarks that are not those of a face"))
             continue
         face = _face_in_picture(detection, working_to_face, working.working_to_picture)
         aligned.append(AlignedFace(face, working_to_face))

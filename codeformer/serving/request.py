@@ -60,6 +60,7 @@ def serve(
     paths: Sequence[object],
     options: Options = DEFAULT_OPTIONS,
     *,
+    aligned: bool = False,
     limits: Limits = DEFAULT_LIMITS,
     fetch_policy: FetchPolicy = DEFAULT_POLICY,
     stop: threading.Event | None = None,
@@ -72,6 +73,7 @@ def serve(
             they are, also addresses whose scheme is not in lower case: those are fetched here. A string may
             name a sample picture ("data/1.jpg"); it never opens another file.
         options: what is to be done.
+        aligned: each file is the aligned crop of one face, see `Pipeline.restore`.
         limits: pixels, faces and time of this request.
         fetch_policy: where pictures may be fetched from.
         stop: to be set to cancel it; looked at between stages.
@@ -97,7 +99,7 @@ def serve(
         images = _read_all(workers, paths, limits, fetch_policy, deadline)
         decoded = time.perf_counter()
         for number, result in pipeline.stream(
-            enumerate(images, start=1), recipe, options.selection, plan, limits, deadline
+            enumerate(images, start=1), recipe, options.selection, plan, limits, deadline, aligned=aligned
         ):
             if isinstance(result, CodeFormerError):
                 raise result
@@ -259,7 +261,7 @@ def metrics_of(
     metrics["faces.skip_reasons"] = [
         f"image {number}: {reason} ({count} times)"
         for number, result in enumerate(results, start=1)
-        for reason, count in Counter(result.skipped_faces).items()
+        for reason, count in Counter(face.reason for face in result.skipped_faces).items()
     ]
     metrics["faces.losing_detail"] = sum(result.faces_losing_detail for result in results)
     metrics["faces.float32_retries"] = sum(result.float32_retries for result in results)

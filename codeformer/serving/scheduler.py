@@ -48,10 +48,7 @@ class Ticket:
     def __init__(self, images: Sequence[ImageU8], work: Work, on_result: OnResult) -> None:
         self.work = work
         self.done: Future[float] = Future()
-        self.pictures = [
-            Picture(image, number, work.key, work.recipe, work.selection)
-            for number, image in enumerate(images, start=1)
-        ]
+        self.pictures = [work.picture(image, number) for number, image in enumerate(images, start=1)]
         self.faces: deque[tuple[Picture, FaceJob]] = deque()
         self.ready_at: float | None = None
         self._on_result = on_result
