@@ -13,8 +13,9 @@ from PIL import Image, ImageCms, PngImagePlugin
 from PIL.PngImagePlugin import PngImageFile
 
 from codeformer.errors import ImageError
-from codeformer.imaging.files import JPEG_QUALITY, MAX_ASPECT_RATIO, decode_image, encode_jpeg
+from codeformer.imaging.files import MAX_ASPECT_RATIO, decode_image, encode_jpeg
 from codeformer.limits import Limits
+from codeformer.options import DEFAULT_QUALITY
 from tests import shared
 from tests.compare import assert_pictures_close
 from tests.profiles import gray_profile, ink_profile
@@ -726,6 +727,6 @@ def test_encodes_a_jpeg_of_the_same_size_and_quality() -> None:
         assert picture.format == "JPEG"
         assert picture.size == (60, 40)
         reference = io.BytesIO()
-        Image.new("RGB", (8, 8)).save(reference, "JPEG", quality=JPEG_QUALITY)
+        Image.new("RGB", (8, 8)).save(reference, "JPEG", quality=DEFAULT_QUALITY)
         assert picture.quantization == Image.open(reference).quantization  # type: ignore[attr-defined]
     assert_pictures_close(decode_image(data), bgr, mean=2, within=12)
