@@ -128,8 +128,8 @@ class Output:
     Attributes:
         file_format: one of FILE_FORMATS, which is also the ending of a file's name.
         quality: of JPG and WebP, 1 to 100; None for the default, and for PNG, which is lossless.
-        metadata: "keep": EXIF, XMP, resolution and colour profile of the photo; "strip": sRGB and the
-            resolution only.
+        metadata: "keep" for EXIF, XMP, resolution and colour profile of the photo; "strip" for pixels in
+            sRGB and nothing else.
 
     Raises:
         OptionError: one of them is out of range, or a quality is given for PNG.
@@ -137,7 +137,7 @@ class Output:
 
     file_format: str = "jpg"
     quality: int | None = None
-    metadata: str = "strip"
+    metadata: MetadataPolicy = "strip"
 
     def __post_init__(self) -> None:
         check_choice("format", self.file_format, FILE_FORMATS)

@@ -8,10 +8,18 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from codeformer.cli.arguments import add_networks, add_options, load_pipeline, options_of, shown
+from codeformer.cli.arguments import (
+    add_networks,
+    add_options,
+    add_output,
+    load_pipeline,
+    options_of,
+    output_of,
+    shown,
+)
 from codeformer.errors import CodeFormerError, DiskFullError, InputError
 from codeformer.limits import Limits
-from codeformer.options import Options
+from codeformer.options import Options, Output
 
 if TYPE_CHECKING:
     from codeformer.cli.photos import Photo
@@ -21,7 +29,7 @@ if TYPE_CHECKING:
     from codeformer.serving.request import Outcome
 
 _COMPARE_GAP: Final = 8
-_NO_FACE: Final = "no face found; pixels unaltered, encoded as JPG"
+_NO_FACE: Final = "no face found; pixels unaltered, encoded as"
 
 
 def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -31,6 +39,7 @@ def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     parser.add_argument(
         "-o", "--output", type=Path, default=Path("restored"), metavar="DIR", help="default: restored"
     )
+    add_output(parser)
     add_options(parser)
     add_networks(parser)
     parser.add_argument("--compare", action="store_true", help="also write before/after pictures")
@@ -51,6 +60,7 @@ def _restore(options: argparse.Namespace) -> int:
     from codeformer.cli.photos import PhotoFinder
     from codeformer.cli.results import ResultFolder
 
+    output = output_of(options)
     failed: list[Path] = []
 
     def fail(path: Path, reason: str) -> None:
@@ -64,7 +74,13 @@ def _restore(options: argparse.Namespace) -> int:
     photos = finder.find(options.photos)
     if not photos and not failed:
         raise InputError(f"{', '.join(map(shown, options.photos))}: expected photos, found none.")
-    results = ResultFolder(options.output, photos, compare=options.compare, overwrite=options.overwrite)
+    results = ResultFolder(
+        options.output,
+        photos,
+        file_format=output.file_format,
+        compare=options.compare,
+        overwrite=options.overwrite,
+    )
     if options.skip_existing:
         existing = {photo: target for photo in photos if (target := results.existing(photo)) is not None}
         for photo, target in existing.items():
@@ -72,7 +88,7 @@ def _restore(options: argparse.Namespace) -> int:
         photos = [photo for photo in photos if photo not in existing]
     asked = len(photos) + len(failed)
     if photos:
-        _restore_all(photos, results, options, fail)
+        _restore_all(photos, results, options, output, fail)
     if failed:
         print(f"error: {len(failed)} of {asked} photos failed.", file=sys.stderr)
     return int(bool(failed))
@@ -82,6 +98,7 @@ def _restore_all(
     photos: "Sequence[Photo]",
     results: "ResultFolder",
     options: argparse.Namespace,
+    output: Output,
     fail: "Callable[[Path, str], None]",
 ) -> None:
     """Restores photos one after another and reports the outcome of each."""
@@ -97,7 +114,7 @@ def _restore_all(
             name_in_log(shown(photo.path))
             try:
                 outcome, target = _restore_one(
-                    pipeline, photo, results, asked, limits, compare=options.compare
+                    pipeline, photo, results, asked, output, limits, compare=options.compare
                 )
             except DiskFullError:
                 raise
@@ -106,7 +123,11 @@ def _restore_all(
                     fail(photo.path, failure.local if isinstance(failure, CodeFormerError) else str(failure))
             else:
                 faces = len(outcome.results[0].faces)
-                note = f"{faces} face{'s' * (faces != 1)}" if faces else _NO_FACE
+                note = (
+                    f"{faces} face{'s' * (faces != 1)}"
+                    if faces
+                    else f"{_NO_FACE} {output.file_format.upper()}"
+                )
                 with tqdm.external_write_mode(file=sys.stdout):
                     print(f"{shown(photo.path)} -> {shown(target)} ({note})", flush=True)
 
@@ -116,23 +137,23 @@ def _restore_one(
     photo: "Photo",
     results: "ResultFolder",
     asked: Options,
+    output: Output,
     limits: Limits,
     *,
     compare: bool,
 ) -> "tuple[Outcome, Path]":
-    from codeformer.imaging.files import encode_jpeg
+    from codeformer.imaging.encoding import MAX_SIDES, encode
     from codeformer.serving.request import serve
 
-    outcome = serve(
-        pipeline,
-        [photo.path],
-        asked,
-        limits=limits,
-    )
-    jpegs = list(outcome.jpegs)
+    outcome = serve(pipeline, [photo.path], asked, limits=limits, output=output)
+    files = list(outcome.files)
     if compare:
-        jpegs.append(encode_jpeg(_pair(outcome.images_bgr[0], outcome.results[0].image_bgr)))
-    return outcome, results.write(photo, *jpegs)
+        [decoded], [result] = outcome.photos, outcome.results
+        before_bgr = decoded.image_bgr if decoded.own_bgr is None else decoded.own_bgr
+        after_bgr = decoded.in_own_colours(result.image_bgr)
+        pair = _pair(before_bgr, after_bgr, MAX_SIDES[output.file_format])
+        files.append(encode(pair, output, icc_profile=decoded.icc_profile))
+    return outcome, results.write(photo, *files)
 
 
 @contextlib.contextmanager
@@ -161,13 +182,11 @@ def _photo_in_log() -> "Iterator[Callable[[str], None]]":
             handler.removeFilter(add_name)
 
 
-def _pair(before_bgr: "ImageU8", after_bgr: "ImageU8") -> "ImageU8":
-    """Both pictures side by side, or one above the other if a JPEG cannot be that wide."""
+def _pair(before_bgr: "ImageU8", after_bgr: "ImageU8", max_side: int) -> "ImageU8":
+    """Both pictures side by side, or one above the other if the file cannot be that wide."""
     import numpy as np
 
-    from codeformer.imaging.files import MAX_SIDE
-
     height, width = before_bgr.shape[:2]
-    if 2 * width + _COMPARE_GAP > MAX_SIDE:
+    if 2 * width + _COMPARE_GAP > max_side:
         return np.vstack([before_bgr, np.full((_COMPARE_GAP, width, 3), 255, np.uint8), after_bgr])
     return np.hstack([before_bgr, np.full((height, _COMPARE_GAP, 3), 255, np.uint8), after_bgr])

@@ -40,7 +40,7 @@ def encode(
 
     Args:
         image_bgr: (H, W, 3) uint8 BGR.
-        output: format and quality; its policy for metadata is the caller's business.
+        output: format and quality; its policy has been followed by whoever gives the metadata.
         metadata: written into the file (see `metadata.read_metadata`); by default none. WebP holds a
             resolution in EXIF data only.
         icc_profile: of the colours of `image_bgr`, written into the file; None for sRGB.
@@ -49,9 +49,7 @@ def encode(
     Raises:
         ImageError: the picture is too large for the format or the encoder, or there is too little memory.
     """
-    height, width = image_bgr.shape[:2]
-    if max(height, width) > MAX_SIDES[output.file_format]:
-        raise _unwritable(image_bgr, output, index)
+    check_format(image_bgr, output, index)
     try:
         if output.file_format == "jpg":
             return _as_jpeg(image_bgr, output, metadata, icc_profile)
@@ -60,6 +58,18 @@ def encode(
         return _as_webp(image_bgr, output, metadata, icc_profile)
     except (MemoryError, OSError, ValueError, cv2.error) as cause:
         raise _unwritable(image_bgr, output, index) from cause
+
+
+def check_format(image_bgr: ImageU8, output: Output, index: int | None = None) -> None:
+    """Raises ImageError when a picture is larger than its format can hold."""
+    height, width = image_bgr.shape[:2]
+    longest = MAX_SIDES[output.file_format]
+    if max(height, width) > longest:
+        raise ImageError(
+            f"expected sides of at most {longest} px, the limit of the format {output.file_format}, got "
+            f"{width} x {height} px; choose another format.",
+            index,
+        )
 
 
 def encode_jpeg(image_bgr: ImageU8, index: int | None = None) -> bytes:
@@ -141,5 +151,6 @@ def _as_picture(image_bgr: ImageU8) -> Image.Image:
 
 def _unwritable(image_bgr: ImageU8, output: Output, index: int | None) -> ImageError:
     height, width = image_bgr.shape[:2]
-    name = {"jpg": "JPEG", "png": "PNG", "webp": "WebP"}[output.file_format]
-    return ImageError(f"{width} x {height} px cannot be written as {name}; use a smaller copy.", index)
+    return ImageError(
+        f"{width} x {height} px cannot be written as {output.file_format}; use a smaller copy.", index
+    )

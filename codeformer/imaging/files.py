@@ -26,11 +26,11 @@ from codeformer.imaging.arrays import (
 from codeformer.imaging.encoding import encode, encode_jpeg
 from codeformer.imaging.heif import HeifFile
 from codeformer.imaging.kinds import FORMATS, HEIC, UNKNOWN, Kind, kind_of
-from codeformer.imaging.metadata import Metadata, orientation_of, read_metadata
+from codeformer.imaging.metadata import NO_METADATA, Metadata, orientation_of, read_metadata
 from codeformer.imaging.samples import PREMULTIPLIED_ALPHA, samples_of, unsupported
 from codeformer.limits import DEFAULT_LIMITS, Limits
 from codeformer.log import operator_logger
-from codeformer.options import Output
+from codeformer.options import MetadataPolicy, Output
 
 # What the other rooms need of this one's files.
 __all__ = [
@@ -74,7 +74,7 @@ class DecodedPhoto:
     """
 
     image_bgr: ImageU8
-    metadata: Metadata
+    metadata: Metadata = NO_METADATA
     icc_profile: bytes | None = None
     own_bgr: ImageU8 | None = None
 
@@ -152,15 +152,26 @@ def decode_image(data: bytes, index: int | None = None, limits: Limits = DEFAULT
     return pixels.bgr if profile is None else colours.to_srgb(pixels.bgr, profile, gray=pixels.is_gray)
 
 
-def decode_photo(data: bytes, index: int | None = None, limits: Limits = DEFAULT_LIMITS) -> DecodedPhoto:
+def decode_photo(
+    data: bytes,
+    index: int | None = None,
+    limits: Limits = DEFAULT_LIMITS,
+    policy: MetadataPolicy = "keep",
+) -> DecodedPhoto:
     """Decodes a file as `decode_image`, together with what belongs to the photo.
 
-    The photo's own samples are kept if it has an RGB profile that is not sRGB's and that colours can be
-    converted to.
+    Args:
+        data: as for `decode_image`, and the next two as well.
+        index: likewise.
+        limits: likewise.
+        policy: "keep", or "strip" for the pixels in sRGB and nothing else. Samples in the photo's own colours
+            are kept if it has an RGB profile that is not sRGB's and that colours can be converted to.
 
     Raises:
         ImageError: as for `decode_image`.
     """
+    if policy == "strip":
+        return DecodedPhoto(decode_image(data, index, limits))
     pixels, metadata = _pixels_of(data, index, limits), read_metadata(data)
     profile = pixels.profile
     if profile is None:
@@ -175,19 +186,17 @@ def decode_photo(data: bytes, index: int | None = None, limits: Limits = DEFAULT
 def encode_result(
     photo: DecodedPhoto, restored_bgr: ImageU8, output: Output, index: int | None = None
 ) -> bytes:
-    """Encodes a restored photo as a file, with what belongs to the photo if the policy is to keep it.
+    """Encodes a restored photo as a file, with what was kept of the photo.
 
     Args:
         photo: as it was decoded.
         restored_bgr: (H, W, 3) uint8 BGR: the photo's `image_bgr` with restored faces.
-        output: format, quality and policy.
+        output: format and quality.
         index: the number of the picture in the request, from 1, for error messages.
 
     Raises:
         ImageError: as for `encode`.
     """
-    if output.metadata == "strip":
-        return encode(restored_bgr, output, Metadata(dpi=photo.metadata.dpi), index=index)
     return encode(photo.in_own_colours(restored_bgr), output, photo.metadata, photo.icc_profile, index)
 
 
