@@ -1,5 +1,6 @@
-"""The boxes of a HEIF container (HEIC, AVIF): how the colours of its primary image are coded."""
+"""The boxes of a HEIF container (HEIC, AVIF): whether its data are complete, and how colours are coded."""
 
+import io
 from collections.abc import Iterator
 from typing import Final
 
@@ -7,6 +8,8 @@ _HEADER_BYTES: Final = 8
 _LONG_HEADER_BYTES: Final = 16
 # The version and flags of a full box.
 _VERSION_BYTES: Final = 4
+# The version of the box "iloc" whose item numbers have four bytes.
+_LONG_IDS: Final = 2
 
 
 def coded_colours(data: bytes) -> tuple[int, int] | None:
@@ -27,6 +30,37 @@ def coded_colours(data: bytes) -> tuple[int, int] | None:
     except LookupError:
         pass
     return None
+
+
+def is_cut(data: bytes) -> bool:
+    """Whether the data of an item lie beyond the end of the file; decoders do not miss a tile of a grid."""
+    try:
+        places = io.BytesIO(_find(_find(data, b"meta")[_VERSION_BYTES:], b"iloc"))
+    except LookupError:
+        return False
+
+    def number(size: int) -> int:
+        return int.from_bytes(places.read(size))
+
+    version = number(_VERSION_BYTES) >> 24
+    sizes = number(2)
+    offset_size, length_size, base_size, index_size = (sizes >> shift & 0xF for shift in (12, 8, 4, 0))
+    if not offset_size + length_size:
+        return False
+    id_size = 4 if version == _LONG_IDS else 2
+    for _ in range(number(id_size)):
+        if not places.read(id_size):
+            break
+        in_file = not version or number(2) & 0xF == 0
+        # The data may also lie in another file.
+        in_file = number(2) == 0 and in_file
+        base = number(base_size)
+        for _ in range(number(2)):
+            places.read(index_size if version else 0)
+            end = base + number(offset_size) + number(length_size)
+            if in_file and end > len(data):
+                return True
+    return False
 
 
 def _boxes(data: bytes) -> Iterator[tuple[bytes, bytes]]:

@@ -21,6 +21,15 @@ logger = logging.getLogger(__name__)
 MAX_SIDES: Final = {"jpg": 65_500, "png": 65_500, "webp": 16_383}
 
 _SERVICE: Final = Output()
+# A JPEG with colours at half the resolution (4:2:0) blurs thin saturated shapes, such as red writing. If more
+# than this share of the pixels changes its chroma by more than so many levels, colours keep the full
+# resolution (4:4:4), for a file that is about half as large again. Photos stay below 0.0003, and pictures
+# with a line of red writing are above 0.003.
+_BLURRED_SHARE: Final = 0.001
+_BLURRED_LEVELS: Final = 32
+# The share is measured in strips of so many rows, of at most so many pixels altogether.
+_STRIP: Final = 16
+_MEASURED_PIXELS: Final = 1_000_000
 _APP1, _APP2 = 0xE1, 0xE2
 _SEGMENT_BYTES: Final = 65_533
 _ICC_HEAD: Final = b"ICC_PROFILE\0"
@@ -87,6 +96,8 @@ def encode_jpeg(image_bgr: ImageU8, index: int | None = None) -> bytes:
 
 def _as_jpeg(image_bgr: ImageU8, output: Output, metadata: Metadata, icc_profile: bytes | None) -> bytes:
     settings = [cv2.IMWRITE_JPEG_QUALITY, output.quality or DEFAULT_QUALITY]
+    if _blurred_share(image_bgr) > _BLURRED_SHARE:
+        settings += [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
     ok, encoded = cv2.imencode(".jpg", image_bgr, settings)
     if not ok:
         raise ValueError("OpenCV's encoder refused the picture")
@@ -100,6 +111,22 @@ def _as_jpeg(image_bgr: ImageU8, output: Output, metadata: Metadata, icc_profile
     if metadata.dpi is not None:
         struct.pack_into(">BHH", head, 13, _PER_INCH, *(round(value) for value in metadata.dpi))
     return bytes(head) + segments + data[end:]
+
+
+def _blurred_share(image_bgr: ImageU8) -> float:
+    """The share of pixels whose colour differs from the mean of its square of 2 px by too much."""
+    height, width = image_bgr.shape[0] // _STRIP * _STRIP, image_bgr.shape[1] // 2 * 2
+    if not height or not width:
+        return 0.0
+    every = 1 + height * width // _MEASURED_PIXELS
+    strips = image_bgr[:height, :width].reshape(-1, _STRIP, width, 3)[::every]
+    rows = np.ascontiguousarray(strips).reshape(-1, width, 3)
+    chroma = cv2.merge(cv2.split(cv2.cvtColor(rows, cv2.COLOR_BGR2YCrCb))[1:])
+    means = cv2.resize(chroma, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
+    blurred = cv2.resize(means, (width, len(rows)), interpolation=cv2.INTER_NEAREST)
+    largest = cv2.max(*cv2.split(cv2.absdiff(chroma, blurred)))
+    changed = cv2.threshold(largest, _BLURRED_LEVELS, 255, cv2.THRESH_BINARY)[1]
+    return cv2.countNonZero(changed) / largest.size
 
 
 def _segments(metadata: Metadata, icc_profile: bytes | None) -> Iterator[bytes]:

@@ -25,7 +25,7 @@ from codeformer.imaging.arrays import (
 )
 from codeformer.imaging.encoding import encode, encode_jpeg
 from codeformer.imaging.heif import HeifFile
-from codeformer.imaging.kinds import FORMATS, HEIC, UNKNOWN, Kind, kind_of
+from codeformer.imaging.kinds import AVIF, FORMATS, HEIC, UNKNOWN, Kind, kind_of
 from codeformer.imaging.metadata import NO_METADATA, Metadata, orientation_of, read_metadata
 from codeformer.imaging.samples import PREMULTIPLIED_ALPHA, samples_of, unsupported
 from codeformer.limits import DEFAULT_LIMITS, Limits
@@ -206,6 +206,11 @@ def _pixels_of(data: bytes, index: int | None, limits: Limits) -> _Pixels:
     kind = kind_of(io.BytesIO(data))
     if kind is not None and kind.refusal is not None:
         raise ImageError(kind.refusal, index)
+    is_heif = kind is not None and kind.name in {HEIC, AVIF}
+    if is_heif and boxes.is_cut(data):
+        raise ImageError(
+            "the file is damaged or cut short (image data are missing); use an intact copy.", index
+        )
     try:
         if kind is not None and kind.name == HEIC:
             return _decode_heic(data, index, limits)
@@ -251,7 +256,7 @@ def _decode(data: bytes, index: int | None, limits: Limits) -> _Pixels:
         if _frames_of(picture, data) > 1:
             logger.info(_SEVERAL_FRAMES, index or "")
         icc_profile = picture.info.get("icc_profile")
-        coded = boxes.coded_colours(data) if picture.format == "AVIF" and not icc_profile else None
+        coded = boxes.coded_colours(data) if picture.format == AVIF and not icc_profile else None
         bgr = samples_of(picture, data, coded, index)
         # A profile applies only to pictures of its own colour space.
         is_gray = picture.mode.startswith(("1", "L", "I"))
@@ -295,7 +300,7 @@ def _unidentified(cause: Exception, data: bytes, kind: Kind | None, index: int |
     """Why Pillow does not recognise a file."""
     if data.startswith(tiff.MAGIC):
         return unsupported("of this TIFF", index)
-    if kind is not None and kind.name == "AVIF":
+    if kind is not None and kind.name == AVIF:
         return _damaged(cause, index)
     # The file may come from an address that the client cannot read itself.
     operator_logger.warning("image %s: the data begins with %r", index or "", data[:12])

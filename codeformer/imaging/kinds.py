@@ -6,9 +6,10 @@ from typing import BinaryIO, Final
 
 from codeformer.imaging import jpeg, tiff
 
-# The formats that Pillow reads here; HEIC has its own reader.
-FORMATS: Final = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")
+AVIF: Final = "AVIF"
 HEIC: Final = "HEIC"
+# The formats that Pillow reads here; HEIC has its own reader.
+FORMATS: Final = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", AVIF)
 
 _HEAD_BYTES: Final = 4096
 _NO_PICTURE: Final = "not a picture that can be read here"
@@ -50,7 +51,7 @@ _JPEG_XL: Final = Kind("JPEG XL", _CONVERT)
 _ARCHIVE: Final = Kind("an archive", "unpack it and use the photos in it")
 _PDF: Final = Kind("a PDF document", "export its pages as JPEG")
 _HEIF_OF_OTHERS: Final = Kind("HEIF of another codec than HEVC and AV1", _CONVERT)
-_AVIF: Final = Kind("AVIF")
+_AVIF: Final = Kind(AVIF)
 _HEIC: Final = Kind(HEIC)
 # Major brands that tell nothing of the codec.
 _GENERIC_BRANDS: Final = frozenset({b"mif1", b"msf1", b"mif2"})
