@@ -1,8 +1,8 @@
 """HEIF containers (HEIC, AVIF) made by hand around coded pictures.
 
-The coded pictures of HEIC are those of tests/heic: `gradient(64, 128)` of tests/test_files.py in 8 bits, in 10 bits, and
-with an alpha of 51 in its right half; and the four quarters of `gradient(128, 128)`. libheif's heif-enc with
-x265 wrote them once; no encoder is needed to run the tests. Those of AVIF are coded by Pillow.
+The coded pictures of HEIC are those of tests/heic: `gradient(64, 128)` of tests/test_files.py in 8 bits, in
+10 bits, and with an alpha of 51 in its right half; and the four quarters of `gradient(128, 128)`. libheif's
+heif-enc with x265 wrote them once; no encoder is needed to run the tests. Those of AVIF are coded by Pillow.
 """
 
 import io

@@ -119,8 +119,8 @@ def _blurred_share(image_bgr: ImageU8) -> float:
     if not height or not width:
         return 0.0
     every = 1 + height * width // _MEASURED_PIXELS
-    strips = image_bgr[:height, :width].reshape(-1, _STRIP, width, 3)[::every]
-    rows = np.ascontiguousarray(strips).reshape(-1, width, 3)
+    tops = range(0, height, every * _STRIP)
+    rows = np.concatenate([image_bgr[top : top + _STRIP, :width] for top in tops])
     chroma = cv2.merge(cv2.split(cv2.cvtColor(rows, cv2.COLOR_BGR2YCrCb))[1:])
     means = cv2.resize(chroma, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
     blurred = cv2.resize(means, (width, len(rows)), interpolation=cv2.INTER_NEAREST)

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Final
 
 import cv2
-import numpy as np
 from PIL import Image, ImageCms, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
 from codeformer.errors import ImageError
@@ -26,7 +25,7 @@ from codeformer.imaging.arrays import (
 from codeformer.imaging.encoding import encode, encode_jpeg
 from codeformer.imaging.heif import HeifFile
 from codeformer.imaging.kinds import AVIF, FORMATS, HEIC, UNKNOWN, Kind, kind_of
-from codeformer.imaging.metadata import NO_METADATA, Metadata, orientation_of, read_metadata
+from codeformer.imaging.metadata import NO_METADATA, Metadata, read_metadata
 from codeformer.imaging.samples import PREMULTIPLIED_ALPHA, samples_of, unsupported
 from codeformer.limits import DEFAULT_LIMITS, Limits
 from codeformer.log import operator_logger
@@ -56,10 +55,6 @@ logger = logging.getLogger(__name__)
 # Decoding each scan is a pass over the whole picture. Progressive JPEGs have about ten.
 _MAX_SCANS: Final = 100
 _SEVERAL_FRAMES: Final = "image %s has several frames; the first or primary one is used"
-# Per EXIF orientation: mirror left-right first, then quarter turns counter-clockwise (EXIF 2.3, 4.6.4).
-_MIRROR_AND_TURNS: Final = {
-    2: (True, 0), 3: (False, 2), 4: (True, 2), 5: (True, 1), 6: (False, 3), 7: (True, 3), 8: (False, 1),
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -251,8 +246,6 @@ def _decode(data: bytes, index: int | None, limits: Limits) -> _Pixels:
                 )
             logger.warning("image %s lacks its end marker, but no rows are missing", index or "")
             return _decode(whole, index, limits)
-        # Pillow decodes strictly. Needed also before OpenCV decodes, which ignores some damage.
-        picture.load()
         if _frames_of(picture, data) > 1:
             logger.info(_SEVERAL_FRAMES, index or "")
         icc_profile = picture.info.get("icc_profile")
@@ -262,7 +255,7 @@ def _decode(data: bytes, index: int | None, limits: Limits) -> _Pixels:
         is_gray = picture.mode.startswith(("1", "L", "I"))
         if picture.mode == "CMYK":
             icc_profile = None
-        return _Pixels(_turn_upright(bgr, picture), icc_profile or colours.profile_for(coded), is_gray)
+        return _Pixels(bgr, icc_profile or colours.profile_for(coded), is_gray)
 
 
 def _decode_heic(data: bytes, index: int | None, limits: Limits) -> _Pixels:
@@ -331,11 +324,3 @@ def _check_scans(data: bytes, index: int | None) -> bool:
         if marker == jpeg.END:
             return True
     return False
-
-
-def _turn_upright(bgr: ImageU8, picture: Image.Image) -> ImageU8:
-    """Applies the orientation, except for a TIFF, which both libraries have already turned."""
-    mirror, turns = False, 0
-    if picture.format != "TIFF":
-        mirror, turns = _MIRROR_AND_TURNS.get(orientation_of(picture), (False, 0))
-    return np.ascontiguousarray(np.rot90(bgr[:, ::-1] if mirror else bgr, turns))

@@ -10,7 +10,7 @@ from PIL import Image
 
 from codeformer.imaging import exif, heif, tiff, xmp
 from codeformer.imaging.arrays import DECODER_ERRORS
-from codeformer.imaging.kinds import FORMATS, HEIC, kind_of
+from codeformer.imaging.kinds import AVIF, FORMATS, HEIC, kind_of
 from codeformer.log import operator_logger
 
 logger = logging.getLogger(__name__)
@@ -80,7 +80,9 @@ def of_picture(picture: Image.Image) -> Metadata:
     """The metadata of a file that Pillow has opened, and not yet decoded."""
     size, dpi = picture.size, _dpi_of(picture)
     if orientation_of(picture) in _ON_A_SIDE:
-        size = size if picture.format == "TIFF" else (size[1], size[0])
+        # Pillow exchanges those of a TIFF with this tag.
+        is_exchanged = picture.format == "TIFF" and _ORIENTATION in picture.tag_v2  # type: ignore[attr-defined]
+        size = size if is_exchanged else (size[1], size[0])
         dpi = dpi and (dpi[1], dpi[0])
     packet = picture.info.get("xmp")
     return Metadata(
@@ -93,10 +95,15 @@ def of_picture(picture: Image.Image) -> Metadata:
 def orientation_of(picture: Image.Image) -> int:
     """The orientation of a picture as stored, 1 to 8: of its EXIF data, or else of its XMP packet.
 
-    For AVIF, Pillow has put that of the container in their place.
+    For AVIF that of the container alone, which Pillow has written into the EXIF data.
     """
     try:
-        value = picture.getexif().get(_ORIENTATION)
+        if picture.format == AVIF:
+            exif_data = Image.Exif()
+            exif_data.load(picture.info.get("exif", b""))
+        else:
+            exif_data = picture.getexif()
+        value = exif_data.get(_ORIENTATION)
     except DECODER_ERRORS as cause:
         # Damaged metadata is no reason to refuse an intact picture.
         operator_logger.warning("EXIF data cannot be read (%r); the picture is not turned", cause)

@@ -12,6 +12,7 @@ from PIL import Image
 from codeformer.errors import ImageError
 from codeformer.imaging import colours
 from codeformer.imaging.arrays import BAND, ZERO_ALPHA, ImageU8
+from codeformer.imaging.metadata import orientation_of
 
 logger = logging.getLogger(__name__)
 
@@ -25,11 +26,17 @@ _RGB: Final = 2
 _TIFF_PLANAR_CONFIGURATION: Final = 284
 _INTERLEAVED: Final = 1
 _TIFF_SAMPLES_PER_PIXEL: Final = 277
+_TIFF_ORIENTATION: Final = 274
 _PNG_BIT_DEPTH_OFFSET: Final = 24
 # The gAMA value that displays expect, and the range of plausible values.
 _DISPLAY_GAMMA: Final = 0.45455
 _GAMMAS: Final = (0.05, 10.0)
 _GAMMA_TOLERANCE: Final = 0.05
+
+# Per EXIF orientation: mirror left-right first, then quarter turns counter-clockwise (EXIF 2.3, 4.6.4).
+_MIRROR_AND_TURNS: Final = {
+    2: (True, 0), 3: (False, 2), 4: (True, 2), 5: (True, 1), 6: (False, 3), 7: (True, 3), 8: (False, 1),
+}  # fmt: skip
 
 
 def samples_of(
@@ -38,19 +45,29 @@ def samples_of(
     """The pixels of a picture as they are stored, except CMYK, which becomes sRGB.
 
     Args:
-        picture: opened and loaded, of one of `kinds.FORMATS`.
+        picture: opened, not loaded yet, of one of `kinds.FORMATS`.
         data: the bytes of its file, whose main image is the first one.
         coded_colours: primaries and transfer characteristics (ITU-T H.273), if the container tells them.
         index: the number of the picture in the request, from 1, for error messages.
 
     Returns:
-        (H, W, 3) uint8 BGR, on white where the picture is transparent; not turned, except for TIFF.
+        (H, W, 3) uint8 BGR, upright, on white where the picture is transparent.
 
     Raises:
         ImageError: neither Pillow nor OpenCV can decode such samples.
     """
+    is_tiff, orientation = picture.format == "TIFF", orientation_of(picture)
+    # Both libraries turn a TIFF by its tag, but only Pillow by its XMP packet; neither turns other formats.
+    is_tagged = is_tiff and bool(_tiff_tag(picture, _TIFF_ORIENTATION))
+    # Pillow decodes strictly. Needed also before OpenCV decodes, which ignores some damage.
+    picture.load()
     bgr = _decode_16_bit(picture, data) if _has_16_bits(picture, data, index) else None
-    return _decode_8_bit(picture, data, _curve_of(picture, coded_colours), index) if bgr is None else bgr
+    if bgr is None:
+        bgr, is_turned = _decode_8_bit(picture, data, _curve_of(picture, coded_colours), index), is_tiff
+    else:
+        is_turned = is_tagged
+    mirror, turns = _MIRROR_AND_TURNS.get(1 if is_turned else orientation, (False, 0))
+    return np.ascontiguousarray(np.rot90(bgr[:, ::-1] if mirror else bgr, turns))
 
 
 def unsupported(samples: str, index: int | None) -> ImageError:
