@@ -24,7 +24,7 @@ P3_GAMMA = 2.2
 def p3_profile() -> bytes:
     """The colours of Display P3 with a plain gamma of 2.2, close to the curve of sRGB."""
     curve = b"curv" + struct.pack(">IIH", 0, 1, round(P3_GAMMA * 256)) + bytes(2)
-    tags = {}
+    tags: dict[bytes, bytes] = {}
     for letter, column in zip((b"r", b"g", b"b"), P3_COLORANTS.T, strict=True):
         tags |= {letter + b"XYZ": b"XYZ " + bytes(4) + _fixed(tuple(column)), letter + b"TRC": curve}
     return _profile(b"RGB ", b"XYZ ", tags)

@@ -38,7 +38,7 @@ _KNEE: Final = 0.6
 _VERSION_4_3: Final = 0x04300000
 _PROFILE_DATE: Final = (2026, 1, 1, 0, 0, 0)
 # The white of ICC profiles, and Bradford's cone responses for adapting to it.
-_D50: Final = np.array([0.96422, 1.0, 0.82521])
+_D50: Final = np.array([0.9642, 1.0, 0.8249])
 _BRADFORD: Final = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]])
 
 

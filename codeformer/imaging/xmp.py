@@ -80,7 +80,8 @@ def _is_removed(node: Any) -> bool:
 def _value_of(node: Any, width: str, height: str) -> str | None:
     """The corrected value of an element or attribute; None for one that stays."""
     name = (node.namespaceURI, node.localName)
-    if name == _ORIENTATION:
+    # Pillow and others look for the name as text, whatever its space is.
+    if name == _ORIENTATION or node.nodeName == "tiff:Orientation":
         return "1"
     return width if name in _WIDTHS else height if name in _HEIGHTS else None
 
