@@ -1,7 +1,7 @@
 """Corrects XMP packets for a picture that has been turned upright and has lost what was stored beside it."""
 
 from typing import Any, Final
-from xml.dom import Node, minidom
+from xml.dom import XMLNS_NAMESPACE, Node, minidom
 from xml.parsers.expat import ExpatError
 
 # Larger packets are those of editors that store a history of all their steps.
@@ -74,7 +74,9 @@ def _correct(node: Any, width: str, height: str) -> None:
 
 
 def _is_removed(node: Any) -> bool:
-    return node.namespaceURI in _REMOVED_SPACES or (node.namespaceURI, node.localName) in _REMOVED
+    # A declaration of a space is an attribute.
+    space = node.nodeValue if node.namespaceURI == XMLNS_NAMESPACE else node.namespaceURI
+    return space in _REMOVED_SPACES or (space, node.localName) in _REMOVED
 
 
 def _value_of(node: Any, width: str, height: str) -> str | None:
