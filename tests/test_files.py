@@ -368,7 +368,7 @@ def test_exif_orientation_is_applied_to_16_bits_too(orientation: int) -> None:
 
 def stored_with_exif(kind: str, orientation: int, exif: Image.Exif) -> bytes:
     exif[0x0112] = orientation
-    options = {"quality": 100, "subsampling": 0} if kind == "JPEG" else {"lossless": True}
+    options: dict[str, Any] = {"quality": 100, "subsampling": 0} if kind == "JPEG" else {"lossless": True}
     stored = np.ascontiguousarray(STORED[orientation](gradient()))
     return save(Image.fromarray(stored), kind, exif=exif, **options)
 
