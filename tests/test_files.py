@@ -398,12 +398,12 @@ def test_the_orientation_of_xmp_is_applied_where_there_is_no_other(kind: str, or
         samples: Any = stored.astype(np.uint16) * 257 if kind.startswith("16") else stored
         data = tiff(samples, photometric="rgb", extratags=[(700, "B", len(packet), packet, True)])
     else:
-        options: dict[str, Any] = {
+        options: dict[str, dict[str, Any]] = {
             "JPEG": {"quality": 100, "subsampling": 0, "xmp": packet},
             "WEBP": {"lossless": True, "xmp": packet},
             "PNG": {"pnginfo": notes},
-        }[kind]
-        data = save(Image.fromarray(stored), kind, **options)
+        }
+        data = save(Image.fromarray(stored), kind, **options[kind])
     assert_pictures_close(decode_image(data), gradient()[:, :, ::-1], mean=1, within=4)
 
 

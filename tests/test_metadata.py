@@ -249,8 +249,8 @@ def test_a_photo_comes_back_in_its_own_colours(kind: str) -> None:
     assert {tuple(pixel) for pixel in written[changed].tolist()} == {expected.getpixel((0, 0))}
     # The engine's copy is clipped: it could not have been converted back.
     clipped = Image.fromarray(photo.image_bgr[:, :, ::-1].copy())
-    back: Any = np.asarray(ImageCms.profileToProfile(clipped, srgb, p3))
-    assert np.abs(back.astype(int) - own).max() > 40
+    back = ImageCms.profileToProfile(clipped, srgb, p3)
+    assert np.abs(np.array(back, dtype=np.int16) - own).max() > 40
 
 
 def test_an_srgb_profile_stays_and_others_become_srgb() -> None:
@@ -298,7 +298,7 @@ def test_saturated_details_keep_their_colours_in_a_jpeg() -> None:
     written = red_writing(pictures.portrait())
     data = encode_jpeg(written)
     assert sampling(data) == 0x11
-    halved = cv2.imdecode(cv2.imencode(".jpg", written, [cv2.IMWRITE_JPEG_QUALITY, 95])[1], cv2.IMREAD_COLOR)
+    halved = decode_image(cv2.imencode(".jpg", written, [cv2.IMWRITE_JPEG_QUALITY, 95])[1].tobytes())
     errors = [np.abs(one.astype(int) - written).max(axis=2) for one in (decode_image(data), halved)]
     assert np.percentile(errors[0], 99.5) * 2 < np.percentile(errors[1], 99.5)
     for shape in ((1, 1), (15, 40), (20, 1), (17, 33)):
