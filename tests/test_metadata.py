@@ -2,6 +2,7 @@
 
 import io
 import struct
+import zlib
 from typing import Any
 from xml.etree import ElementTree
 
@@ -193,6 +194,22 @@ def test_damaged_metadata_are_left_out_and_never_stop_a_photo() -> None:
         assert decode_image(data).shape == photo.image_bgr.shape
         assert b"thumbnail" not in data or photo.metadata.exif is not None
     assert left_out > 10
+
+
+def test_metadata_behind_the_pixels_of_a_png_count_too() -> None:
+    plain = save(Image.fromarray(np.ascontiguousarray(STORED[6](gradient()))), "PNG")
+    body = b"eXIf" + exif_block()
+    chunk = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
+    data = plain[:-12] + chunk + plain[-12:]
+    photo = decode_photo(data)
+    np.testing.assert_array_equal(photo.image_bgr, gradient()[:, :, ::-1])
+    assert photo.metadata == read_metadata(data)
+    assert photo.metadata.exif is not None
+    # Damage of the pixels is not taken for damage of metadata.
+    at = data.index(b"IDAT") + 40
+    for damaged in (data[:at] + bytes([data[at] ^ 255]) + data[at + 1 :], data[:at]):
+        with pytest.raises(ImageError, match="damaged or cut short"):
+            decode_photo(damaged)
 
 
 def test_entities_and_huge_packets_are_not_parsed(caplog: pytest.LogCaptureFixture) -> None:

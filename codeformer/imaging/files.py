@@ -25,7 +25,7 @@ from codeformer.imaging.arrays import (
 from codeformer.imaging.encoding import encode, encode_jpeg
 from codeformer.imaging.heif import HeifFile
 from codeformer.imaging.kinds import AVIF, FORMATS, HEIC, UNKNOWN, Kind, kind_of
-from codeformer.imaging.metadata import NO_METADATA, Metadata, read_metadata
+from codeformer.imaging.metadata import NO_METADATA, Metadata, of_heif, of_picture, read_metadata
 from codeformer.imaging.samples import PREMULTIPLIED_ALPHA, samples_of, unsupported
 from codeformer.limits import DEFAULT_LIMITS, Limits
 from codeformer.log import operator_logger
@@ -96,11 +96,13 @@ class _Pixels:
         bgr: (H, W, 3) uint8.
         icc_profile: of its colours, if there is one; never for CMYK, which has been converted.
         is_gray: whether the profile is one for grey.
+        metadata: of the file; read only if they are to be kept.
     """
 
     bgr: ImageU8
     icc_profile: bytes | None
-    is_gray: bool = False
+    is_gray: bool
+    metadata: Metadata
 
     @property
     def profile(self) -> ImageCms.ImageCmsProfile | None:
@@ -142,7 +144,7 @@ def decode_image(data: bytes, index: int | None = None, limits: Limits = DEFAULT
     Raises:
         ImageError: the file has another format, is damaged or exceeds a limit.
     """
-    pixels = _pixels_of(data, index, limits)
+    pixels = _pixels_of(data, index, limits, keep=False)
     profile = pixels.profile
     return pixels.bgr if profile is None else colours.to_srgb(pixels.bgr, profile, gray=pixels.is_gray)
 
@@ -167,8 +169,8 @@ def decode_photo(
     """
     if policy == "strip":
         return DecodedPhoto(decode_image(data, index, limits))
-    pixels, metadata = _pixels_of(data, index, limits), read_metadata(data)
-    profile = pixels.profile
+    pixels = _pixels_of(data, index, limits, keep=True)
+    metadata, profile = pixels.metadata, pixels.profile
     if profile is None:
         is_srgb = not pixels.is_gray and colours.is_srgb(pixels.icc_profile)
         return DecodedPhoto(pixels.bgr, metadata, pixels.icc_profile if is_srgb else None)
@@ -195,7 +197,7 @@ def encode_result(
     return encode(photo.in_own_colours(restored_bgr), output, photo.metadata, photo.icc_profile, index)
 
 
-def _pixels_of(data: bytes, index: int | None, limits: Limits) -> _Pixels:
+def _pixels_of(data: bytes, index: int | None, limits: Limits, *, keep: bool) -> _Pixels:
     if not data:
         raise ImageError("the file is empty.", index)
     kind = kind_of(io.BytesIO(data))
@@ -208,8 +210,8 @@ def _pixels_of(data: bytes, index: int | None, limits: Limits) -> _Pixels:
         )
     try:
         if kind is not None and kind.name == HEIC:
-            return _decode_heic(data, index, limits)
-        return _decode(_with_main_first(data), index, limits)
+            return _decode_heic(data, index, limits, keep=keep)
+        return _decode(_with_main_first(data), index, limits, keep=keep)
     except ImageError:
         raise
     except Image.DecompressionBombError as cause:
@@ -233,7 +235,7 @@ def _with_main_first(data: bytes) -> bytes:
     return data
 
 
-def _decode(data: bytes, index: int | None, limits: Limits) -> _Pixels:
+def _decode(data: bytes, index: int | None, limits: Limits, *, keep: bool) -> _Pixels:
     """Decodes a file of a format that Pillow reads, whose main image is the first one."""
     with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
         check_size(picture.width, picture.height, index, limits)
@@ -245,28 +247,34 @@ def _decode(data: bytes, index: int | None, limits: Limits) -> _Pixels:
                     "the file is damaged or cut short (no end marker); use an intact copy.", index
                 )
             logger.warning("image %s lacks its end marker, but no rows are missing", index or "")
-            return _decode(whole, index, limits)
+            return _decode(whole, index, limits, keep=keep)
         if _frames_of(picture, data) > 1:
             logger.info(_SEVERAL_FRAMES, index or "")
         icc_profile = picture.info.get("icc_profile")
         coded = boxes.coded_colours(data) if picture.format == AVIF and not icc_profile else None
+        is_tiff = picture.format == "TIFF"
+        metadata = of_picture(picture) if keep and is_tiff else NO_METADATA
         bgr = samples_of(picture, data, coded, index)
+        if keep and not is_tiff:
+            metadata = of_picture(picture)
         # A profile applies only to pictures of its own colour space.
         is_gray = picture.mode.startswith(("1", "L", "I"))
         if picture.mode == "CMYK":
             icc_profile = None
-        return _Pixels(bgr, icc_profile or colours.profile_for(coded), is_gray)
+        return _Pixels(bgr, icc_profile or colours.profile_for(coded), is_gray, metadata)
 
 
-def _decode_heic(data: bytes, index: int | None, limits: Limits) -> _Pixels:
+def _decode_heic(data: bytes, index: int | None, limits: Limits, *, keep: bool) -> _Pixels:
     file = HeifFile(data)
     header = file.header
     check_size(header.width, header.height, index, limits)
     if header.images > 1:
         logger.info(_SEVERAL_FRAMES, index or "")
-    is_gray = header.mode.startswith("L")
     # libheif turns it.
-    return _Pixels(file.decode(), header.icc_profile or colours.profile_for(header.coded_colours), is_gray)
+    bgr = file.decode()
+    icc_profile = header.icc_profile or colours.profile_for(header.coded_colours)
+    metadata = of_heif(header) if keep else NO_METADATA
+    return _Pixels(bgr, icc_profile, header.mode.startswith("L"), metadata)
 
 
 def size_of(data: bytes) -> tuple[int, int]:

@@ -24,6 +24,7 @@ _EXIF_DIRECTORIES: Final = (0x8769, 0x8825)
 _PHOTO_TAGS: Final = (270, 271, 272, 305, 306, 315, 33432)
 # Pixels per inch that all formats can store.
 _DPI: Final = (1.0, 65_535.0)
+_UNREADABLE: Final = "the metadata cannot be read (%r) and are not carried over"
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ NO_METADATA: Final = Metadata()
 
 
 def read_metadata(data: bytes) -> Metadata:
-    """What a photo's file says besides its pixels; decodes no pixels.
+    """What a photo's file says besides its pixels; of those, only a PNG's are decoded, for what follows them.
 
     Args:
         data: the bytes of a file of a kind that is read here.
@@ -64,7 +65,7 @@ def read_metadata(data: bytes) -> Metadata:
         with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
             return of_picture(picture)
     except (MemoryError, Image.DecompressionBombError, *DECODER_ERRORS) as cause:
-        operator_logger.warning("the metadata cannot be read (%r) and are not carried over", cause)
+        operator_logger.warning(_UNREADABLE, cause)
         return NO_METADATA
 
 
@@ -77,7 +78,18 @@ def of_heif(header: heif.Header) -> Metadata:
 
 
 def of_picture(picture: Image.Image) -> Metadata:
-    """The metadata of a file that Pillow has opened, and not yet decoded."""
+    """The metadata of a file that Pillow has opened; of a TIFF before it is loaded, of others also after.
+
+    What cannot be read is left out, and the log says so.
+    """
+    try:
+        return _of_picture(picture)
+    except DECODER_ERRORS as cause:
+        operator_logger.warning(_UNREADABLE, cause)
+        return NO_METADATA
+
+
+def _of_picture(picture: Image.Image) -> Metadata:
     size, dpi = picture.size, _dpi_of(picture)
     if orientation_of(picture) in _ON_A_SIDE:
         # Pillow exchanges those of a TIFF with this tag.

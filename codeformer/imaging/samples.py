@@ -56,11 +56,15 @@ def samples_of(
     Raises:
         ImageError: neither Pillow nor OpenCV can decode such samples.
     """
-    is_tiff, orientation = picture.format == "TIFF", orientation_of(picture)
+    is_tiff = picture.format == "TIFF"
     # Both libraries turn a TIFF by its tag, but only Pillow by its XMP packet; neither turns other formats.
     is_tagged = is_tiff and bool(_tiff_tag(picture, _TIFF_ORIENTATION))
+    orientation = orientation_of(picture) if is_tiff else 1
     # Pillow decodes strictly. Needed also before OpenCV decodes, which ignores some damage.
     picture.load()
+    if not is_tiff:
+        # In a PNG, it may stand behind the pixels.
+        orientation = orientation_of(picture)
     bgr = _decode_16_bit(picture, data) if _has_16_bits(picture, data, index) else None
     if bgr is None:
         bgr, is_turned = _decode_8_bit(picture, data, _curve_of(picture, coded_colours), index), is_tiff
