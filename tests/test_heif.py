@@ -269,6 +269,8 @@ def test_colour_numbers_are_those_of_the_primary_item() -> None:
     assert boxes.coded_colours(heic_grid(120, 100, nclx(9, 18))) == (9, 18)
     assert boxes.coded_colours(avif(CODED)) is None
     assert boxes.coded_colours(b"no container") is None
+    other = Item(b"hvc1", b"", [nclx(9, 16)])
+    assert boxes.coded_colours(container([Item(b"grid", b"", [ispe(1, 1)]), other])) is None
 
 
 def test_the_names_of_the_kinds() -> None:
