@@ -58,7 +58,7 @@ class Predictor(BaseRunner):
     async def run(
         self,
         images: list[Path] = Input(
-            description="1 to 4 photos: JPEG, PNG, WebP, BMP, TIFF or GIF, up to 100 megapixels each."
+            description="1 to 4 photos: JPEG, HEIC, AVIF, PNG, WebP, BMP, TIFF or GIF, up to 100 megapixels each."
         ),
         codeformer_fidelity: float = Input(
             description="Balance between quality (0) and fidelity (1). Lower values look better but may alter facial features.",

@@ -15,11 +15,15 @@ RuntimeProfile = Literal["baseline", "fast", "max_speed"]
 StabilityMode = Literal["safe", "optimized"]
 CompileBackend = Literal["none", "eager", "aot_eager", "inductor"]
 FaceChoice = Literal["all", "largest", "centre"]
+FileFormat = Literal["jpg", "png", "webp"]
+MetadataPolicy = Literal["keep", "strip"]
 
 RUNTIME_PROFILES: Final[tuple[str, ...]] = get_args(RuntimeProfile)
 STABILITY_MODES: Final[tuple[str, ...]] = get_args(StabilityMode)
 COMPILE_BACKENDS: Final[tuple[str, ...]] = get_args(CompileBackend)
 FACE_CHOICES: Final[tuple[str, ...]] = get_args(FaceChoice)
+FILE_FORMATS: Final[tuple[str, ...]] = get_args(FileFormat)
+METADATA_POLICIES: Final[tuple[str, ...]] = get_args(MetadataPolicy)
 
 RESTORERS: Final = ("codeformer", "gfpgan")
 # One restorer, or two one after the other.
@@ -28,6 +32,7 @@ RESTORER_CHOICES: Final[tuple[str, ...]] = tuple(
 )
 
 DEFAULT_FIDELITY: Final = 0.5
+DEFAULT_QUALITY: Final = 95
 
 # The folder for inductor's compiled kernels; torch defines the name.
 COMPILE_CACHE_VARIABLE: Final = "TORCHINDUCTOR_CACHE_DIR"
@@ -121,6 +126,35 @@ class Options:
     def selection(self) -> Selection:
         """Which faces."""
         return Selection(self.faces, float(self.min_face_px))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Output:
+    """How a result is written; checked when it is made. The defaults are those of the service.
+
+    Attributes:
+        file_format: one of FILE_FORMATS, which is also the ending of a file's name.
+        quality: of JPG and WebP, 1 to 100; None for the default, and for PNG, which is lossless.
+        metadata: "keep" for EXIF, XMP, resolution and colour profile of the photo; "strip" for pixels in
+            sRGB and nothing else.
+
+    Raises:
+        OptionError: one of them is out of range, or a quality is given for PNG.
+    """
+
+    file_format: str = "jpg"
+    quality: int | None = None
+    metadata: MetadataPolicy = "strip"
+
+    def __post_init__(self) -> None:
+        check_choice("format", self.file_format, FILE_FORMATS)
+        check_choice("metadata", self.metadata, METADATA_POLICIES)
+        if self.quality is None:
+            return
+        if self.file_format == "png":
+            raise OptionError("quality", self.quality, "no quality with the format png, which is lossless")
+        if not _is_number(self.quality) or int(self.quality) != self.quality or not 1 <= self.quality <= 100:
+            raise OptionError("quality", self.quality, "a whole number from 1 to 100")
 
 
 def check_fidelity(value: object) -> float:

@@ -14,6 +14,22 @@ def gray_profile(gamma: float) -> bytes:
     )
 
 
+# Colorants of Display P3, adapted to D50, as profiles of displays publish them: columns for red, green, blue.
+P3_COLORANTS = np.array(
+    [[0.51512, 0.29198, 0.15710], [0.24120, 0.69225, 0.06657], [-0.00105, 0.04189, 0.78407]]
+)
+P3_GAMMA = 2.2
+
+
+def p3_profile() -> bytes:
+    """The colours of Display P3 with a plain gamma of 2.2, close to the curve of sRGB."""
+    curve = b"curv" + struct.pack(">IIH", 0, 1, round(P3_GAMMA * 256)) + bytes(2)
+    tags: dict[bytes, bytes] = {}
+    for letter, column in zip((b"r", b"g", b"b"), P3_COLORANTS.T, strict=True):
+        tags |= {letter + b"XYZ": b"XYZ " + bytes(4) + _fixed(tuple(column)), letter + b"TRC": curve}
+    return _profile(b"RGB ", b"XYZ ", tags)
+
+
 def ink_profile() -> bytes:
     """A CMYK profile in which only black ink counts: L* falls linearly from 100 to 0."""
     table = np.zeros((2, 2, 2, 2, 3), np.uint8)
@@ -36,7 +52,7 @@ def _profile(space: bytes, connection: bytes, tags: dict[bytes, bytes]) -> bytes
     for name, data in tags.items():
         index += name + struct.pack(">II", offset + len(body), len(data))
         body += data + bytes(-len(data) % 4)
-    device = b"mntr" if space == b"GRAY" else b"prtr"
+    device = b"prtr" if space == b"CMYK" else b"mntr"
     header = struct.pack(">I4sI", offset + len(body), bytes(4), 0x02400000) + device + space + connection
     header += bytes(12) + b"acsp" + bytes(28) + _fixed(D50)
     return header.ljust(128, b"\0") + index + body

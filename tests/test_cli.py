@@ -18,6 +18,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
 from codeformer.cli import main as cli
 from codeformer.cli.main import main
@@ -30,6 +31,7 @@ from codeformer.options import COMPILE_CACHE_VARIABLE, Options
 from codeformer.serving import compile_cache, request
 from tests import pictures, shared
 from tests.compare import assert_pictures_close
+from tests.profiles import p3_profile
 from tests.shared import ROOT
 
 
@@ -554,6 +556,84 @@ def test_an_edited_result_is_kept_and_a_truncated_one_is_replaced(tmp_path: Path
     (output / "x_2.jpg").unlink()
     assert restore(photo, "-o", output, "--overwrite") == 0
     assert {path.name: path.read_bytes() for path in output.iterdir()} == {"x.jpg": whole}
+
+
+@pytest.mark.parametrize("file_format", ["png", "webp"])
+def test_results_of_other_formats_are_recognised_like_jpegs(
+    tmp_path: Path, file_format: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photo, output = put(tmp_path / "A" / "x.png", 64), tmp_path / "out"
+    asked = (photo, "-o", output, "--format", file_format, "--compare")
+    assert restore(*asked) == 0
+    result = output / f"x.{file_format}"
+    assert f"-> {result} (no face found; pixels unaltered, encoded as {file_format.upper()})" in (
+        capsys.readouterr().out
+    )
+    assert sorted(path.name for path in output.iterdir()) == [result.name, f"x_compare.{file_format}"]
+    whole = result.read_bytes()
+    # Decoders other than Pillow's skip the mark, too.
+    with Image.open(result) as written:
+        assert (written.format, written.size) == (file_format.upper(), (40, 64))
+        pixels = np.asarray(written.convert("RGB"))[:, :, ::-1]
+    np.testing.assert_array_equal(shared.read_picture(result), pixels)
+    assert restore(*asked, "--skip-existing") == 0
+    assert f"its result {result} already exists" in capsys.readouterr().err
+    # Replaced by the next run; also if its end, or all but its mark, is missing.
+    for damaged in (whole, whole[:-10], whole[:200], b""):
+        result.write_bytes(damaged)
+        assert restore(*asked) == 0
+        assert sorted(path.name for path in output.iterdir()) == [result.name, f"x_compare.{file_format}"]
+        assert result.read_bytes() == whole
+    # Edited since, or of another origin: kept.
+    edited = bytearray(whole)
+    edited[-20] ^= 1
+    for other in (bytes(edited), put(tmp_path / f"other.{file_format}", 50, f".{file_format}").read_bytes()):
+        result.write_bytes(other)
+        assert restore(*asked) == 0
+        assert result.read_bytes() == other
+        assert (output / f"x_2.{file_format}").read_bytes() == whole
+    # A result in another format is another file.
+    assert restore(photo, "-o", output) == 0
+    assert heights(output)["x.jpg"] == 64
+
+
+def test_a_result_keeps_what_belongs_to_the_photo_unless_it_is_to_be_stripped(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112], exif[0x8298] = 6, "a photographer"
+    own = np.random.default_rng(0).integers(0, 256, (30, 40, 3)).astype(np.uint8)
+    photo = tmp_path / "a.png"
+    Image.fromarray(own).save(photo, exif=exif, icc_profile=p3_profile(), dpi=(300, 300))
+    for policy in ("keep", "strip"):
+        output = tmp_path / policy
+        options = () if policy == "keep" else ("--metadata", "strip")
+        assert restore(photo, "-o", output, "--format", "png", "--compare", *options) == 0
+        with Image.open(output / "a.png") as result, Image.open(output / "a_compare.png") as pair:
+            written = np.asarray(result)
+            if policy == "keep":
+                np.testing.assert_array_equal(written, np.rot90(own, 3))
+                np.testing.assert_array_equal(np.asarray(pair)[:, :30], written)
+                np.testing.assert_array_equal(np.asarray(pair)[:, -30:], written)
+                assert result.info["icc_profile"] == pair.info["icc_profile"] == p3_profile()
+                assert dict(result.getexif()) == {0x0112: 1, 0x8298: "a photographer"}
+                assert result.info["dpi"] == pytest.approx((300, 300), abs=0.1)
+            else:
+                np.testing.assert_array_equal(written[:, :, ::-1], decode_image(photo.read_bytes()))
+                assert not {"icc_profile", "dpi", "exif"} & (result.info.keys() | pair.info.keys())
+                assert not result.getexif()
+
+
+def test_the_quality_of_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    photo = put(tmp_path / "a.png", 64)
+    noise = np.random.default_rng(0).integers(0, 256, (64, 40, 3)).astype(np.uint8)
+    assert cv2.imwrite(str(photo), noise)
+    for quality in (20, 95):
+        assert restore(photo, "-o", tmp_path / str(quality), "--quality", quality) == 0
+    small, large = ((tmp_path / name / "a.jpg").stat().st_size for name in ("20", "95"))
+    assert 2 * small < large
+    for options in (("--quality", 0), ("--quality", 101), ("--quality", 90, "--format", "png")):
+        assert restore(photo, "-o", tmp_path / "none", *options) == 1
+        assert "quality: expected" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
 
 
 def test_existing_results_are_skipped_without_loading_networks(

@@ -371,7 +371,7 @@ def test_the_deadline_ends_a_transfer_wherever_it_is(
     ):
         serve(blind_pipeline, [f"http://pictures.example/{path}"], limits=Limits(max_seconds=1))
     assert Internet.hung_up.wait(20), "the connection is closed, not left to itself"
-    assert serve(blind_pipeline, ["http://pictures.example/photo"]).jpegs
+    assert serve(blind_pipeline, ["http://pictures.example/photo"]).files
 
 
 def test_the_deadline_does_not_wait_for_a_name(net: Connections, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -419,7 +419,7 @@ def test_one_bad_picture_ends_the_transfers_of_the_others(
 def test_all_pictures_are_fetched_at_the_same_time(blind_pipeline: Pipeline, net: Connections) -> None:
     Internet.together = threading.Barrier(4)
     outcome = serve(blind_pipeline, ["http://pictures.example/together"] * 4)
-    for image in outcome.images_bgr:
+    for image in (decoded.image_bgr for decoded in outcome.photos):
         np.testing.assert_array_equal(image, decode_image(PHOTO))
 
 

@@ -13,8 +13,15 @@ from PIL import Image, ImageCms, PngImagePlugin
 from PIL.PngImagePlugin import PngImageFile
 
 from codeformer.errors import ImageError
-from codeformer.imaging.files import JPEG_QUALITY, MAX_ASPECT_RATIO, decode_image, encode_jpeg
+from codeformer.imaging.files import (
+    MAX_ASPECT_RATIO,
+    decode_image,
+    decode_photo,
+    encode_jpeg,
+    encode_result,
+)
 from codeformer.limits import Limits
+from codeformer.options import DEFAULT_QUALITY, Output
 from tests import shared
 from tests.compare import assert_pictures_close
 from tests.profiles import gray_profile, ink_profile
@@ -254,6 +261,41 @@ def test_the_first_of_several_frames_is_used_and_logged(kind: str, caplog: pytes
     assert "image 3 has several frames" in caplog.text
 
 
+GAIN_MAP_NOTE: Final = (
+    b'<x:xmpmeta xmlns:x="adobe:ns:meta/" xmlns:hdrgm="http://ns.adobe.com/hdr-gain-map/1.0/" '
+    b'hdrgm:Version="1.0"/>'
+)
+
+
+@pytest.mark.parametrize("note", [b"", GAIN_MAP_NOTE], ids=["two pictures", "a picture and its gain map"])
+def test_the_first_picture_of_a_jpeg_with_several_is_used(note: bytes) -> None:
+    options: dict[str, Any] = {"xmp": note} if note else {}
+    first = Image.fromarray(gradient())
+    alone = decode_image(save(first, "JPEG", quality=90))
+    stream = io.BytesIO()
+    first.save(
+        stream,
+        "MPO",
+        save_all=True,
+        append_images=[Image.new("RGB", (30, 20), (9, 9, 9))],
+        quality=90,
+        **options,
+    )
+    data = stream.getvalue()
+    assert b"MPF\0" in data
+    np.testing.assert_array_equal(decode_image(data), alone)
+    photo = decode_photo(data)
+    result = encode_result(photo, photo.image_bgr, Output(metadata="keep"))
+    assert b"MPF\0" not in result
+    assert b"hdrgm" not in result
+    # The second picture may be missing; the first may not.
+    end = data.index(b"\xff\xd9")
+    np.testing.assert_array_equal(decode_image(data[: end + 30]), alone)
+    for cut in range(end // 2, end, 17):
+        with pytest.raises(ImageError):
+            decode_image(data[:cut])
+
+
 def test_cmyk() -> None:
     picture = Image.new("CMYK", (16, 16), (0, 255, 255, 0))
     decoded = decode_image(save(picture, "JPEG", quality=100))
@@ -322,6 +364,54 @@ def test_exif_orientation_is_applied_to_16_bits_too(orientation: int) -> None:
     body = exif.tobytes().removeprefix(b"Exif\x00\x00")
     chunk = struct.pack(">I", len(body)) + b"eXIf" + body + struct.pack(">I", zlib.crc32(b"eXIf" + body))
     np.testing.assert_array_equal(decode_image(data[:33] + chunk + data[33:]), upright[:, :, ::-1])
+
+
+def stored_with_exif(kind: str, orientation: int, exif: Image.Exif) -> bytes:
+    exif[0x0112] = orientation
+    options: dict[str, Any] = {"quality": 100, "subsampling": 0} if kind == "JPEG" else {"lossless": True}
+    stored = np.ascontiguousarray(STORED[orientation](gradient()))
+    return save(Image.fromarray(stored), kind, exif=exif, **options)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP"])
+@pytest.mark.parametrize("orientation", STORED)
+def test_exif_orientation_is_applied_in_other_formats(kind: str, orientation: int) -> None:
+    decoded = decode_image(stored_with_exif(kind, orientation, Image.Exif()))
+    assert_pictures_close(decoded, gradient()[:, :, ::-1], mean=1, within=4)
+
+
+def xmp_packet(orientation: int) -> bytes:
+    return (
+        '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
+        '<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/">'
+        f"<tiff:Orientation>{orientation}</tiff:Orientation></rdf:Description></rdf:RDF></x:xmpmeta>"
+    ).encode()
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP", "PNG", "TIFF", "16-bit TIFF"])
+@pytest.mark.parametrize("orientation", STORED)
+def test_the_orientation_of_xmp_is_applied_where_there_is_no_other(kind: str, orientation: int) -> None:
+    packet, stored = xmp_packet(orientation), np.ascontiguousarray(STORED[orientation](gradient()))
+    notes = PngImagePlugin.PngInfo()
+    notes.add_itxt("XML:com.adobe.xmp", packet.decode())
+    if kind.endswith("TIFF"):
+        samples: Any = stored.astype(np.uint16) * 257 if kind.startswith("16") else stored
+        data = tiff(samples, photometric="rgb", extratags=[(700, "B", len(packet), packet, True)])
+    else:
+        options: dict[str, dict[str, Any]] = {
+            "JPEG": {"quality": 100, "subsampling": 0, "xmp": packet},
+            "WEBP": {"lossless": True, "xmp": packet},
+            "PNG": {"pnginfo": notes},
+        }
+        data = save(Image.fromarray(stored), kind, **options[kind])
+    assert_pictures_close(decode_image(data), gradient()[:, :, ::-1], mean=1, within=4)
+
+
+def test_the_orientation_of_exif_data_counts_more_than_that_of_xmp() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 1
+    data = save(Image.fromarray(gradient()), "WEBP", lossless=True, exif=exif, xmp=xmp_packet(6))
+    np.testing.assert_array_equal(decode_image(data), gradient()[:, :, ::-1])
 
 
 @pytest.mark.parametrize("depth", [np.uint8, np.uint16])
@@ -726,6 +816,6 @@ def test_encodes_a_jpeg_of_the_same_size_and_quality() -> None:
         assert picture.format == "JPEG"
         assert picture.size == (60, 40)
         reference = io.BytesIO()
-        Image.new("RGB", (8, 8)).save(reference, "JPEG", quality=JPEG_QUALITY)
+        Image.new("RGB", (8, 8)).save(reference, "JPEG", quality=DEFAULT_QUALITY)
         assert picture.quantization == Image.open(reference).quantization  # type: ignore[attr-defined]
     assert_pictures_close(decode_image(data), bgr, mean=2, within=12)

@@ -152,7 +152,7 @@ def test_bad_files_are_named_with_a_reason(
         serve(blind_pipeline, [good_file, path])
     assert raised.value.index == 2
     assert str(tmp_path) not in str(raised.value), "the message contains a path of the server"
-    assert len(serve(blind_pipeline, [good_file]).jpegs) == 1
+    assert len(serve(blind_pipeline, [good_file]).files) == 1
 
 
 def test_paths_that_are_not_files_are_refused(
@@ -167,7 +167,7 @@ def test_paths_that_are_not_files_are_refused(
             serve(blind_pipeline, [path])
     link = tmp_path / "link.jpg"
     link.symlink_to(good_file)
-    assert len(serve(blind_pipeline, [link, link, good_file]).jpegs) == 3
+    assert len(serve(blind_pipeline, [link, link, good_file]).files) == 3
 
 
 # The hosts of these tests are on this machine.
@@ -219,8 +219,8 @@ def test_addresses_and_data_uris_that_cog_ignores_are_fetched(blind_pipeline: Pi
     percent = "".join(f"%{byte:02x}" for byte in photo)
     inputs = [f"{address}/photo", address.replace("HTTP", "Http") + "/photo"]
     inputs += [f"DATA:image/jpeg;base64,{encoded}", f"Data:image/jpeg,{percent}"]
-    for image in serve(blind_pipeline, inputs, fetch_policy=LOCAL).images_bgr:
-        np.testing.assert_array_equal(image, decode_image(photo))
+    for decoded in serve(blind_pipeline, inputs, fetch_policy=LOCAL).photos:
+        np.testing.assert_array_equal(decoded.image_bgr, decode_image(photo))
 
 
 @pytest.mark.parametrize(
@@ -265,7 +265,7 @@ def test_invalid_fidelities_are_refused(blind_pipeline: Pipeline, good_file: Pat
 
 @pytest.mark.parametrize("fidelity", [0, 1, True - 0.5])
 def test_whole_numbers_are_fidelities(blind_pipeline: Pipeline, good_file: Path, fidelity: Any) -> None:
-    assert len(serve(blind_pipeline, [good_file], Options(codeformer_fidelity=fidelity)).jpegs) == 1
+    assert len(serve(blind_pipeline, [good_file], Options(codeformer_fidelity=fidelity)).files) == 1
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -113,10 +113,8 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "hierarchical": (with_frame(0xC5, 8), "hierarchical JPEG"),
     "JPEG 2000": (save(Image.fromarray(gradient()), "JPEG2000"), "JPEG 2000"),
     "a JPEG 2000 stream": (b"\xff\x4f\xff\x51" + bytes(50), "JPEG 2000"),
-    "AVIF": (save(Image.fromarray(gradient()), "AVIF"), "AVIF"),
-    "HEIC": (boxed(b"heic\0\0\0\0mif1heic"), "HEIC.*convert it to JPEG"),
-    "HEIC by another brand": (boxed(b"mif1\0\0\0\0heicmif1"), "HEIC"),
-    "AVIF by another brand": (boxed(b"mif1\0\0\0\0avifmiaf"), "AVIF"),
+    "HEIF of AVC": (boxed(b"avci\0\0\0\0mif1avci"), "HEIF of another codec.*convert it to JPEG"),
+    "HEIF of JPEG 2000": (boxed(b"mif1\0\0\0\0mif1j2ki"), "HEIF of another codec"),
     "JPEG XL": (b"\xff\x0a" + bytes(50), "JPEG XL"),
     "boxed JPEG XL": (b"\0\0\0\x0cJXL \r\n\x87\n" + boxed(b"jxl \0\0\0\0jxl "), "JPEG XL"),
     "JPEG XR": (b"II\xbc\x01" + bytes(50), "JPEG XR"),
@@ -147,6 +145,25 @@ def test_the_kinds_that_are_read_are_known_as_pillow_knows_them(kind: str) -> No
     known = kind_of(io.BytesIO(save(Image.fromarray(gradient()), kind)))
     assert known is not None
     assert (known.name, known.refusal) == (kind, None)
+
+
+@pytest.mark.parametrize(
+    ("brands", "name"),
+    [
+        (b"heic\0\0\0\0mif1heic", "HEIC"),
+        (b"heix\0\0\0\0mif1heix", "HEIC"),
+        (b"mif1\0\0\0\0heicmif1", "HEIC"),
+        (b"mif1\0\0\0\0mif1jpegheic", "HEIC"),
+        (b"mif1\0\0\0\0avifmiaf", "AVIF"),
+        (b"avif\0\0\0\0mif1miaf", "AVIF"),
+    ],
+)
+def test_heif_containers_are_known_by_all_their_brands(brands: bytes, name: str) -> None:
+    known = kind_of(io.BytesIO(boxed(brands)))
+    assert known is not None
+    assert (known.name, known.refusal) == (name, None)
+    with pytest.raises(ImageError, match="damaged or cut short"):
+        decode_image(boxed(brands))
 
 
 def test_plain_text_has_no_kind() -> None:

@@ -50,7 +50,7 @@ def test_a_file_larger_than_any_picture_is_not_read(blind_pipeline: Pipeline, tm
     path = tmp_path / "long.jpg"
     path.write_bytes(encode_jpeg(np.zeros((20, 30, 3), np.uint8)))
     limits = Limits(max_megapixels=1)
-    assert len(serve(blind_pipeline, [path], limits=limits).jpegs) == 1
+    assert len(serve(blind_pipeline, [path], limits=limits).files) == 1
     # A sparse file, which takes no space on the disk.
     os.truncate(path, limits.max_bytes + 1)
     with pytest.raises(ImageError, match=r"^Image 1: expected at most 72,000,000 bytes, got 72,000,001"):

@@ -122,9 +122,9 @@ def test_serving_gives_a_jpeg_per_photo_in_order(
     other = tmp_path / "other.webp"
     assert cv2.imwrite(str(other), np.full((50, 70, 3), 128, np.uint8))
     outcome = serve(blind_pipeline, [photo_path, other, photo_path])
-    shapes = [decode_image(jpeg).shape for jpeg in outcome.jpegs]
+    shapes = [decode_image(jpeg).shape for jpeg in outcome.files]
     assert shapes == [(96, 128, 3), (50, 70, 3), (96, 128, 3)]
-    np.testing.assert_array_equal(outcome.images_bgr[0], picture)
+    np.testing.assert_array_equal(outcome.photos[0].image_bgr, picture)
     assert outcome.metrics["images.count"] == 3
     assert outcome.metrics["images.without_faces"] == 3
     assert outcome.metrics["images.sizes"] == ["128x96", "70x50", "128x96"]

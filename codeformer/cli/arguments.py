@@ -10,11 +10,15 @@ from typing import TYPE_CHECKING, Final
 from codeformer.options import (
     COMPILE_BACKENDS,
     DEFAULT_FIDELITY,
+    DEFAULT_QUALITY,
     FACE_CHOICES,
+    FILE_FORMATS,
+    METADATA_POLICIES,
     RESTORER_CHOICES,
     RUNTIME_PROFILES,
     STABILITY_MODES,
     Options,
+    Output,
 )
 from codeformer.weights.manifest import DEFAULT_SET, SET_VARIABLE
 
@@ -105,6 +109,26 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_output(parser: argparse.ArgumentParser) -> None:
+    """How results are written: everything that `output_of` reads."""
+    parser.add_argument(
+        "--format", dest="file_format", choices=FILE_FORMATS, default="jpg", help="of results; default: jpg"
+    )
+    parser.add_argument(
+        "--quality",
+        type=int,
+        metavar="Q",
+        help=f"of jpg and webp, 1 to 100, default {DEFAULT_QUALITY}; png is lossless",
+    )
+    parser.add_argument(
+        "--metadata",
+        choices=METADATA_POLICIES,
+        default="keep",
+        help="keep EXIF with GPS, XMP, resolution and colour profile of the photo, or strip them (sRGB); "
+        "default: keep",
+    )
+
+
 def add_networks(parser: argparse.ArgumentParser) -> None:
     """Which networks, and where they run: everything that `load_pipeline` reads."""
     parser.add_argument("--weights", metavar="SET", help=set_help())
@@ -125,6 +149,15 @@ def options_of(arguments: argparse.Namespace) -> Options:
         OptionError: one of them is out of range.
     """
     return Options(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Options)})
+
+
+def output_of(arguments: argparse.Namespace) -> Output:
+    """How results are written, by the arguments of `add_output`.
+
+    Raises:
+        OptionError: a quality is out of range, or given for png.
+    """
+    return Output(arguments.file_format, arguments.quality, arguments.metadata)
 
 
 def load_pipeline(arguments: argparse.Namespace, restorers: Sequence[str] | None = None) -> "Pipeline":

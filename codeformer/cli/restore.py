@@ -12,14 +12,16 @@ from codeformer.cli.arguments import (
     add_loudness,
     add_networks,
     add_options,
+    add_output,
     load_pipeline,
     options_of,
+    output_of,
     shown,
 )
 from codeformer.cli.reports import Report, photo_in_log, progress
 from codeformer.errors import CodeFormerError, DiskFullError, InputError
 from codeformer.limits import Limits
-from codeformer.options import Options, check_aligned
+from codeformer.options import Options, Output, check_aligned
 
 if TYPE_CHECKING:
     from codeformer.cli.photos import Photo
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
     from codeformer.serving.request import Outcome
 
 _COMPARE_GAP: Final = 8
-_NO_FACE: Final = "no face found; pixels unaltered, encoded as JPG"
+_NO_FACE: Final = "no face found; pixels unaltered, encoded as"
 
 
 def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -44,6 +46,7 @@ def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     parser.add_argument(
         "-o", "--output", type=Path, default=Path("restored"), metavar="DIR", help="default: restored"
     )
+    add_output(parser)
     add_options(parser)
     add_networks(parser)
     parser.add_argument(
@@ -72,16 +75,22 @@ def _restore(options: argparse.Namespace) -> int:
     from codeformer.cli.photos import PhotoFinder
     from codeformer.cli.results import ResultFolder
 
-    asked = options_of(options)
+    asked, output = options_of(options), output_of(options)
     if options.aligned:
         check_aligned(asked.selection)
-    used = dataclasses.asdict(asked) | {"aligned": options.aligned}
+    used = dataclasses.asdict(asked) | dataclasses.asdict(output) | {"aligned": options.aligned}
     report = Report(as_json=options.json, quiet=options.quiet, options=used)
     finder = PhotoFinder(options.output, recursive=options.recursive, skip=report.skip, fail=report.fail)
     photos = finder.find(options.photos)
     if not photos and not report.failures:
         raise InputError(f"{', '.join(map(shown, options.photos))}: expected photos, found none.")
-    results = ResultFolder(options.output, photos, compare=options.compare, overwrite=options.overwrite)
+    results = ResultFolder(
+        options.output,
+        photos,
+        file_format=output.file_format,
+        compare=options.compare,
+        overwrite=options.overwrite,
+    )
     if options.skip_existing:
         existing = {photo: target for photo in photos if (target := results.existing(photo)) is not None}
         for photo, target in existing.items():
@@ -89,7 +98,7 @@ def _restore(options: argparse.Namespace) -> int:
         photos = [photo for photo in photos if photo not in existing]
     count = len(photos) + report.failures
     if photos:
-        _restore_all(photos, results, asked, options, report)
+        _restore_all(photos, results, asked, output, options, report)
     if report.failures:
         print(f"error: {report.failures} of {count} photos failed.", file=sys.stderr)
     return int(bool(report.failures))
@@ -99,6 +108,7 @@ def _restore_all(
     photos: "Sequence[Photo]",
     results: "ResultFolder",
     asked: Options,
+    output: Output,
     options: argparse.Namespace,
     report: Report,
 ) -> None:
@@ -115,6 +125,7 @@ def _restore_all(
                     photo,
                     results,
                     asked,
+                    output,
                     limits,
                     compare=options.compare,
                     aligned=options.aligned,
@@ -127,7 +138,11 @@ def _restore_all(
                 )
             else:
                 faces = len(outcome.results[0].faces)
-                note = f"{faces} face{'s' * (faces != 1)}" if faces else _NO_FACE
+                note = (
+                    f"{faces} face{'s' * (faces != 1)}"
+                    if faces
+                    else f"{_NO_FACE} {output.file_format.upper()}"
+                )
                 report.restored(photo.path, target, note, outcome.results[0], outcome.metrics)
 
 
@@ -136,34 +151,31 @@ def _restore_one(
     photo: "Photo",
     results: "ResultFolder",
     asked: Options,
+    output: Output,
     limits: Limits,
     *,
     compare: bool,
     aligned: bool,
 ) -> "tuple[Outcome, Path]":
-    from codeformer.imaging.files import encode_jpeg
+    from codeformer.imaging.encoding import MAX_SIDES, encode
     from codeformer.serving.request import serve
 
-    outcome = serve(
-        pipeline,
-        [photo.path],
-        asked,
-        aligned=aligned,
-        limits=limits,
-    )
-    jpegs = list(outcome.jpegs)
+    outcome = serve(pipeline, [photo.path], asked, aligned=aligned, limits=limits, output=output)
+    files = list(outcome.files)
     if compare:
-        jpegs.append(encode_jpeg(_pair(outcome.images_bgr[0], outcome.results[0].image_bgr)))
-    return outcome, results.write(photo, *jpegs)
+        [decoded], [result] = outcome.photos, outcome.results
+        before_bgr = decoded.image_bgr if decoded.own_bgr is None else decoded.own_bgr
+        after_bgr = decoded.in_own_colours(result.image_bgr)
+        pair = _pair(before_bgr, after_bgr, MAX_SIDES[output.file_format])
+        files.append(encode(pair, output, icc_profile=decoded.icc_profile))
+    return outcome, results.write(photo, *files)
 
 
-def _pair(before_bgr: "ImageU8", after_bgr: "ImageU8") -> "ImageU8":
-    """Both pictures side by side, or one above the other if a JPEG cannot be that wide."""
+def _pair(before_bgr: "ImageU8", after_bgr: "ImageU8", max_side: int) -> "ImageU8":
+    """Both pictures side by side, or one above the other if the file cannot be that wide."""
     import numpy as np
 
-    from codeformer.imaging.files import MAX_SIDE
-
     height, width = before_bgr.shape[:2]
-    if 2 * width + _COMPARE_GAP > MAX_SIDE:
+    if 2 * width + _COMPARE_GAP > max_side:
         return np.vstack([before_bgr, np.full((_COMPARE_GAP, width, 3), 255, np.uint8), after_bgr])
     return np.hstack([before_bgr, np.full((height, _COMPARE_GAP, 3), 255, np.uint8), after_bgr])

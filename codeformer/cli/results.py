@@ -16,7 +16,6 @@ from codeformer.cli.marks import Role, marked, read_mark
 from codeformer.cli.photos import Photo
 from codeformer.errors import DiskFullError, InputError
 
-_NUMBERED: Final = re.compile(r"(.*)_(\d+)\.jpg", re.DOTALL)
 # A longer name may have to be shortened, depending on the file system.
 _LONG_STEM_BYTES: Final = 100
 # Assumed if the system does not report how long a name may be.
@@ -28,12 +27,13 @@ class ResultFolder:
     """Names and writes the results of one run.
 
     A photo's result is `STEM.jpg`, or `STEM_2.jpg` and so on if that name is taken by another photo's result
-    (of this run or an earlier one) or by a file of another origin. A photo's result of an earlier run is
-    replaced, unless it was edited since.
+    (of this run or an earlier one) or by a file of another origin; with the ending of its format. A photo's
+    result of an earlier run is replaced, unless it was edited since.
 
     Args:
         folder: the output folder; created when it is first written to.
         photos: all photos of this run.
+        file_format: of the results, and the ending of their names.
         compare: whether each photo also gets a comparison, `STEM_compare.jpg`.
         overwrite: replace files of another origin; photos of this run and other photos' results are never
             replaced.
@@ -43,9 +43,16 @@ class ResultFolder:
     """
 
     def __init__(
-        self, folder: Path, photos: Sequence[Photo], *, compare: bool, overwrite: bool = False
+        self,
+        folder: Path,
+        photos: Sequence[Photo],
+        *,
+        file_format: str = "jpg",
+        compare: bool,
+        overwrite: bool = False,
     ) -> None:
         self._folder = folder
+        self._suffix = f".{file_format}"
         self._roles: tuple[Role, ...] = ("result", "comparison") if compare else ("result",)
         self._overwrite = overwrite
         self._originals = {_real(photo.path) for photo in photos}
@@ -84,12 +91,12 @@ class ResultFolder:
             _raise_if_full(self._folder, cause)
             raise InputError(f"--output {self._folder}: cannot be written ({cause.strerror}).") from cause
 
-    def write(self, photo: Photo, *jpegs: bytes) -> Path:
+    def write(self, photo: Photo, *files: bytes) -> Path:
         """Writes a photo's result, and its comparison if there is one: complete files or none.
 
         Args:
             photo: a photo of this run.
-            jpegs: one JPEG file for each role.
+            files: the content of one file for each role.
 
         Returns:
             The path of the result.
@@ -104,17 +111,17 @@ class ResultFolder:
             with contextlib.ExitStack() as stack:
                 partial = [
                     stack.enter_context(_temporary(folder, marked(data, role, photo.source)))
-                    for role, data in zip(self._roles, jpegs, strict=True)
+                    for role, data in zip(self._roles, files, strict=True)
                 ]
                 stack.enter_context(_locked(folder))
-                files = self._files_now(photo)
+                targets = self._files_now(photo)
                 # The result comes last: if it exists, its comparison does, too.
-                for path, file in reversed(list(zip(partial, files, strict=True))):
-                    path.replace(file)
+                for path, target in reversed(list(zip(partial, targets, strict=True))):
+                    path.replace(target)
         except OSError as cause:
             _raise_if_full(folder, cause)
             raise
-        return files[0]
+        return targets[0]
 
     def _files_now(self, photo: Photo) -> list[Path]:
         """The planned names, or other names if a parallel run has taken them in the meantime."""
@@ -203,8 +210,9 @@ class ResultFolder:
         """The numbers that follow each stem in the names of a folder."""
         if folder not in self._numbers:
             self._numbers[folder] = {}
+            numbered = re.compile(rf"(.*)_(\d+){re.escape(self._suffix)}", re.DOTALL)
             for name in self._listing(folder):
-                if found := _NUMBERED.fullmatch(name):
+                if found := numbered.fullmatch(name):
                     self._numbers[folder].setdefault(found[1], []).append(int(found[2]))
         return self._numbers[folder]
 
@@ -214,7 +222,7 @@ class ResultFolder:
         longest = _longest_name(folder)
         files = []
         for ending in ("", "_compare")[: len(self._roles)]:
-            stem, tail = photo.path.stem, ("" if number == 1 else f"_{number}") + ending + ".jpg"
+            stem, tail = photo.path.stem, ("" if number == 1 else f"_{number}") + ending + self._suffix
             while len(os.fsencode(stem + tail)) > longest:
                 stem = stem[:-1]
             files.append(folder / (stem + tail))

@@ -6,10 +6,15 @@ from typing import BinaryIO, Final
 
 from codeformer.imaging import jpeg, tiff
 
+AVIF: Final = "AVIF"
+HEIC: Final = "HEIC"
+# The formats that Pillow reads here; HEIC has its own reader.
+FORMATS: Final = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", AVIF)
+
 _HEAD_BYTES: Final = 4096
 _NO_PICTURE: Final = "not a picture that can be read here"
 # The refusal of a file of unknown kind.
-UNKNOWN: Final = f"{_NO_PICTURE}; use a JPEG, PNG, WebP, BMP, TIFF or GIF"
+UNKNOWN: Final = f"{_NO_PICTURE}; use a JPEG, HEIC, AVIF, PNG, WebP, BMP, TIFF or GIF"
 
 
 @dataclass(frozen=True)
@@ -17,7 +22,7 @@ class Kind:
     """A kind of file.
 
     Attributes:
-        name: Pillow's name of a format that is read; otherwise a description of the kind.
+        name: HEIC or Pillow's name of a format that is read; otherwise a description of the kind.
         remedy: what to do with a file of a kind that is not read; None for a format that is read.
     """
 
@@ -45,12 +50,15 @@ _JPEG_2000: Final = Kind("JPEG 2000", _CONVERT)
 _JPEG_XL: Final = Kind("JPEG XL", _CONVERT)
 _ARCHIVE: Final = Kind("an archive", "unpack it and use the photos in it")
 _PDF: Final = Kind("a PDF document", "export its pages as JPEG")
+_HEIF_OF_OTHERS: Final = Kind("HEIF of another codec than HEVC and AV1", _CONVERT)
+_AVIF: Final = Kind(AVIF)
+_HEIC: Final = Kind(HEIC)
+# Major brands that tell nothing of the codec.
+_GENERIC_BRANDS: Final = frozenset({b"mif1", b"msf1", b"mif2"})
 _FTYP: Final = {
-    b"avif": Kind("AVIF", _CONVERT), b"avis": Kind("AVIF", _CONVERT),
-    **dict.fromkeys(
-        (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1", b"mif2"),
-        Kind("HEIC", "convert it to JPEG"),
-    ),
+    **dict.fromkeys((b"avif", b"avis"), _AVIF),
+    **dict.fromkeys((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"), _HEIC),
+    **dict.fromkeys((b"avci", b"avcs", b"jpeg", b"jpgs", b"j2ki", b"j2is", b"vvic"), _HEIF_OF_OTHERS),
     b"crx ": _raw("Canon CR3"),
     **dict.fromkeys((b"jp2 ", b"jpx ", b"jpm ", b"jph "), _JPEG_2000),
     b"jxl ": _JPEG_XL,
@@ -163,8 +171,9 @@ def _kind_of_boxes(head: bytes) -> Kind:
     """The kind of an ISO media file, by its major brand or, for generic brands, its compatible brands."""
     size = min(max(16, int.from_bytes(head[:4])), len(head))
     brands = [head[8:12], *(head[at : at + 4] for at in range(16, size - 3, 4))]
-    if brands[0] in {b"mif1", b"msf1", b"mif2"} and any(brand in {b"avif", b"avis"} for brand in brands):
-        return _FTYP[b"avif"]
+    if brands[0] in _GENERIC_BRANDS:
+        known = [_FTYP[brand] for brand in brands[1:] if brand in _FTYP]
+        return next((kind for kind in (_AVIF, _HEIC) if kind in known), known[0] if known else _HEIC)
     return _FTYP.get(brands[0], _VIDEO)
 
 

@@ -1,4 +1,4 @@
-"""One request from files to JPEGs: what the Cog predictor and the command line have in common."""
+"""One request from files to files: what the Cog predictor and the command line have in common."""
 
 import base64
 import binascii
@@ -8,9 +8,10 @@ import stat
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 from urllib.parse import unquote_to_bytes
@@ -20,16 +21,18 @@ from codeformer.engine.plan import resolve_plan
 from codeformer.engine.restorer import FaceRestorer
 from codeformer.engine.stages import STAGES
 from codeformer.errors import CancelledError, CodeFormerError, ImageError, OptionError
-from codeformer.imaging.files import ImageU8, decode_image, encode_jpeg
+from codeformer.imaging.encoding import check_format
+from codeformer.imaging.files import DecodedPhoto, decode_photo, encode_result
 from codeformer.limits import DEFAULT_LIMITS, Deadline, Limits
 from codeformer.locations import shipped
-from codeformer.options import Options
+from codeformer.options import Options, Output
 from codeformer.serving.fetching import DEFAULT_POLICY, FetchPolicy, fetch
 
 logger = logging.getLogger(__name__)
 
 MAX_IMAGES: Final = 4
 DEFAULT_OPTIONS: Final = Options()
+SERVICE_OUTPUT: Final = Output()
 SAMPLES: Final = shipped("data")
 
 # Numbers; for images.sizes "WIDTHxHEIGHT" strings, for faces.skip_reasons sentences, for models.restorers
@@ -42,16 +45,16 @@ class Outcome:
     """A served request.
 
     Attributes:
-        images_bgr: the decoded, upright inputs, (H, W, 3) uint8 BGR each.
+        photos: the decoded inputs.
         results: what the pipeline made of each.
-        jpegs: the results as JPEG files, in order.
+        files: the results as files, in order.
         metrics: dotted names to values; times in milliseconds. timing.decode and timing.encode are the times
             the request waited for files; one picture is encoded while the next one is restored.
     """
 
-    images_bgr: list[ImageU8]
+    photos: list[DecodedPhoto]
     results: list[RestoredImage]
-    jpegs: list[bytes]
+    files: list[bytes]
     metrics: Metrics
 
 
@@ -64,6 +67,7 @@ def serve(
     limits: Limits = DEFAULT_LIMITS,
     fetch_policy: FetchPolicy = DEFAULT_POLICY,
     stop: threading.Event | None = None,
+    output: Output = SERVICE_OUTPUT,
 ) -> Outcome:
     """Restores 1 to 4 picture files. Every input is checked before any work begins.
 
@@ -77,6 +81,7 @@ def serve(
         limits: pixels, faces and time of this request.
         fetch_policy: where pictures may be fetched from.
         stop: to be set to cancel it; looked at between stages.
+        output: how the results are written.
 
     Raises:
         InputError: an option does not suit this server, there are too few or too many pictures, or one is
@@ -96,18 +101,28 @@ def serve(
     found: dict[int, RestoredImage] = {}
     encodings: dict[int, Future[bytes]] = {}
     with ThreadPoolExecutor(MAX_IMAGES, thread_name_prefix="codeformer-files") as workers:
-        images = _read_all(workers, paths, limits, fetch_policy, deadline)
+        photos = _read_all(
+            workers,
+            [
+                partial(_read, path, number, limits, fetch_policy, output)
+                for number, path in enumerate(paths, start=1)
+            ],
+            deadline,
+        )
         decoded = time.perf_counter()
+        images = ((number, photo.image_bgr) for number, photo in enumerate(photos, start=1))
         for number, result in pipeline.stream(
-            enumerate(images, start=1), recipe, options.selection, plan, limits, deadline, aligned=aligned
+            images, recipe, options.selection, plan, limits, deadline, aligned=aligned
         ):
             if isinstance(result, CodeFormerError):
                 raise result
             found[number] = result
             # At the same time as the device's work on the other pictures.
-            encodings[number] = workers.submit(encode_jpeg, result.image_bgr, number)
+            encodings[number] = workers.submit(
+                encode_result, photos[number - 1], result.image_bgr, output, number
+            )
         restored = time.perf_counter()
-        jpegs = [encodings[number].result() for number in sorted(encodings)]
+        files = [encodings[number].result() for number in sorted(encodings)]
     finished = time.perf_counter()
     results = [found[number] for number in sorted(found)]
     metrics = metrics_of(
@@ -119,7 +134,7 @@ def serve(
         total_s=finished - started,
     )
     logger.info("%s", describe(metrics))
-    return Outcome(images, results, jpegs, metrics)
+    return Outcome(photos, results, files, metrics)
 
 
 def check_count(sources: Sequence[object]) -> None:
@@ -137,18 +152,11 @@ def describe(metrics: Metrics) -> str:
 
 
 def _read_all(
-    workers: ThreadPoolExecutor,
-    sources: Sequence[object],
-    limits: Limits,
-    fetch_policy: FetchPolicy,
-    deadline: Deadline,
-) -> list[ImageU8]:
+    workers: ThreadPoolExecutor, calls: Sequence[Callable[[Deadline], DecodedPhoto]], deadline: Deadline
+) -> list[DecodedPhoto]:
     """All at the same time. Once one has failed, those that are still being fetched are given up."""
     failed = threading.Event()
-    futures = [
-        workers.submit(_read, source, index, limits, fetch_policy, deadline.or_when(failed))
-        for index, source in enumerate(sources, start=1)
-    ]
+    futures = [workers.submit(call, deadline.or_when(failed)) for call in calls]
     wait(futures, return_when=FIRST_EXCEPTION)
     failed.set()
     # The first picture's failure of its own, before those that follow from another's.
@@ -158,9 +166,12 @@ def _read_all(
 
 
 def _read(
-    source: object, index: int, limits: Limits, fetch_policy: FetchPolicy, deadline: Deadline
-) -> ImageU8:
-    return decode_image(read_source(source, index, limits, fetch_policy, deadline), index, limits)
+    source: object, index: int, limits: Limits, fetch_policy: FetchPolicy, output: Output, deadline: Deadline
+) -> DecodedPhoto:
+    data = read_source(source, index, limits, fetch_policy, deadline)
+    photo = decode_photo(data, index, limits, output.metadata)
+    check_format(photo.image_bgr, output, index)
+    return photo
 
 
 def read_source(
