@@ -136,7 +136,7 @@ class Output:
         file_format: one of FILE_FORMATS, which is also the ending of a file's name.
         quality: of JPG and WebP, 1 to 100; None for the default, and for PNG, which is lossless.
         metadata: "keep" for EXIF, XMP, resolution and colour profile of the photo; "strip" for pixels in
-            sRGB and nothing else.
+            sRGB and the resolution.
 
     Raises:
         OptionError: one of them is out of range, or a quality is given for PNG.

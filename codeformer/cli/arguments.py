@@ -124,8 +124,7 @@ def add_output(parser: argparse.ArgumentParser) -> None:
         "--metadata",
         choices=METADATA_POLICIES,
         default="keep",
-        help="keep EXIF with GPS, XMP, resolution and colour profile of the photo, or strip them (sRGB); "
-        "default: keep",
+        help="keep EXIF with GPS, XMP and colour profile of the photo, or strip them (sRGB); default: keep",
     )
 
 

@@ -25,7 +25,14 @@ from codeformer.imaging.arrays import (
 from codeformer.imaging.encoding import encode, encode_jpeg
 from codeformer.imaging.heif import HeifFile
 from codeformer.imaging.kinds import AVIF, FORMATS, HEIC, UNKNOWN, Kind, kind_of
-from codeformer.imaging.metadata import NO_METADATA, Metadata, of_heif, of_picture, read_metadata
+from codeformer.imaging.metadata import (
+    NO_METADATA,
+    Metadata,
+    of_heif,
+    of_picture,
+    read_metadata,
+    resolution_of,
+)
 from codeformer.imaging.samples import PREMULTIPLIED_ALPHA, samples_of, unsupported
 from codeformer.limits import DEFAULT_LIMITS, Limits
 from codeformer.log import operator_logger
@@ -96,7 +103,7 @@ class _Pixels:
         bgr: (H, W, 3) uint8.
         icc_profile: of its colours, if there is one; never for CMYK, which has been converted.
         is_gray: whether the profile is one for grey.
-        metadata: of the file; read only if they are to be kept.
+        metadata: of the file: all, or the resolution alone.
     """
 
     bgr: ImageU8
@@ -144,9 +151,7 @@ def decode_image(data: bytes, index: int | None = None, limits: Limits = DEFAULT
     Raises:
         ImageError: the file has another format, is damaged or exceeds a limit.
     """
-    pixels = _pixels_of(data, index, limits, keep=False)
-    profile = pixels.profile
-    return pixels.bgr if profile is None else colours.to_srgb(pixels.bgr, profile, gray=pixels.is_gray)
+    return decode_photo(data, index, limits, "strip").image_bgr
 
 
 def decode_photo(
@@ -161,21 +166,20 @@ def decode_photo(
         data: as for `decode_image`, and the next two as well.
         index: likewise.
         limits: likewise.
-        policy: "keep", or "strip" for the pixels in sRGB and nothing else. Samples in the photo's own colours
-            are kept if it has an RGB profile that is not sRGB's and that colours can be converted to.
+        policy: "keep", or "strip" for the pixels in sRGB and the resolution alone. Samples in the photo's own
+            colours are kept if it has an RGB profile that is not sRGB's and that colours can be converted to.
 
     Raises:
         ImageError: as for `decode_image`.
     """
-    if policy == "strip":
-        return DecodedPhoto(decode_image(data, index, limits))
-    pixels = _pixels_of(data, index, limits, keep=True)
+    keep = policy == "keep"
+    pixels = _pixels_of(data, index, limits, keep=keep)
     metadata, profile = pixels.metadata, pixels.profile
     if profile is None:
-        is_srgb = not pixels.is_gray and colours.is_srgb(pixels.icc_profile)
+        is_srgb = keep and not pixels.is_gray and colours.is_srgb(pixels.icc_profile)
         return DecodedPhoto(pixels.bgr, metadata, pixels.icc_profile if is_srgb else None)
     image_bgr = colours.to_srgb(pixels.bgr, profile, gray=pixels.is_gray)
-    if pixels.is_gray or not colours.leads_back(profile):
+    if not keep or pixels.is_gray or not colours.leads_back(profile):
         return DecodedPhoto(image_bgr, metadata)
     return DecodedPhoto(image_bgr, metadata, pixels.icc_profile, pixels.bgr)
 
@@ -253,10 +257,12 @@ def _decode(data: bytes, index: int | None, limits: Limits, *, keep: bool) -> _P
         icc_profile = picture.info.get("icc_profile")
         coded = boxes.coded_colours(data) if picture.format == AVIF and not icc_profile else None
         is_tiff = picture.format == "TIFF"
-        metadata = of_picture(picture) if keep and is_tiff else NO_METADATA
+        read = of_picture if keep else resolution_of
+        # Pillow turns a TIFF, and drops its orientation, when it decodes it.
+        metadata = read(picture) if is_tiff else NO_METADATA
         bgr = samples_of(picture, data, coded, index)
-        if keep and not is_tiff:
-            metadata = of_picture(picture)
+        if not is_tiff:
+            metadata = read(picture)
         # A profile applies only to pictures of its own colour space.
         is_gray = picture.mode.startswith(("1", "L", "I"))
         if picture.mode == "CMYK":

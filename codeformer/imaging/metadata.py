@@ -89,18 +89,23 @@ def of_picture(picture: Image.Image) -> Metadata:
         return NO_METADATA
 
 
+def resolution_of(picture: Image.Image) -> Metadata:
+    """The resolution alone of a file that Pillow has opened; when to call it, see `of_picture`."""
+    dpi = _dpi_of(picture)
+    return Metadata(dpi=(dpi[1], dpi[0]) if dpi and orientation_of(picture) in _ON_A_SIDE else dpi)
+
+
 def _of_picture(picture: Image.Image) -> Metadata:
-    size, dpi = picture.size, _dpi_of(picture)
-    if orientation_of(picture) in _ON_A_SIDE:
-        # Pillow exchanges those of a TIFF with this tag.
-        is_exchanged = picture.format == "TIFF" and _ORIENTATION in picture.tag_v2  # type: ignore[attr-defined]
-        size = size if is_exchanged else (size[1], size[0])
-        dpi = dpi and (dpi[1], dpi[0])
+    size = picture.size
+    # Pillow exchanges the sides of a TIFF with this tag.
+    is_exchanged = picture.format == "TIFF" and _ORIENTATION in picture.tag_v2  # type: ignore[attr-defined]
+    if orientation_of(picture) in _ON_A_SIDE and not is_exchanged:
+        size = size[1], size[0]
     packet = picture.info.get("xmp")
     return Metadata(
         exif=_corrected(exif.corrected, _exif_of(picture), size),
         xmp=_corrected(xmp.corrected, packet.encode() if isinstance(packet, str) else packet, size),
-        dpi=dpi,
+        dpi=resolution_of(picture).dpi,
     )
 
 

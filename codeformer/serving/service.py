@@ -23,9 +23,9 @@ from codeformer.engine.pipeline import Pipeline, recipe_of
 from codeformer.engine.plan import resolve_plan
 from codeformer.engine.precision import half_dtype_of
 from codeformer.errors import CancelledError, CodeFormerError, DeviceError, InferenceError
-from codeformer.imaging.files import check_size, decode_image, encode_jpeg, size_of
+from codeformer.imaging.files import check_size, decode_image, decode_photo, encode_result, size_of
 from codeformer.limits import Deadline, Limits
-from codeformer.options import DEFAULT_FIDELITY, Options
+from codeformer.options import DEFAULT_FIDELITY, Options, Output
 from codeformer.serving.fetching import FetchPolicy
 from codeformer.serving.outputs import OutputFolder
 from codeformer.serving.request import (
@@ -48,6 +48,7 @@ ResultT = TypeVar("ResultT")
 MAX_REQUESTS: Final = 8
 # Decoders and encoders leave Python's lock to others while they work.
 _FILE_THREADS: Final = 2 * (os.cpu_count() or 1)
+_OUTPUT: Final = Output()
 # How often a request that waits for others looks whether it is still wanted, in seconds.
 _LOOK_S: Final = 0.25
 
@@ -162,9 +163,9 @@ class Service:
         pixels = sum(pixels for _, pixels in files)
         async with self._pixels.taken(pixels, partial(deadline.check, "decoding")):
             let_in = time.perf_counter()
-            images = await self._all(
+            photos = await self._all(
                 [
-                    partial(decode_image, data, number, self._limits)
+                    partial(decode_photo, data, number, self._limits, _OUTPUT.metadata)
                     for number, (data, _) in enumerate(files, start=1)
                 ],
                 self._files,
@@ -178,14 +179,16 @@ class Service:
             def take(index: int, result: RestoredImage) -> None:
                 results[index] = result
                 # At the same time as the device's work on other pictures.
-                jpegs[index] = self._files.submit(encode_jpeg, result.image_bgr, index + 1)
+                jpegs[index] = self._files.submit(
+                    encode_result, photos[index], result.image_bgr, _OUTPUT, index + 1
+                )
 
-            ticket = Ticket(images, work, take)
+            ticket = Ticket([photo.image_bgr for photo in photos], work, take)
             self._scheduler.submit(ticket)
             waited_s = await asyncio.wrap_future(ticket.done)
             restored = time.perf_counter()
-            ordered = [results[index] for index in range(len(images))]
-            encoded = [await asyncio.wrap_future(jpegs[index]) for index in range(len(images))]
+            ordered = [results[index] for index in range(len(photos))]
+            encoded = [await asyncio.wrap_future(jpegs[index]) for index in range(len(photos))]
             paths = await self._in_thread(self._files, lambda: self._outputs.write(encoded))
             metrics = metrics_of(
                 ordered,
