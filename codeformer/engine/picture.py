@@ -15,7 +15,7 @@ from codeformer.engine.finder import FoundFaces
 from codeformer.engine.memory import is_out_of_memory, release_failed_attempt
 from codeformer.engine.plan import torch_switches
 from codeformer.engine.stages import Span, StageTimes, run_stage
-from codeformer.errors import CodeFormerError, FaceLimitError
+from codeformer.errors import CodeFormerError, FaceLimitError, OptionError
 from codeformer.imaging.files import ImageU8
 from codeformer.imaging.geometry import (
     FACE_SIZE,
@@ -31,6 +31,7 @@ from codeformer.options import Recipe, Selection
 
 logger = logging.getLogger(__name__)
 
+_LEFT_OUT: Final = "left out: by its number"
 _NOT_CHOSEN: Final = {
     "largest": "left out: not the largest face",
     "centre": "left out: not the face nearest to the centre",
@@ -78,6 +79,10 @@ class Picture:
         key: how its faces are restored.
         recipe: what is done to them.
         selection: which of them.
+
+    Attributes:
+        error: why it has failed, if it has.
+        found: what `prepare` was given; None before.
     """
 
     def __init__(
@@ -87,6 +92,7 @@ class Picture:
         self.number = number
         self.name = f"image {number}"
         self.error: CodeFormerError | None = None
+        self.found: FoundFaces | None = None
         self._key = key
         self._recipe = recipe
         self._selection = selection
@@ -135,8 +141,10 @@ class Picture:
 
         Raises:
             FaceLimitError: there are more faces.
+            OptionError: the selection leaves out a face that is not there.
             InferenceError: OpenCV or the device failed.
         """
+        self.found = found
         if found.ghosts:
             logger.info(
                 "%s: detections that are no faces: %d (not found again in another framing)",
@@ -151,8 +159,9 @@ class Picture:
                     "the operator to raise CODEFORMER_MAX_FACES.",
                     self.number,
                 )
-            chosen, left_out = _choose(aligned, self._selection, self.image_bgr.shape[1::-1])
-            jobs = self._jobs_of(chosen) if chosen else []
+            chosen, left_out = self._choose(aligned)
+            numbers = {id(one): number for number, one in enumerate(aligned, start=1)}
+            jobs = self._jobs_of(chosen, numbers) if chosen else []
         self.add_time("align", span)
         for reason, count in Counter(found.skipped + skipped).items():
             logger.warning("%s: faces not restored: %d (%s)", self.name, count, reason)
@@ -168,15 +177,27 @@ class Picture:
             )
         return jobs
 
-    def _jobs_of(self, faces: Sequence[AlignedFace]) -> list[FaceJob]:
+    def _choose(self, aligned: Sequence[AlignedFace]) -> tuple[list[AlignedFace], list[str]]:
+        """The faces that are to be restored, in their order, and for each other one the reason."""
+        unknown = [number for number in self._selection.left_out if number > len(aligned)]
+        if unknown:
+            expected = f"numbers of the {len(aligned)} faces of {self.name}"
+            raise OptionError("left_out", min(unknown), expected)
+        wanted = [
+            one for number, one in enumerate(aligned, start=1) if number not in self._selection.left_out
+        ]
+        chosen, left_out = _choose(wanted, self._selection, self.image_bgr.shape[1::-1])
+        return chosen, [_LEFT_OUT] * (len(aligned) - len(wanted)) + left_out
+
+    def _jobs_of(self, faces: Sequence[AlignedFace], numbers: Mapping[int, int]) -> list[FaceJob]:
         canvas = self._canvas = self._make_canvas()
         image = self.image_bgr
         picture_is_gray = is_gray(image)
-        numbers = {id(face): number for number, face in enumerate(faces, start=1)}
         self._losing_detail = sum(loses_detail(image, one.face.face_to_picture) for one in faces)
         return [
             FaceJob(
                 where=f"{self.name} face {numbers[id(one)]}",
+                number=numbers[id(one)],
                 canvas=canvas,
                 aligned=one,
                 steps=self._recipe.steps,
