@@ -3,6 +3,7 @@
 import math
 from typing import Final
 
+import cv2
 import numpy as np
 from skimage.metrics import structural_similarity
 
@@ -40,6 +41,20 @@ def ssim(result: ImageU8, truth: ImageU8) -> float:
 def colour_shift(result: ImageU8, truth: ImageU8) -> float:
     """The largest absolute difference of a channel's mean between two (H, W, 3) pictures, in 8-bit levels."""
     return float(np.abs(result.mean(axis=(0, 1)) - truth.mean(axis=(0, 1))).max())
+
+
+def distance(result: ImageU8, truth: ImageU8) -> float:
+    """Root mean square difference of two pictures (H, W, 3) uint8, in 8-bit levels; 0 for equal pictures."""
+    return float(np.sqrt(np.mean((result.astype(np.float64) - truth) ** 2)))
+
+
+def sharpness(picture: ImageU8) -> float:
+    """Variance of the Laplacian of a picture's luma, (H, W, 3) uint8 BGR; 0 for a uniform one.
+
+    Noise counts as sharpness. Compare pictures of the same size and content only.
+    """
+    luma = cv2.cvtColor(picture, cv2.COLOR_BGR2GRAY)
+    return float(cv2.Laplacian(luma, cv2.CV_64F).var())
 
 
 def niqe(picture: ImageU8) -> float | None:
