@@ -44,8 +44,8 @@ PUBLISHED: Final = (
         (("CodeFormer", "51.86", "83.19", "38.78"), ("GFPGAN", "47.59", "87.57", "39.46")),
     ),
     PublishedTable(
-        "Average time of a run on an NVIDIA T4, whole photos with everything around the faces",
-        "an article of 2023, “Comparing GFPGAN and Codeformer”, on the averages of Replicate's users",
+        "Average time of a run on an NVIDIA T4 at Replicate",
+        "an article of 2023, “Comparing GFPGAN and Codeformer”, which gives Replicate's averages",
         ("seconds",),
         (("CodeFormer", "10"), ("GFPGAN", "6")),
     ),

@@ -11,7 +11,6 @@ import cv2
 import numpy as np
 import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 
 from codeformer.demo.comparison import ALL_STAGES, Comparison, Price
 from codeformer.demo.published import ADVICE, CAVEAT, PUBLISHED
@@ -110,7 +109,7 @@ def render_file(part: str) -> str:
     """A page of its own around what `render_comparison` returns; needs no other file and no network."""
     style = (STATIC / "style.css").read_text(encoding="utf-8")
     template = _environment().get_template("file.html")
-    return template.render(part=Markup(part), style=Markup(style))  # noqa: S704
+    return template.render(part=part, style=style)
 
 
 def render_times(elapsed_ms: Mapping[str, float]) -> str:

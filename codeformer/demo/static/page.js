@@ -245,7 +245,8 @@ class Card {
       box.style.width = `${(right - left) * 100}%`;
       box.style.height = `${(bottom - top) * 100}%`;
       const tag = document.createElement("span");
-      tag.textContent = right - left > 0.07 ? `${face.number} · ${face.score.toFixed(3)}` : String(face.number);
+      // In a crowd there is no room for scores; the list has them.
+      tag.textContent = found.length <= 8 ? `${face.number} · ${face.score.toFixed(3)}` : String(face.number);
       box.append(tag);
       boxes.append(box);
 
