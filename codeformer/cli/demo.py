@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import os
 import socket
 
 from codeformer.cli.arguments import add_networks, load_pipeline
@@ -59,7 +60,7 @@ def _listening(port: int) -> socket.socket:
     try:
         return socket.create_server((_HOST, port))
     except (OSError, OverflowError) as cause:
-        reason = cause.strerror if isinstance(cause, OSError) else "it is no port"
+        reason = os.strerror(cause.errno or 0) if isinstance(cause, OSError) else "it is no port"
         raise InputError(
             f"--port: expected a free port, got {port} ({reason}); choose another one."
         ) from cause

@@ -199,9 +199,11 @@ class Card {
 
   // The old picture stays until the new one is there.
   async load(links) {
-    const picture = new Image();
-    picture.src = links.after;
-    await picture.decode().catch(() => {});
+    await new Promise((resolve) => {
+      const picture = new Image();
+      picture.onload = picture.onerror = resolve;
+      picture.src = links.after;
+    });
     this.part(".after").src = links.after;
     const download = this.part(".download");
     download.href = links.download;
@@ -363,7 +365,11 @@ byId("photos").addEventListener("change", (event) => {
   add([...event.target.files]);
   event.target.value = "";
 });
-byId("sample").addEventListener("click", async () => add([await sample()]));
+byId("sample").addEventListener("click", async () => {
+  add([await sample()]);
+  // The button has gone.
+  byId("photos").focus();
+});
 window.addEventListener("dragover", (event) => {
   event.preventDefault();
   byId("drop").classList.add("over");
