@@ -37,17 +37,19 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "docs", metavar="DIR")
     options = parser.parse_args()
     with running_page() as url, running_browser() as driver:
-        for name, width, height, scale, top in (
-            ("page_desktop", 1280, 1000, 1.0, "body"),
+        for name, width, height, scale, shown in (
+            ("page_desktop", 1280, 900, 1.0, "body"),
             ("page_phone", 390, 844, 1.5, ".card"),
         ):
             resize(driver, width, height, scale)
             driver.get(url)
             driver.find_element(By.ID, "photos").send_keys(str(PORTRAIT))
             WebDriverWait(driver, _PATIENCE_S).until(lambda driver: driver.execute_script(_RESTORED))
-            driver.execute_script("document.querySelector(arguments[0]).scrollIntoView()", top)
+            place = driver.find_element(By.CSS_SELECTOR, shown).rect
             picture = driver.execute_cdp_cmd(
-                "Page.captureScreenshot", {"format": "jpeg", "quality": _QUALITY}
+                "Page.captureScreenshot",
+                {"format": "jpeg", "quality": _QUALITY, "captureBeyondViewport": True}
+                | {"clip": {**place, "scale": 1}},
             )
             path = options.output / f"{name}.jpg"
             path.write_bytes(base64.b64decode(picture["data"]))
@@ -80,7 +82,13 @@ def running_browser() -> Iterator[Any]:
     options = webdriver.ChromeOptions()
     options.binary_location = BROWSER
     # Its sandbox refuses to run as root.
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
+    for argument in (
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        "--hide-scrollbars",
+    ):
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))

@@ -13,13 +13,13 @@ from codeformer.imaging.files import decode_image
 from tests.shared import read_picture
 
 pytest.importorskip("selenium", reason="needs selenium (requirements-dev.txt)")
-from selenium.webdriver.common.action_chains import ActionChains  # noqa: E402
-from selenium.webdriver.common.by import By  # noqa: E402
-from selenium.webdriver.common.keys import Keys  # noqa: E402
-from selenium.webdriver.remote.webelement import WebElement  # noqa: E402
-from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
+from selenium.webdriver.common.action_chains import ActionChains
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.remote.webelement import WebElement
+from selenium.webdriver.support.ui import WebDriverWait
 
-from scripts.page_shots import (  # noqa: E402
+from scripts.page_shots import (
     BROWSER,
     DRIVER,
     PORTRAIT,

@@ -235,7 +235,7 @@ class Card {
     list.replaceChildren();
     this.part(".faces").hidden = !found.length;
     this.part(".faces legend").textContent =
-      `${faces(found.length)}: untick or click ${found.length === 1 ? "it" : "one"} to leave it out`;
+      `${faces(found.length)}: click or untick to leave out`;
     for (const face of found) {
       const [left, top, right, bottom] = face.box.map((value) => Math.min(Math.max(value, 0), 1));
       const box = document.createElement("div");
