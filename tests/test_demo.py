@@ -27,12 +27,15 @@ from codeformer.engine.pipeline import Pipeline, recipe_of
 from codeformer.engine.plan import resolve_plan
 from codeformer.errors import CancelledError, OptionError
 from codeformer.imaging.files import decode_image
+from codeformer.imaging.geometry import FFHQ_TEMPLATE_XY, transform_points
 from codeformer.limits import Deadline, Limits
 from codeformer.options import Recipe, Selection
 from codeformer.serving.scheduler import Scheduler, Ticket
 from codeformer.weights.manifest import load_weight_set
 from tests import pictures
 from tests.conftest import CPU, make_tiny_restorer, models_of
+from tests.test_faces import FixedDetector
+from tests.test_pasting import similarity
 from tests.test_scheduler import Gate
 
 
@@ -61,8 +64,8 @@ class _Released:
 class Page:
     """The page's server in a thread, and a client of it."""
 
-    def __init__(self, pipeline: Pipeline, limits: Limits) -> None:
-        self.demo = Demo(pipeline, Setup.of(load_weight_set("lite"), CPU), limits)
+    def __init__(self, pipeline: Pipeline) -> None:
+        self.demo = Demo(pipeline, Setup.of(load_weight_set("lite"), CPU), Limits())
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
         config = uvicorn.Config(self.demo.application(), log_config=None, timeout_graceful_shutdown=1)
@@ -96,8 +99,8 @@ class Page:
 
 
 @contextlib.contextmanager
-def serving(pipeline: Pipeline, limits: Limits | None = None) -> Iterator[Page]:
-    page = Page(pipeline, limits or Limits())
+def serving(pipeline: Pipeline) -> Iterator[Page]:
+    page = Page(pipeline)
     try:
         yield page
     finally:
@@ -115,50 +118,45 @@ def page(detector: FaceDetector, watched: Watched) -> Iterator[Page]:
         yield page
 
 
-@pytest.fixture(scope="module")
-def scheduled() -> Iterator[tuple[Pipeline, Scheduler, Watched]]:
-    """Overlapping faces, so that the order of pasting matters."""
-    watched = Watched()
-    network = FaceDetector(_detector_network())
-    pipeline = Pipeline(models_of(network, watched), CPU)
-    scheduler = Scheduler(pipeline)
-    yield pipeline, scheduler, watched
-    scheduler.close()
-
-
-def _detector_network() -> torch.nn.Module:
-    return Pipeline.load("lite", "cpu", download=False).models.detector.network
-
-
 @pytest.mark.parametrize("profile", ["baseline", "max_speed"])
 def test_pasting_kept_faces_is_the_same_as_restoring_without_the_others(
-    scheduled: tuple[Pipeline, Scheduler, Watched], profile: str
+    watched: Watched, profile: str
 ) -> None:
-    pipeline, scheduler, watched = scheduled
-    image, plan, recipe = pictures.group(), resolve_plan(profile, device=CPU), recipe_of("codeformer", 0.3)
+    image = np.random.default_rng(3).integers(0, 256, (600, 700, 3), np.uint8)
+    # The first two overlap, so that the order of pasting matters.
+    faces_xy = [
+        transform_points(similarity(size, 0, x, 300), FFHQ_TEMPLATE_XY)
+        for size, x in ((0.6, 200), (0.5, 290), (0.3, 560))
+    ]
+    pipeline = Pipeline(models_of(FixedDetector(*faces_xy), watched), CPU, second_look=False)
+    plan, recipe = resolve_plan(profile, device=CPU), recipe_of("codeformer", 0.3)
     results: list[RestoredImage] = []
-    full = KeepingTicket(image, pipeline.work_for(recipe, plan=plan), results.append)
-    scheduler.submit(full)
-    full.done.result(60)
-    computed = watched.faces
-    for left_out, strength in ((set[int](), 1.0), ({2}, 1.0), ({1, 4}, 0.5), ({1, 2, 3, 4}, 1.0)):
-        pasted: list[RestoredImage] = []
-        again = PastingTicket(image, full.kept(), frozenset(left_out), strength, Deadline(60), pasted.append)
-        scheduler.submit(again)
-        again.done.result(60)
-        assert watched.faces == computed, "the networks ran again"
-        selection = Selection(left_out=frozenset(left_out))
-        [expected] = pipeline.restore(
-            [image], plan=plan, recipe=Recipe(recipe.steps, strength), selection=selection
-        )
-        computed = watched.faces
-        np.testing.assert_array_equal(pasted[0].image_bgr, expected.image_bgr)
-        assert len(pasted[0].faces) == 4 - len(left_out)
-    np.testing.assert_array_equal(pasted[0].image_bgr, image)
-    unknown = PastingTicket(image, full.kept(), frozenset({5}), 1.0, Deadline(60), pasted.append)
-    scheduler.submit(unknown)
-    with pytest.raises(OptionError, match="left_out: expected numbers of the 4 faces"):
-        unknown.done.result(60)
+    with contextlib.closing(Scheduler(pipeline)) as scheduler:
+        full = KeepingTicket(image, pipeline.work_for(recipe, plan=plan), results.append)
+        scheduler.submit(full)
+        full.done.result(60)
+
+        def pasted(left_out: frozenset[int], strength: float) -> RestoredImage:
+            ticket = PastingTicket(image, full.kept(), left_out, strength, Deadline(60), results.append)
+            scheduler.submit(ticket)
+            ticket.done.result(60)
+            return results[-1]
+
+        for numbers, strength in (((), 1.0), ((2,), 1.0), ((1, 3), 0.5), ((1, 2, 3), 1.0), ((3,), 1.0)):
+            left_out, computed = frozenset(numbers), watched.faces
+            ours = pasted(left_out, strength)
+            assert watched.faces == computed, "the networks ran again"
+            [expected] = pipeline.restore(
+                [image],
+                plan=plan,
+                recipe=Recipe(recipe.steps, strength),
+                selection=Selection(left_out=left_out),
+            )
+            np.testing.assert_array_equal(ours.image_bgr, expected.image_bgr)
+            assert len(ours.faces) == 3 - len(left_out)
+            assert (ours.image_bgr == image).all() == (len(left_out) == 3)
+        with pytest.raises(OptionError, match="left_out: expected numbers of the 3 faces"):
+            pasted(frozenset({4}), 1.0)
 
 
 def test_a_photo_from_upload_to_download_without_a_face_and_with_it_again(page: Page) -> None:
@@ -272,13 +270,11 @@ def is_cancelled(ticket: Ticket) -> bool:
 
 def test_the_work_of_a_closed_tab_ends_at_its_next_step(detector: FaceDetector) -> None:
     restorer = Gate()
-    limits = Limits(max_megapixels_in_work=0.6)
-    with serving(Pipeline(models_of(detector, restorer), CPU), limits) as page:
+    with serving(Pipeline(models_of(detector, restorer), CPU)) as page:
         photo = page.upload(pictures.group()).json()["id"]
         gone = requests.post(f"{page.url}/photos/{photo}/restore", "{}", stream=True, timeout=60)
         assert restorer.is_reached.wait(60)
         gone.close()
-        # This one fits into memory only when the other has ended.
         other = page.upload(pictures.portrait()).json()["id"]
         answers: list[Any] = []
         waiting = threading.Thread(target=lambda: answers.extend(page.steps(f"/photos/{other}/restore", {})))

@@ -52,7 +52,7 @@ from codeformer.demo.views import (
 from codeformer.engine.picture import RestoredImage
 from codeformer.engine.pipeline import Pipeline, recipe_of
 from codeformer.engine.plan import ExecutionPlan, resolve_plan
-from codeformer.errors import CancelledError, CodeFormerError, InputError, OptionError
+from codeformer.errors import CodeFormerError, InputError, OptionError
 from codeformer.imaging.files import ImageU8, decode_image, encode_jpeg
 from codeformer.limits import Deadline, Limits
 from codeformer.options import RUNTIME_PROFILES, STABILITY_MODES, Options, Recipe, check_strength
@@ -234,7 +234,7 @@ class Demo:
         async def steps() -> AsyncIterator[dict[str, Any]]:
             height, width = photo.image_bgr.shape[:2]
             yield {"state": "waiting"}
-            async with self._pixels.taken(width * height, partial(_check_presence, stop)):
+            async with self._pixels.taken(width * height):
                 ticket = KeepingTicket(photo.image_bgr, work, results.append)
                 self._scheduler.submit(ticket)
                 async for step in _until(ticket.done, partial(_progress_of, ticket)):
@@ -260,7 +260,7 @@ class Demo:
                 **_links(name),
             }
 
-        return self._stream(request, steps(), stop)
+        return self._stream(steps(), stop)
 
     async def paste(self, request: Request) -> Response:
         """Leaves faces of the latest result out, or takes them back in, and changes the strength."""
@@ -310,7 +310,7 @@ class Demo:
         async def steps() -> AsyncIterator[dict[str, Any]]:
             yield {"state": "waiting"}
             height, width = photo.image_bgr.shape[:2]
-            async with self._pixels.taken(width * height, partial(_check_presence, stop)):
+            async with self._pixels.taken(width * height):
                 work = self._comparing.submit(compare, photo, variants, restore, on_step=count)
                 async for step in _until(work, lambda: {"state": "comparing", "done": done, "of": runs}):
                     yield step
@@ -321,7 +321,7 @@ class Demo:
             name = self._comparisons.add(KeptComparison(render_file(part).encode()))
             yield {"state": "done", "html": part, "file": f"/comparisons/{name}.html"}
 
-        return self._stream(request, steps(), stop)
+        return self._stream(steps(), stop)
 
     async def comparison(self, request: Request) -> Response:
         html = self._comparisons.get(request.path_params["comparison"]).html
@@ -361,23 +361,20 @@ class Demo:
     async def _in_thread(self, call: Callable[[], ValueT]) -> ValueT:
         return await asyncio.get_running_loop().run_in_executor(self._files, call)
 
-    def _stream(
-        self, request: Request, steps: AsyncIterator[dict[str, Any]], stop: threading.Event
-    ) -> Response:
-        """Each step as a line of JSON; the last one says what went wrong, if something did."""
+    def _stream(self, steps: AsyncIterator[dict[str, Any]], stop: threading.Event) -> Response:
+        """Each step as a line of JSON; the last one says what went wrong, if something did.
+
+        When the connection is closed, Starlette cancels the stream, and the work ends at its next step.
+        """
 
         async def lines() -> AsyncIterator[bytes]:
-            watching = asyncio.create_task(_stop_when_gone(request, stop))
             try:
                 async for step in steps:
                     yield json.dumps(step).encode() + b"\n"
-            except CancelledError:
-                logger.info("a tab was closed, or its user has stopped the work")
             except CodeFormerError as failure:
                 yield json.dumps({"state": "failed", "message": _sentence(failure)}).encode() + b"\n"
             finally:
                 stop.set()
-                watching.cancel()
 
         return StreamingResponse(lines(), media_type="application/x-ndjson")
 
@@ -405,13 +402,6 @@ class _OwnPagesOnly:
             await refusal(scope, receive, send_with_headers)
             return
         await self._app(scope, receive, send_with_headers)
-
-
-async def _stop_when_gone(request: Request, stop: threading.Event) -> None:
-    """Cancels the work once nobody waits for it any more."""
-    while not await request.is_disconnected():
-        await asyncio.sleep(_LOOK_S)
-    stop.set()
 
 
 async def _until(done: Any, describe: Callable[[], dict[str, Any]]) -> AsyncIterator[dict[str, Any]]:
@@ -443,11 +433,6 @@ def _progress_of(ticket: Ticket) -> dict[str, Any]:
     if not progress.found:
         return {"state": "finding"}
     return {"state": "restoring", "done": progress.restored, "of": progress.found}
-
-
-def _check_presence(stop: threading.Event) -> None:
-    if stop.is_set():
-        raise CancelledError("its turn")
 
 
 def _links(photo: str) -> dict[str, str]:
