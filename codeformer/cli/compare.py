@@ -100,8 +100,10 @@ def _compare(options: argparse.Namespace) -> int:
         options.output.write_text(render_file(part), encoding="utf-8")
     except OSError as cause:
         raise InputError(f"{shown(options.output)}: it cannot be written ({cause.strerror}).") from cause
+    recipes, pictures = len(variants), len(photos)
     print(
-        f"{shown(options.output)}: {len(variants)} recipes on {len(photos)} photo{'s' * (len(photos) != 1)}"
+        f"{shown(options.output)}: {recipes} recipe{'s' * (recipes != 1)} "
+        f"on {pictures} photo{'s' * (pictures != 1)}"
     )
     return 0
 

@@ -64,7 +64,7 @@ function describe(step) {
   if (step.state === "waiting") return "Waiting for its turn …";
   if (step.state === "finding") return "Looking for faces …";
   if (step.state === "comparing") return `Comparing: ${step.done} of ${step.of} runs are done …`;
-  return `Restoring ${faces(step.of)}: ${step.done} ${step.done === 1 ? "is" : "are"} done …`;
+  return `Restoring: ${step.done} of ${faces(step.of)} done …`;
 }
 
 function showProgress(bar, step) {
@@ -342,7 +342,7 @@ function refresh() {
   byId("try").hidden = cards.size > 0;
   const wish = chosen();
   const fields = ["restorer", "codeformer_fidelity", "runtime_profile", "stability_mode"];
-  const others = [...cards].filter((card) => !card.result || fields.some((name) => card.wanted[name] !== wish[name]));
+  const others = [...cards].filter((card) => card.result && fields.some((name) => card.wanted[name] !== wish[name]));
   const isBusy = [...cards].some((card) => card.element.getAttribute("aria-busy") === "true");
   byId("again").hidden = !cards.size;
   byId("again").disabled = isBusy;
