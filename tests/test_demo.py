@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -326,6 +327,19 @@ def test_only_this_page_may_ask(page: Page) -> None:
         text = requests.get(page.url + name, timeout=60).text
         assert "//" not in text.replace("// ", "").replace(f"http://{host}", ""), name
     assert requests.get(page.url + "/static/../app.py", timeout=60).status_code == 404
+
+
+def test_the_page_offers_what_is_loaded_and_says_how_to_get_the_rest(page: Page, tiny_weights: Path) -> None:
+    alone = requests.get(page.url, timeout=60).text
+    assert "weights fetch official --with gfpgan" in alone
+    assert 'value="gfpgan' not in alone
+    both = Pipeline.load(tiny_weights, "cpu", restorers=("codeformer", "gfpgan"), download=False)
+    with serving(both) as other:
+        text = requests.get(other.url, timeout=60).text
+    assert "weights fetch official --with gfpgan" not in text
+    for chain in ("codeformer", "gfpgan", "codeformer+gfpgan", "gfpgan+codeformer"):
+        # In both parts of the page.
+        assert text.count(f'value="{chain}"') == 2
 
 
 def test_photos_go_when_a_tab_is_closed(page: Page) -> None:

@@ -7,7 +7,6 @@ and never written to a file.
 import asyncio
 import dataclasses
 import json
-import logging
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -59,8 +58,6 @@ from codeformer.options import RUNTIME_PROFILES, STABILITY_MODES, Options, Recip
 from codeformer.serving.request import SAMPLES
 from codeformer.serving.scheduler import Scheduler, Ticket
 from codeformer.serving.service import MAX_REQUESTS, PixelBudget, warm_up
-
-logger = logging.getLogger(__name__)
 
 ValueT = TypeVar("ValueT")
 
@@ -283,7 +280,9 @@ class Demo:
         async for _ in _until(ticket.done, dict):
             pass
         jpeg, shown = await self._in_thread(partial(_encode, results[0].image_bgr))
-        photo.result = Result(kept, jpeg, shown)
+        if photo.result.kept is kept:
+            # Not restored again meanwhile.
+            photo.result = Result(kept, jpeg, shown)
         return JSONResponse(_links(name))
 
     async def compare(self, request: Request) -> Response:
