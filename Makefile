@@ -15,7 +15,7 @@ JOBS ?= 2
 WEIGHTS ?= $(or $(CODEFORMER_WEIGHTS),lite)
 
 .DEFAULT_GOAL := help
-.PHONY: help predict test lint typecheck format serve schema data sheet bench soak audit compile-cache clean
+.PHONY: help predict test lint typecheck format serve demo schema data sheet shots bench soak audit compile-cache clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -41,7 +41,11 @@ $(VENV)/.server: requirements-serve.txt $(VENV)/.runtime
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements-serve.txt
 	@touch $@
 
-$(VENV)/.tools: requirements-dev.txt $(VENV)/.server
+$(VENV)/.demo: requirements-demo.txt $(VENV)/.runtime
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements-demo.txt
+	@touch $@
+
+$(VENV)/.tools: requirements-dev.txt $(VENV)/.server $(VENV)/.demo
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
@@ -68,6 +72,9 @@ serve: $(VENV)/.server  ## Run the real Cog server on PORT (default 8080), witho
 		COG_PREDICT_TYPE_STUB=predict.py:Predictor \
 		$(PYTHON) -m cog.server.http --host 127.0.0.1
 
+demo: $(VENV)/.demo  ## Open a page on PORT (default 8080) to try photos and to compare restorers; WEIGHTS=official
+	@MALLOC_ARENA_MAX=1 $(PYTHON) -m codeformer demo --port $(PORT) --weights "$(WEIGHTS)" $(FLAGS)
+
 schema: $(VENV)/.server  ## Update tests/input_schema.json, the pinned input schema
 	$(PYTHON) -m scripts.write_schema tests/input_schema.json
 
@@ -76,6 +83,9 @@ data: $(VENV)/.tools  ## Generate the 100 benchmark pictures data/1.jpg ... data
 
 sheet: $(VENV)/.tools  ## Redraw docs/before_after.jpg and docs/lite.jpg
 	$(PYTHON) -m scripts.contact_sheet
+
+shots: $(VENV)/.tools  ## Take docs/page_desktop.jpg and docs/page_phone.jpg again (needs chromium and chromedriver)
+	$(PYTHON) -m scripts.page_shots
 
 bench: $(VENV)/.tools  ## Measure profiles on the 100 pictures of data/, and stages; write output/benchmark_report.html
 	$(PYTHON) -m benchmarks requests --weights "$(WEIGHTS)"

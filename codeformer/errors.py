@@ -269,6 +269,22 @@ class DiskFullError(CodeFormerError):
         )
 
 
+class MissingPackageError(CodeFormerError, ImportError):
+    """A command needs packages that are not installed.
+
+    Attributes: `extra`, the extra of this package that brings them; `packages`, those that are missing.
+    """
+
+    def __init__(self, extra: str, packages: Sequence[str]) -> None:
+        self.extra = extra
+        self.packages = tuple(packages)
+        super().__init__(
+            f"expected the packages of the extra {extra!r}, but {', '.join(packages)} "
+            f"{'is' if len(packages) == 1 else 'are'} not installed. Run `pip install 'codeformer[{extra}]'`,"
+            f" or in a checkout `pip install -r requirements-{extra}.txt`."
+        )
+
+
 class TrainingError(CodeFormerError, RuntimeError):
     """A training run cannot start or continue."""
 

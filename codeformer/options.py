@@ -72,10 +72,21 @@ class Selection:
         faces: all of them, the one with the largest box, or the one nearest to the picture's centre.
         min_face_px: faces whose box is shorter than this on its longer side, in px of the picture, are left
             out before the choice is made.
+        left_out: numbers of faces that are left out as well, as in the result of a run without a selection:
+            from 1, best score first.
+
+    Raises:
+        OptionError: a number is not a whole number from 1.
     """
 
     faces: FaceChoice = "all"
     min_face_px: float = 0.0
+    left_out: frozenset[int] = frozenset()
+
+    def __post_init__(self) -> None:
+        for number in self.left_out:
+            if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+                raise OptionError("left_out", number, "numbers of faces, counted from 1")
 
 
 def check_aligned(selection: Selection | None) -> None:

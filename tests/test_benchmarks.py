@@ -37,6 +37,7 @@ from codeformer.engine.masker import FaceParser
 from codeformer.engine.models import load_models
 from codeformer.errors import BenchmarkError
 from codeformer.evaluation import metrics
+from codeformer.imaging import quality as image_quality
 from codeformer.imaging.files import encode_jpeg
 from codeformer.imaging.geometry import FFHQ_TEMPLATE_XY, crop_face, estimate_similarity
 from codeformer.networks.gfpgan import GFPGANv1Clean
@@ -630,8 +631,8 @@ def test_scores_are_those_of_scikit_image(tmp_path: Path) -> None:
 def test_scores_of_flat_pictures() -> None:
     portrait, clean = pictures.portrait(), np.full((16, 16, 3), 100, np.uint8)
     # The largest of the channels, whichever way.
-    assert metrics.colour_shift(clean + np.array([1, 0, 7], np.uint8), clean) == 7
-    assert metrics.colour_shift(clean - np.array([9, 0, 7], np.uint8), clean) == 9
+    assert image_quality.colour_shift(clean + np.array([1, 0, 7], np.uint8), clean) == 7
+    assert image_quality.colour_shift(clean - np.array([9, 0, 7], np.uint8), clean) == 9
     assert metrics.niqe(portrait[:191, :191]) is None
     assert metrics.niqe(np.full_like(portrait, 128)) is None
 

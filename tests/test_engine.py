@@ -50,6 +50,7 @@ def jobs_of(engine: Engine, crops: torch.Tensor, fidelities: Sequence[float], **
     canvas = CropsOnly(crops)
     return [
         FaceJob(
+            number=number,
             where=f"image 1 face {number}",
             canvas=canvas,
             # Its score says which crop it is.

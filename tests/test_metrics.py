@@ -92,3 +92,15 @@ def test_noise_is_less_natural() -> None:
 def test_without_basicsr_there_is_no_niqe(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics, "has_basicsr", lambda: False)
     assert metrics.niqe(pictures.portrait()) is None
+
+
+def test_distance_and_sharpness_by_hand() -> None:
+    dark, light = np.full((20, 30, 3), 2, np.uint8), np.full((20, 30, 3), 5, np.uint8)
+    assert quality.distance(dark, light) == quality.distance(light, dark) == 3
+    light[:10] = 2
+    assert quality.distance(dark, light) == pytest.approx(3 / np.sqrt(2))
+    assert quality.sharpness(dark) == 0
+    # Every other column is white: the Laplacian is 2 * 255 in one and -2 * 255 in the next.
+    stripes = np.zeros((20, 30, 3), np.uint8)
+    stripes[:, ::2] = 255
+    assert quality.sharpness(stripes) == pytest.approx((2 * 255) ** 2)

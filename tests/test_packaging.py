@@ -220,6 +220,10 @@ def test_an_installed_package_restores_its_sample_portrait(installed: Installed)
     sample, module = map(Path, installed.run("python", "-c", code).split())
     assert sample.is_relative_to(installed.environment)
     assert module.is_relative_to(installed.environment)
+    page = installed.run("codeformer", "compare", str(sample), "--weights", "lite", "--fidelities", "1")
+    assert page == "comparison.html: 1 recipe on 1 photo\n"
+    code = "from codeformer.demo import views; print((views.STATIC / 'page.js').is_file())"
+    assert installed.run("python", "-c", code) == "True\n"
     said = installed.run("codeformer", "restore", str(sample), "-o", "results", "--weights", "lite")
     assert "(1 face)" in said
     assert "\nVERIFIED: " in installed.run("codeformer", "verify-official", "--weights", "lite")

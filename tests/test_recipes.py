@@ -107,6 +107,10 @@ def crowd() -> tuple[np.ndarray, list[np.ndarray]]:
         (Selection("all", 60), [1, 2], "left out: smaller than 60 px"),
         (Selection("largest", 500), [], "left out: smaller than 500 px"),
         (Selection("centre", 75), [2], None),
+        (Selection(left_out=frozenset({2})), [0, 2], "left out: by its number"),
+        (Selection(left_out=frozenset({1, 2, 3})), [], "left out: by its number"),
+        (Selection("largest", left_out=frozenset({3})), [1], None),
+        (Selection("all", 60, frozenset({2})), [2], None),
     ],
 )
 def test_only_the_chosen_faces_are_restored_and_the_others_counted(
@@ -129,6 +133,38 @@ def test_only_the_chosen_faces_are_restored_and_the_others_counted(
     for index, landmarks_xy in enumerate(faces_xy):
         x, y = landmarks_xy[2].astype(int)
         assert ((result.image_bgr[y, x] > 120).any()) == (index in kept)
+
+
+def test_numbers_are_those_of_a_run_without_a_selection(tiny_pipeline: Pipeline) -> None:
+    photo = pictures.group()
+    [everybody] = tiny_pipeline.restore([photo])
+    assert len(everybody.faces) > 2
+    assert [face.score for face in everybody.faces] == sorted(
+        (face.score for face in everybody.faces), reverse=True
+    )
+    [others] = tiny_pipeline.restore([photo], selection=Selection(left_out=frozenset({1, 3})))
+    kept = [face for number, face in enumerate(everybody.faces, start=1) if number not in {1, 3}]
+    assert [face.box_xyxy.tolist() for face in others.faces] == [face.box_xyxy.tolist() for face in kept]
+
+
+@pytest.mark.parametrize("number", [0, -1, 1.0, "1", True])
+def test_what_is_no_number_of_a_face_is_refused(number: Any) -> None:
+    with pytest.raises(OptionError, match="left_out: expected numbers of faces, counted from 1"):
+        Selection(left_out=frozenset({number}))
+
+
+def test_a_number_that_no_face_has_fails_its_picture_and_no_other() -> None:
+    picture, faces_xy = crowd()
+    pipeline = Pipeline(models_of(FixedDetector(*faces_xy), Negative()), CPU, second_look=False)
+    for number, faces in ((3, 2), (4, None)):
+        selection = Selection(left_out=frozenset({number}))
+        [(_, result)] = pipeline.stream([("only", picture)], selection=selection)
+        if faces is not None:
+            assert not isinstance(result, Exception)
+            assert len(result.faces) == faces
+        else:
+            assert isinstance(result, OptionError)
+            assert str(result) == "left_out: expected numbers of the 3 faces of image 1, got 4."
 
 
 def test_the_largest_face_is_the_one_that_shows_most() -> None:

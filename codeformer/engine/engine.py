@@ -44,6 +44,7 @@ class FaceJob:
 
     Attributes:
         where: its picture and number, for messages.
+        number: its own among all faces of its picture, from 1, best score first.
         canvas: the picture that its crop is cut from.
         aligned: where.
         steps: the restorers that it goes through, with their fidelities.
@@ -52,6 +53,7 @@ class FaceJob:
     """
 
     where: str
+    number: int
     canvas: Canvas
     aligned: AlignedFace
     steps: tuple[Step, ...]

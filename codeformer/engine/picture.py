@@ -17,7 +17,7 @@ from codeformer.engine.finder import FoundFaces
 from codeformer.engine.memory import is_out_of_memory, release_failed_attempt
 from codeformer.engine.plan import torch_switches
 from codeformer.engine.stages import Span, StageTimes, run_stage
-from codeformer.errors import CodeFormerError, FaceLimitError
+from codeformer.errors import CodeFormerError, FaceLimitError, OptionError
 from codeformer.imaging.files import ImageU8
 from codeformer.imaging.geometry import (
     FACE_SIZE,
@@ -36,6 +36,7 @@ from codeformer.options import Recipe, Selection
 
 logger = logging.getLogger(__name__)
 
+_LEFT_OUT: Final = "left out: by its number"
 _NOT_CHOSEN: Final = {
     "largest": "left out: not the largest face",
     "centre": "left out: not the face nearest to the centre",
@@ -99,6 +100,10 @@ class Picture:
         recipe: what is done to them.
         selection: which of them.
         keep_crops: fill `RestoredImage.crops`.
+
+    Attributes:
+        error: why it has failed, if it has.
+        found: what `prepare` was given; None before.
     """
 
     def __init__(
@@ -115,6 +120,7 @@ class Picture:
         self.number = number
         self.name = f"image {number}"
         self.error: CodeFormerError | None = None
+        self.found: FoundFaces | None = None
         self._key = key
         self._recipe = recipe
         self._selection = selection
@@ -166,8 +172,10 @@ class Picture:
 
         Raises:
             FaceLimitError: there are more faces.
+            OptionError: the selection leaves out a face that is not there.
             InferenceError: OpenCV or the device failed.
         """
+        self.found = found
         if found.ghosts:
             logger.info(
                 "%s: detections that are no faces: %d (not found again in another framing)",
@@ -182,8 +190,9 @@ class Picture:
                     "the operator to raise CODEFORMER_MAX_FACES.",
                     self.number,
                 )
-            chosen, left_out = _choose(aligned, self._selection, self.image_bgr.shape[1::-1])
-            jobs = self._jobs_of(chosen) if chosen else []
+            chosen, left_out = self._choose(aligned)
+            numbers = {id(one): number for number, one in enumerate(aligned, start=1)}
+            jobs = self._jobs_of(chosen, numbers) if chosen else []
         self.add_time("align", span)
         not_restored = found.skipped + skipped
         for reason, count in Counter(reason for _, reason in not_restored).items():
@@ -211,20 +220,32 @@ class Picture:
         """
         face = whole_picture_as_face()
         with run_stage("align", self.name, self._device) as span:
-            jobs = self._jobs_of([face])
+            jobs = self._jobs_of([face], {id(face): 1})
         self.add_time("align", span)
         self._faces, self._unfinished = [face.face], 1
         return jobs
 
-    def _jobs_of(self, faces: Sequence[AlignedFace]) -> list[FaceJob]:
+    def _choose(self, aligned: Sequence[AlignedFace]) -> tuple[list[AlignedFace], list[SkippedFace]]:
+        """The faces that are to be restored, in their order, and the other ones with the reason."""
+        unwanted = self._selection.left_out
+        if unknown := [number for number in unwanted if number > len(aligned)]:
+            expected = f"numbers of the {len(aligned)} faces of {self.name}"
+            raise OptionError("left_out", min(unknown), expected)
+        is_wanted = [number not in unwanted for number in range(1, len(aligned) + 1)]
+        chosen, left_out = _choose(
+            list(compress(aligned, is_wanted)), self._selection, self.image_bgr.shape[1::-1]
+        )
+        return chosen, _left_out(compress(aligned, map(not_, is_wanted)), _LEFT_OUT) + left_out
+
+    def _jobs_of(self, faces: Sequence[AlignedFace], numbers: Mapping[int, int]) -> list[FaceJob]:
         canvas = self._canvas = self._make_canvas()
         image = self.image_bgr
         picture_is_gray = is_gray(image)
-        numbers = {id(face): number for number, face in enumerate(faces, start=1)}
         self._losing_detail = sum(loses_detail(image, one.face.face_to_picture) for one in faces)
         return [
             FaceJob(
                 where=f"{self.name} face {numbers[id(one)]}",
+                number=numbers[id(one)],
                 canvas=canvas,
                 aligned=one,
                 steps=self._recipe.steps,

@@ -260,17 +260,22 @@ def check_array(image: object, number: int, limits: Limits, *, aligned: bool = F
 
 
 class Progress:
-    """Says in the log how far it is, once a second at most."""
+    """Says in the log how far it is, once a second at most.
+
+    Attributes:
+        found: faces that are to be restored, of the pictures that have been searched.
+        restored: how many of them are.
+    """
 
     def __init__(self) -> None:
         self.found = 0
-        self._restored = 0
+        self.restored = 0
         self._last = time.monotonic()
 
     def add(self, faces: int) -> None:
-        """Counts faces that are restored; `found` counts those that are to be."""
-        self._restored += faces
+        """Counts faces that are restored."""
+        self.restored += faces
         now = time.monotonic()
         if now - self._last >= _SECONDS_BETWEEN_LINES:
             self._last = now
-            logger.info("%d of %d faces are restored", self._restored, self.found)
+            logger.info("%d of %d faces are restored", self.restored, self.found)

@@ -1,4 +1,4 @@
-"""Image quality metrics for training and benchmarks, beside those of `codeformer.imaging.quality`."""
+"""Naturalness of pictures without a reference; the other measures are in `codeformer.imaging.quality`."""
 
 from typing import Final
 
@@ -9,11 +9,6 @@ from codeformer.imaging.files import ImageU8
 
 # NIQE needs several blocks of 96 px.
 SMALLEST_FOR_NIQE: Final = 192
-
-
-def colour_shift(result: ImageU8, truth: ImageU8) -> float:
-    """The largest absolute difference of a channel's mean between two (H, W, 3) pictures, in 8-bit levels."""
-    return float(np.abs(result.mean(axis=(0, 1)) - truth.mean(axis=(0, 1))).max())
 
 
 def niqe(picture: ImageU8) -> float | None:

@@ -1,4 +1,4 @@
-"""How close a picture is to its original: PSNR, SSIM, and the agreement of fine detail."""
+"""How close a picture is to another one, and how sharp it is."""
 
 import math
 from typing import Any, Final
@@ -60,6 +60,25 @@ def detail_agreement(result: ImageU8, truth: ImageU8) -> float:
     found, wanted = _fine_detail(result), _fine_detail(truth)
     norm = math.sqrt(float((found * found).sum()) * float((wanted * wanted).sum()))
     return float((found * wanted).sum()) / norm if norm else 0.0
+
+
+def colour_shift(result: ImageU8, truth: ImageU8) -> float:
+    """The largest absolute difference of a channel's mean between two (H, W, 3) pictures, in 8-bit levels."""
+    return float(np.abs(result.mean(axis=(0, 1)) - truth.mean(axis=(0, 1))).max())
+
+
+def distance(result: ImageU8, truth: ImageU8) -> float:
+    """Root mean square difference of two pictures (H, W, 3) uint8, in 8-bit levels; 0 for equal pictures."""
+    return float(np.sqrt(np.mean((result.astype(np.float64) - truth) ** 2)))
+
+
+def sharpness(picture: ImageU8) -> float:
+    """Variance of the Laplacian of a picture's luma, (H, W, 3) uint8 BGR; 0 for a uniform one.
+
+    Noise counts as sharpness. Compare pictures of the same size and content only.
+    """
+    luma = cv2.cvtColor(picture, cv2.COLOR_BGR2GRAY)
+    return float(cv2.Laplacian(luma, cv2.CV_64F).var())
 
 
 def _fine_detail(image_bgr: ImageU8) -> npt.NDArray[np.float64]:

@@ -43,6 +43,8 @@ class Ticket:
     Attributes:
         done: the seconds that the request has waited for its first turn, once all of its results are there;
             or what it failed with.
+        progress: how many faces it has, and how many are restored.
+        ready_at: when its faces were found, or the search for them began; None before its first turn.
     """
 
     def __init__(self, images: Sequence[ImageU8], work: Work, on_result: OnResult) -> None:
@@ -52,7 +54,7 @@ class Ticket:
         self.faces: deque[tuple[Picture, FaceJob]] = deque()
         self.ready_at: float | None = None
         self._on_result = on_result
-        self._progress = Progress()
+        self.progress = Progress()
         # Where log lines go may depend on the caller's context.
         self._context = contextvars.copy_context()
         self._submitted = time.monotonic()
@@ -87,7 +89,7 @@ class Ticket:
         pipeline.store.initialise(self.work.key.plan)
         for picture, jobs in find_faces(self.pictures, pipeline.store, self.work):
             self.faces.extend((picture, job) for job in jobs)
-            self._progress.found += len(jobs)
+            self.progress.found += len(jobs)
         self.ready_at = time.monotonic()
         self._deliver(pipeline)
 
@@ -106,7 +108,7 @@ class Ticket:
         for (picture, job), result in zip(taken, results, strict=True):
             if picture.error is None:
                 picture.finish(job, result)
-        self._progress.add(len(taken))
+        self.progress.add(len(taken))
         self._deliver(pipeline)
 
     def _deliver(self, pipeline: Pipeline) -> None:

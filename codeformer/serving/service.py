@@ -227,38 +227,43 @@ class Service:
         return await asyncio.get_running_loop().run_in_executor(pool, context.run, call)
 
     def warm_up(self) -> None:
-        """Restores the sample portrait; before the first request and before there is an event loop.
+        """As the function `warm_up`."""
+        warm_up(self._pipeline, self._scheduler)
 
-        That request then finds everything loaded, and a broken device is noticed before it comes. The
-        precision of the faster profiles is settled as well, which may take half a second of a CPU that
-        nothing else should keep busy meanwhile.
 
-        Raises:
-            DeviceError: the device cannot run the networks.
-        """
-        started = time.perf_counter()
-        device = self._pipeline.device
-        results: list[RestoredImage] = []
-        image = decode_image((SAMPLES / "1.jpg").read_bytes())
-        # All restorers that are loaded, one after another.
-        recipe = recipe_of("+".join(self._pipeline.models.restorers), DEFAULT_FIDELITY)
+def warm_up(pipeline: Pipeline, scheduler: Scheduler) -> None:
+    """Restores the sample portrait; before the first request and before there is an event loop.
 
-        def take(_: int, result: RestoredImage) -> None:
-            results.append(result)
-            # In the thread that will compute: with a second thread that has used OpenMP, its threads would
-            # outnumber the cores, no longer wait actively for each other, and take a tenth more time.
-            half_dtype_of(device)
+    That request then finds everything loaded, and a broken device is noticed before it comes. The
+    precision of the faster profiles is settled as well, which may take half a second of a CPU that
+    nothing else should keep busy meanwhile.
 
-        ticket = Ticket([image], self._pipeline.work_for(recipe), take)
-        self._scheduler.submit(ticket)
-        try:
-            ticket.done.result()
-        except InferenceError as cause:
-            raise DeviceError(str(device), str(cause)) from cause
-        if not results[0].faces:
-            logger.warning("no face was found in the sample portrait: are these the right weights?")
-        logger.info("fast and max_speed compute in %s", half_dtype_of(device) or "float32")
-        logger.info("ready on %s after a warm-up of %.1f s", device, time.perf_counter() - started)
+    Raises:
+        DeviceError: the device cannot run the networks.
+    """
+    started = time.perf_counter()
+    device = pipeline.device
+    results: list[RestoredImage] = []
+    image = decode_image((SAMPLES / "1.jpg").read_bytes())
+    # All restorers that are loaded, one after another.
+    recipe = recipe_of("+".join(pipeline.models.restorers), DEFAULT_FIDELITY)
+
+    def take(_: int, result: RestoredImage) -> None:
+        results.append(result)
+        # In the thread that will compute: with a second thread that has used OpenMP, its threads would
+        # outnumber the cores, no longer wait actively for each other, and take a tenth more time.
+        half_dtype_of(device)
+
+    ticket = Ticket([image], pipeline.work_for(recipe), take)
+    scheduler.submit(ticket)
+    try:
+        ticket.done.result()
+    except InferenceError as cause:
+        raise DeviceError(str(device), str(cause)) from cause
+    if not results[0].faces:
+        logger.warning("no face was found in the sample portrait: are these the right weights?")
+    logger.info("fast and max_speed compute in %s", half_dtype_of(device) or "float32")
+    logger.info("ready on %s after a warm-up of %.1f s", device, time.perf_counter() - started)
 
 
 class PixelBudget:

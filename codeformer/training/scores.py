@@ -15,9 +15,8 @@ from codeformer.engine.detector import FaceDetector
 from codeformer.engine.restorer import FaceRestorer
 from codeformer.evaluation.degradation import HEAVY, MODERATE, MODERATE_CUBIC, DegradationRange
 from codeformer.evaluation.matching import Agreement
-from codeformer.evaluation.metrics import colour_shift
 from codeformer.imaging.files import ImageU8
-from codeformer.imaging.quality import psnr_db, ssim
+from codeformer.imaging.quality import colour_shift, psnr_db, ssim
 from codeformer.training.faces import read_face, read_photograph
 
 QUALITIES: Final = ("psnr_db", "ssim", "colour_shift")

@@ -1,0 +1,66 @@
+"""`codeformer demo`: a page on this machine to try and to compare."""
+
+import argparse
+import contextlib
+import os
+import socket
+
+from codeformer.cli.arguments import add_networks, load_pipeline
+from codeformer.cli.extras import check_installed
+from codeformer.errors import InputError
+
+_HOST = "127.0.0.1"
+_DEFAULT_PORT = 8080
+# Somebody who waits for a result when the page is ended does not get it.
+_PATIENCE_S = 2
+
+
+def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Adds the command."""
+    parser = commands.add_parser("demo", help="a page on this machine: try photos, compare restorers")
+    parser.add_argument(
+        "--port", type=int, default=_DEFAULT_PORT, help=f"default: {_DEFAULT_PORT}; 0 for any free one"
+    )
+    add_networks(parser)
+    parser.add_argument("-v", "--verbose", action="store_true", help="log faces and stage times")
+    parser.set_defaults(command=_demo)
+
+
+def _demo(options: argparse.Namespace) -> int:
+    check_installed("demo", "jinja2", "starlette", "uvicorn")
+    import uvicorn
+
+    from codeformer.demo.app import Demo
+    from codeformer.demo.views import Setup
+    from codeformer.limits import Limits
+    from codeformer.weights.manifest import load_weight_set
+
+    with _listening(options.port) as listener:
+        limits = Limits.from_environment()
+        pipeline = load_pipeline(options)
+        setup = Setup.of(load_weight_set(options.weights), pipeline.device)
+        demo = Demo(pipeline, setup, limits)
+        demo.warm_up()
+        config = uvicorn.Config(
+            demo.application(),
+            log_config=None,
+            access_log=False,
+            timeout_graceful_shutdown=_PATIENCE_S,
+        )
+        port = listener.getsockname()[1]
+        print(f"The page is at http://{_HOST}:{port} (Ctrl-C ends it).", flush=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            uvicorn.Server(config).run(sockets=[listener])
+        demo.close()
+    return 0
+
+
+def _listening(port: int) -> socket.socket:
+    """A socket on the loopback interface; taken before the networks are loaded, which takes longer."""
+    try:
+        return socket.create_server((_HOST, port))
+    except (OSError, OverflowError) as cause:
+        reason = os.strerror(cause.errno or 0) if isinstance(cause, OSError) else "it is no port"
+        raise InputError(
+            f"--port: expected a free port, got {port} ({reason}); choose another one."
+        ) from cause
