@@ -269,6 +269,38 @@ class DiskFullError(CodeFormerError):
         )
 
 
+class MissingPackageError(CodeFormerError):
+    """A package that is not always installed is needed.
+
+    Attributes: `package`, its name; `extra`, the extra of this project that brings it.
+    """
+
+    def __init__(self, package: str, extra: str) -> None:
+        self.package = package
+        self.extra = extra
+        super().__init__(
+            f"expected the package {package}, which is not installed; get it with "
+            f"`pip install 'codeformer[{extra}]'`, or in a checkout with "
+            f"`pip install -r requirements-bulk.txt`."
+        )
+
+
+class BulkError(CodeFormerError, RuntimeError):
+    """A bulk run cannot start or go on; what its ledger has recorded stays, and the next run goes on there."""
+
+
+class SourceError(BulkError):
+    """The source of a bulk run cannot be listed or read as a whole."""
+
+
+class TargetError(BulkError):
+    """The target of a bulk run, or its ledger's folder, cannot be written."""
+
+
+class LedgerError(BulkError):
+    """A file of a bulk run's ledger cannot be used."""
+
+
 class TrainingError(CodeFormerError, RuntimeError):
     """A training run cannot start or continue."""
 

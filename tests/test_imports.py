@@ -141,6 +141,7 @@ ROOMS = [
     "process",
     "engine",
     "serving",
+    "bulk",
     "cli",
     "evaluation",
     "training",

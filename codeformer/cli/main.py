@@ -15,11 +15,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
-from codeformer.cli import compiling, restore, weights
+from codeformer.cli import bulk, compiling, restore, weights
 from codeformer.errors import CodeFormerError
 
 # In the order of the help.
-_COMMANDS: Final = (restore, compiling, weights)
+_COMMANDS: Final = (restore, bulk, compiling, weights)
 # Shells report this number plus the signal's number for a program that a signal ended.
 _ENDED_BY_SIGNAL: Final = 128
 
