@@ -11,6 +11,7 @@ rows, `final_rows` tells which one counts.
 """
 
 import json
+import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -42,7 +43,7 @@ class Row:
     r"""What became of a picture.
 
     Attributes:
-        address: a path or a URI; bytes that are no text are written as `\xNN`.
+        address: a path or a URI. In it and in other texts, bytes that are no text are written as `\xNN`.
         place: a digest of the address: the same in all rows of a picture.
         key: a digest of address, size and etag: another one when the picture has changed.
         size: in bytes, as listed.
@@ -163,7 +164,7 @@ class Ledger:
             LedgerError: they differ, or the file cannot be read.
             TargetError: the folder cannot be written.
         """
-        facts = {"format": FORMAT, **facts}
+        facts = _flat({"format": FORMAT, **facts})
         try:
             content = self.store.read(RUN_FILE)
         except FileNotFoundError:
@@ -276,7 +277,7 @@ class Ledger:
         """
         if not rows:
             return
-        columns = {field.name: [getattr(row, field.name) for row in rows] for field in fields(Row)}
+        columns = {field.name: [_storable(getattr(row, field.name)) for row in rows] for field in fields(Row)}
         table = self._arrow.table(columns, schema=self._schema)
         sink = self._arrow.BufferOutputStream()
         self._parquet.write_table(table, sink, compression="zstd", write_page_checksum=True)
@@ -405,6 +406,19 @@ class Ledger:
             elif field.name.endswith("_ms"):
                 kinds[field.name] = arrow.float32()
         return arrow.schema([(field.name, kinds.get(field.name, arrow.string())) for field in fields(Row)])
+
+
+def _flat(facts: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values under dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in facts.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat
+
+
+def _storable(value: Any) -> Any:
+    """A value as it is, but for the bytes of a file's name that are no text."""
+    return os.fsencode(value).decode("utf-8", "backslashreplace") if isinstance(value, str) else value
 
 
 def _range_of(fact: FileFact) -> tuple[int, int]:

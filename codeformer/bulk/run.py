@@ -89,8 +89,6 @@ def run_here(job: Job, feed: Feed, report: Report, stop: threading.Event) -> Non
         BulkError: the run cannot go on.
         CodeFormerError: it cannot start.
     """
-    from codeformer.bulk.worker import make_worker  # noqa: PLC0415 - torch is needed only if there is work
-
     worker = None
     while not stop.is_set():
         shard = feed.next(_LOOK_S)
@@ -101,6 +99,8 @@ def run_here(job: Job, feed: Feed, report: Report, stop: threading.Event) -> Non
                 return
             continue
         if worker is None:
+            from codeformer.bulk.worker import make_worker  # noqa: PLC0415 - torch is for work alone
+
             report.note = "loading the networks"
             worker = make_worker(job)
             report.note = ""

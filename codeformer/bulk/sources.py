@@ -147,7 +147,7 @@ def translate(pattern: str) -> str:
             at += 1
         elif rest[0] == "[" and "]" in rest[2:]:
             end = rest.index("]", 2)
-            inside = rest[1:end].replace("\\", r"\\")
+            inside = re.sub(r"[\\\[&~|]", r"\\\g<0>", rest[1:end])
             parts.append("[^" + inside[1:] + "]" if inside.startswith("!") else f"[{inside}]")
             at += end + 1
         else:

@@ -174,7 +174,7 @@ class Worker:
         entry = shard.entries[at]
         options, weights = self._digests
         row = Row(
-            address=os.fsencode(entry.address).decode("utf-8", "backslashreplace"),
+            address=entry.address,
             place=shard.places[at],
             key=shard.keys[at],
             size=entry.size,
