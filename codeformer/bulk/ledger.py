@@ -248,6 +248,15 @@ class Ledger:
             strikes.update(mark.keys if mark else ())
         return done, strikes
 
+    def rows_of(self, shard: Shard) -> list[Row]:
+        """What this attempt at a shard has recorded."""
+        rows: list[Row] = []
+        for name in self._of_shard(_PARTS, shard):
+            if name.rpartition("/")[2].startswith(f"{shard.name}-{shard.attempt}."):
+                table = self._table(name, None)
+                rows += [] if table is None else [Row(**row) for row in table.to_pylist()]
+        return rows
+
     def begin(self, shard: Shard, group: int, keys: Sequence[bytes]) -> str:
         """Notes that pictures are about to be touched; returns the mark's name, for `end`.
 

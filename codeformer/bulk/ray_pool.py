@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 from codeformer.bulk.drain import Drain
@@ -170,7 +171,12 @@ def run_on_ray(job: Job, feed: Feed, report: Report, drain: Drain, address: str,
         BulkError: the run cannot go on, or there is no such cluster.
         MissingPackageError: Ray is not installed.
     """
-    with _connected(address, needs) as ray:
+    # A thread of Ray's prints deaths of workers on standard output, which is for the summary.
+    with (
+        Path(os.devnull).open("w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        _connected(address, needs) as ray,
+    ):
         drain.install()
         pool = _Pool(ray, job, feed, report, needs)
         try:
@@ -212,6 +218,7 @@ class _Pool:
         self._feed = feed
         self._report = report
         self._needs = needs
+        self._ledger = job.open_ledger()
         self._members: list[_Member] = []
         self._again: deque[Shard] = deque()
         self._failed_starts = 0
@@ -357,7 +364,7 @@ class _Pool:
 
     def _bury(self, member: _Member, cause: str) -> None:
         """Takes note of a worker's death, and of what it had in its hands."""
-        lines = [line.strip() for line in cause.splitlines() if line.strip()] or ["no reason is known"]
+        lines = [line.strip(" .\t") for line in cause.splitlines() if line.strip(" .\t")] or ["no reason is known"]
         shard = member.shard
         self._dismiss(member)
         self._counted = -_COUNT_S
@@ -371,6 +378,9 @@ class _Pool:
             return
         self._report.deaths += 1
         if shard is not None:
+            # What it had recorded counts, and is no work for the next one.
+            for row in self._ledger.rows_of(shard):
+                self._report.recorded.add_row(row)
             if shard.attempt >= _MAX_ATTEMPTS:
                 raise BulkError(
                     f"expected shard {shard.name} to end, but {shard.attempt} workers died of it; the last one: "

@@ -211,7 +211,8 @@ class Worker:
 
         if tasks[0].row.attempt > MAX_STRIKES:
             for task in tasks:
-                keep(_failed(task, "worker", "WorkerDied", _killed(shard)))
+                row = _failed(task, "worker", "WorkerDied", _killed(shard))
+                keep(replace(row, attempt=MAX_STRIKES))
             record()
             return
         mark = self._ledger.begin(shard, number, [task.row.key for task in tasks])
