@@ -286,7 +286,9 @@ class MissingPackageError(CodeFormerError):
 
 
 class BulkError(CodeFormerError, RuntimeError):
-    """A bulk run cannot start or go on; what its ledger has recorded stays, and the next run goes on there."""
+    """A bulk run cannot start or go on; what its ledger has recorded stays, and the next run goes on
+    there.
+    """
 
 
 class SourceError(BulkError):

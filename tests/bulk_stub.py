@@ -1,7 +1,8 @@
-"""`codeformer bulk` with a pipeline that takes no time; run as a program, it is the command line with that pipeline.
+"""`codeformer bulk` with a pipeline that takes no time; run as a program, it is the command line with that
+pipeline.
 
-A picture tells what becomes of it: one that is POISON all over kills the process that looks at it. The variable
-DELAY gives each picture so many seconds, in workers on other nodes, too.
+A picture tells what becomes of it: one that is POISON all over kills the process that looks at it. The
+variable DELAY gives each picture so many seconds, in workers on other nodes, too.
 """
 
 import dataclasses
@@ -16,7 +17,6 @@ from typing import Any
 import cv2
 import numpy as np
 
-
 from codeformer.bulk.job import Job
 from codeformer.bulk.ledger import Ledger
 from codeformer.bulk.stores import open_store
@@ -30,7 +30,20 @@ from tests.test_pasting import similarity
 
 POISON = 66
 DELAY = "CODEFORMER_STUB_DELAY_S"
-ODD_NAMES = ("a b", "ünïcode", "日本", "#1?", "50%", "[x]", "'q'", "new\nline", "dots..", "tab\t", "-dash", "{}")
+ODD_NAMES = (
+    "a b",
+    "ünïcode",
+    "日本",
+    "#1?",
+    "50%",
+    "[x]",
+    "'q'",
+    "new\nline",
+    "dots..",
+    "tab\t",
+    "-dash",
+    "{}",
+)
 
 
 class Detector(FixedDetector):
@@ -66,7 +79,9 @@ def use_stub(patch: Any) -> None:
     patch(bulk, "job_of", job_of)
 
 
-def write_pictures(folder: Path, count: int, *, broken: Sequence[int] = (), poison: Sequence[int] = ()) -> None:
+def write_pictures(
+    folder: Path, count: int, *, broken: Sequence[int] = (), poison: Sequence[int] = ()
+) -> None:
     """Small pictures in nested folders with odd names; some of them cut short, some that kill."""
     for number in range(count):
         odd = ODD_NAMES[number % len(ODD_NAMES)]

@@ -70,7 +70,12 @@ def bulk(stub: None, capsys: pytest.CaptureFixture[str]) -> Any:
 def test_every_picture_has_one_output_and_one_row(bulk: Any, album: Path, target: Path) -> None:
     before = {path: path.read_bytes() for path in album.rglob("*") if path.is_file()}
     summary = bulk(album, "--to", target)
-    assert (summary["ended"], summary["restored"], summary["failed"], summary["left"]) == ("finished", 18, 2, 0)
+    assert (summary["ended"], summary["restored"], summary["failed"], summary["left"]) == (
+        "finished",
+        18,
+        2,
+        0,
+    )
     assert summary["errors"] == {"decode: ImageError": 2}
     rows = {row["address"]: row for row in final_rows(target)}
     assert set(rows) == set(map(str, before))
@@ -95,7 +100,9 @@ def test_every_picture_has_one_output_and_one_row(bulk: Any, album: Path, target
         assert image.shape == restored.shape
         assert np.abs(image.astype(int) - restored).max() > 30
     bad = [row for row in rows.values() if row["status"] == "failed"]
-    assert {(row["output"], row["error_stage"], row["error_kind"]) for row in bad} == {(None, "decode", "ImageError")}
+    assert {(row["output"], row["error_stage"], row["error_kind"]) for row in bad} == {
+        (None, "decode", "ImageError")
+    }
     assert all("cut short" in row["error"] for row in bad)
     assert before == {path: path.read_bytes() for path in album.rglob("*") if path.is_file()}
     assert not list((target / "_ledger" / "started").rglob("*.json"))
@@ -216,7 +223,13 @@ def test_a_source_that_vanishes_is_an_error_and_no_pictures_fault(
 
 def test_a_file_that_vanishes_and_names_that_cannot_be_are_rows(bulk: Any, album: Path, target: Path) -> None:
     inside = target / "_ledger" / "x.jpg"
-    names = [str(next(album.rglob("* 2.jpg"))), str(album / "none.jpg"), f"{album}/../x.jpg", str(album), str(inside)]
+    names = [
+        str(next(album.rglob("* 2.jpg"))),
+        str(album / "none.jpg"),
+        f"{album}/../x.jpg",
+        str(album),
+        str(inside),
+    ]
     names += ["nosuch://bucket/x.jpg"]
     pq.write_table(pa.table({"address": names}), album / "list.parquet")
     bulk(album / "list.parquet", "--to", target, "--max-error-rate", "1")
@@ -235,12 +248,12 @@ def test_a_stage_that_fails_is_a_row_and_a_device_that_fails_is_none(
 
     looked = iter(range(1000))
 
-    def fail(*_: object, **__: object) -> Any:
+    def fail(detector: Detector, images_bgr: Any, *, batched: bool = True) -> Any:
         if next(looked) % 2:
             raise RuntimeError("bad luck")
-        return detect(detector, *_[1:], **__)
+        return detect(detector, images_bgr, batched=batched)
 
-    detector, detect = Detector(), Detector.detect
+    detect = Detector.detect
     monkeypatch.setattr(Detector, "detect", fail)
     summary = bulk(album, "--to", target, "--max-error-rate", "1")
     failed = [row for row in final_rows(target) if row["error_stage"] == "detect"]
@@ -254,7 +267,9 @@ def test_a_stage_that_fails_is_a_row_and_a_device_that_fails_is_none(
     assert DeviceError.__name__ not in {row["error_kind"] for row in final_rows(target)}
 
 
-def test_other_options_or_foreign_files_are_refused(bulk: Any, album: Path, target: Path, tmp_path: Path) -> None:
+def test_other_options_or_foreign_files_are_refused(
+    bulk: Any, album: Path, target: Path, tmp_path: Path
+) -> None:
     bulk(album, "--to", target)
     said = bulk(album, "--to", target, "--strength", "0.5", status=1)["error"]
     assert "(options.strength: 1.0 there, 0.5 now)" in said
@@ -269,7 +284,12 @@ def test_other_options_or_foreign_files_are_refused(bulk: Any, album: Path, targ
 def test_a_dry_run_writes_nothing_and_estimates(bulk: Any, album: Path, target: Path) -> None:
     result = bulk(album, "--to", target, "--dry-run", "--node", "T4=5@0.81", "--node", "H100=50@5")
     assert not target.exists()
-    assert (result["listed"], result["to_do"], result["failed_in_sample"], len(result["sample"])) == (20, 20, 2, 20)
+    assert (result["listed"], result["to_do"], result["failed_in_sample"], len(result["sample"])) == (
+        20,
+        20,
+        2,
+        20,
+    )
     assert result["faces_per_picture"] == 18 / 20
     hours = 20 * 0.9 / 5 / 3600
     assert result["nodes"][0] == {"name": "T4", "faces_per_second": 5, "hours": hours, "cost": hours * 0.81}
@@ -344,7 +364,9 @@ def test_from_a_bucket_into_a_bucket(bulk: Any, bucket: Any, album: Path) -> Non
     inputs = {f"s3://photos/{key}" for key in keys if key.startswith("in/") and not key.endswith("/")}
     assert {row["address"] for row in rows} == inputs
     written = {f"out/{row['output']}" for row in rows if row["output"]}
-    assert {key for key in keys if key.startswith("out/") and "_ledger" not in key and not key.endswith("/")} == written
+    assert {
+        key for key in keys if key.startswith("out/") and "_ledger" not in key and not key.endswith("/")
+    } == written
     # A picture that was replaced is done again; the others are not even asked for.
     changed = next(row for row in rows if row["output"])
     bucket.put_object(Key=changed["address"].removeprefix("s3://photos/"), Body=encode_jpeg(pictures.plain()))
@@ -399,7 +421,6 @@ def test_a_feed_ends_with_its_reader_and_passes_errors_on() -> None:
 
 
 def make_shards() -> list[Any]:
-
 
     return planned(entries_of(5))
 

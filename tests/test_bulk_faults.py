@@ -42,7 +42,7 @@ def broken_in(album: Path) -> list[str]:
 )
 def test_a_run_that_is_stopped_goes_on_later(album: Path, target: Path, number: int, moment: str) -> None:
     ready = {
-        "start": lambda: (target / "_ledger" / "run.json").exists(),
+        "start": (target / "_ledger" / "run.json").exists,
         "middle": lambda: len(outputs(target)) > COUNT // 3,
         "end": lambda: len(outputs(target)) >= COUNT - 2,
     }[moment]
@@ -60,7 +60,9 @@ def test_a_run_that_is_stopped_goes_on_later(album: Path, target: Path, number: 
         if out:
             assert f"{len(recorded) - len(set(broken_in(album)) & recorded)} restored" in out
             assert "The same command again goes on from here" in err
-        assert not list((target / "_ledger" / "started").rglob("*.json")), "nothing was left in anybody's hands"
+        assert not list((target / "_ledger" / "started").rglob("*.json")), (
+            "nothing was left in anybody's hands"
+        )
     if moment == "middle":
         assert len(recorded) < COUNT
     with running(album, "--to", target, "--shard-size", "16", "--json") as driver:

@@ -111,8 +111,8 @@ def dry_run(
 def dry_run_in_words(result: dict[str, Any]) -> str:
     """The result of `dry_run` as lines."""
     lines = [
-        f"{result['listed']:,} pictures listed, {result['done_before']:,} done before, {result['to_do']:,} to do "
-        f"({result['to_do_bytes'] / 1e9:.2f} GB where sizes are known)"
+        f"{result['listed']:,} pictures listed, {result['done_before']:,} done before",
+        f"{result['to_do']:,} to do, {result['to_do_bytes'] / 1e9:.2f} GB where sizes are known",
     ]
     if result["sample"]:
         lines.append(f"a sample of {len(result['sample'])}, restored here and not kept:")
@@ -120,8 +120,8 @@ def dry_run_in_words(result: dict[str, Any]) -> str:
             told = one["error"] or f"{one['faces']} face{'s' * (one['faces'] != 1)} -> {one['output']}"
             lines.append(f"  {one['address']}: {told}")
         lines.append(
-            f"{result['faces_per_picture']:.2f} faces a picture; {result['seconds_per_picture_here']:.2f} s a "
-            f"picture here, so {in_words(result['hours_here'] * 3600)} for all in one process like this"
+            f"{result['faces_per_picture']:.2f} faces a picture; {result['seconds_per_picture_here']:.2f} "
+            f"s a picture here, so {in_words(result['hours_here'] * 3600)} for all in one process like this"
         )
     lines += [
         f"{node['name']}: {in_words(node['hours'] * 3600)} on one, cost {node['cost']:,.2f} on any number"

@@ -16,7 +16,7 @@ def load(module: str, extra: str) -> ModuleType:
     Raises:
         MissingPackageError: it is not installed.
     """
-    package = module.split(".")[0]
+    package = module.split(".", maxsplit=1)[0]
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as cause:

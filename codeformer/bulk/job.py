@@ -1,4 +1,6 @@
-"""What all workers of a run need to know, and what they report. Everything here can be sent to other machines."""
+"""What all workers of a run need to know, and what they report. Everything here can be sent to other
+machines.
+"""
 
 import dataclasses
 import json

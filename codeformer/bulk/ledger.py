@@ -1,13 +1,13 @@
 """The record of a bulk run: Parquet files that are only ever added, and marks of what has been begun.
 
     run.json                     what the runs of this target have in common
-    parts/XX/SHARD-A.G.parquet   a row for each picture of a group of shard SHARD, written when all are finished
-    started/XX/SHARD-A.G.json    the keys of a group, from before it is touched until its part is written
+    parts/XX/SHARD-A.G.parquet   a row for each picture of a group of SHARD, when all are finished
+    started/XX/SHARD-A.G.json    the keys of a group, until its part is written
     summaries/RUN.json           the summary of a run
 
-A shard's name begins with the range of its places, and XX are the first two digits of that. Nothing is changed in
-place and every name is used once, so runs at the same time do not disturb each other; where a picture has several
-rows, `final_rows` tells which one counts.
+A shard's name begins with the range of its places, and XX are the first two digits of that. Nothing is
+changed in place and every name is used once, so runs at the same time do not disturb each other; where a
+picture has several rows, `final_rows` tells which one counts.
 """
 
 import json
@@ -56,8 +56,8 @@ class Row:
         faces_restored: of those, the ones that were restored.
         faces_skipped: and those that were not.
         skip_reasons: a reason for each.
-        read_ms, decode_ms, detect_ms, align_ms, restore_ms, parse_ms, paste_ms, encode_ms, write_ms: milliseconds;
-            a stage that worked on several pictures counts in equal shares.
+        read_ms, decode_ms, detect_ms, align_ms, restore_ms, parse_ms, paste_ms, encode_ms, write_ms:
+            milliseconds; a stage that worked on several pictures counts in equal shares.
         error_stage: read, decode, detect, ..., write; "worker" for a picture that killed its workers.
         error_kind: the error's type.
         error: its message.
@@ -303,8 +303,8 @@ class Ledger:
     def final_rows(self) -> Any:
         """A pyarrow table with exactly one row for each picture that has any.
 
-        It is of the latest version of the picture; within a version, a row that tells of a success comes before one
-        that tells of a failure, and then the latest counts. The table is held in memory.
+        It is of the latest version of the picture; within a version, a row that tells of a success comes
+        before one that tells of a failure, and then the latest counts. The table is held in memory.
 
         Raises:
             LedgerError: files are damaged.
@@ -386,16 +386,16 @@ class Ledger:
             self.store.write(name, data)
         except OSError as cause:
             raise TargetError(
-                f"{self.store.address(name)}: expected to write the ledger, got: {cause}. Make room there or make "
-                "it writable, and start the run again; it goes on where it stopped."
+                f"{self.store.address(name)}: expected to write the ledger, got: {cause}. Make room there "
+                "or make it writable, and start the run again; it goes on where it stopped."
             ) from cause
 
     def _damaged(self, names: Sequence[str]) -> LedgerError:
         listed = ", ".join(self.store.address(name) for name in names[:5])
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""
         return LedgerError(
-            f"{listed}{more}: expected whole files of the ledger, got damaged ones. Move them away and start the "
-            "run again; the pictures that they recorded are then restored again."
+            f"{listed}{more}: expected whole files of the ledger, got damaged ones. Move them away and "
+            "start the run again; the pictures that they recorded are then restored again."
         )
 
     def _make_schema(self) -> Any:

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+from pathlib import PurePosixPath
 from typing import Final
 
 from codeformer.bulk.sources import PICTURE_SUFFIXES
@@ -19,9 +20,9 @@ _UNSAFE: Final = re.compile(r"(^|/)(\.{0,2})(/|$)|[\0]")
 def output_name(name: str, place: bytes, *, hashed_folders: bool = False) -> str | None:
     """The name of a picture's output, relative to the target.
 
-    A JPEG keeps its name; other pictures get a further ending (`a.png` becomes `a.png.jpg`), so that `a.jpg` and
-    `a.png` in one folder have different outputs. Parts that would be too long for a file system are cut, and end in
-    a hash.
+    A JPEG keeps its name; other pictures get a further ending (`a.png` becomes `a.png.jpg`), so that `a.jpg`
+    and `a.png` in one folder have different outputs. Parts that would be too long for a file system are cut,
+    and end in a hash.
 
     Args:
         name: the picture's, relative, with "/" between its parts.
@@ -43,10 +44,9 @@ def output_name(name: str, place: bytes, *, hashed_folders: bool = False) -> str
 
 def _ending_of(name: str) -> str:
     """What is put after a name so that no two names give the same result."""
-    stem, ending = os.path.splitext(name)
-    ending = ending.lower()
+    ending = PurePosixPath(name).suffix.lower()
     if ending in _SAME_FORMAT:
-        inner = os.path.splitext(stem)[1].lower()
+        inner = PurePosixPath(name).with_suffix("").suffix.lower()
         # "a.png.jpg" must not take the place of what "a.png" becomes.
         return _SUFFIX if inner in PICTURE_SUFFIXES or inner == _MARK else ""
     return _SUFFIX if ending in PICTURE_SUFFIXES else _MARK + _SUFFIX
@@ -57,7 +57,8 @@ def _shortened(part: str, ending: str = "") -> str:
     whole = os.fsencode(part + ending)
     if len(whole) <= _PART_BYTES:
         return part + ending
-    mark = f"~{hashlib.blake2b(os.fsencode(part), digest_size=8).hexdigest()}{ending or os.path.splitext(part)[1][:10]}"
+    digest = hashlib.blake2b(os.fsencode(part), digest_size=8).hexdigest()
+    mark = f"~{digest}{ending or PurePosixPath(part).suffix[:10]}"
     kept = part
     while len(os.fsencode(kept + mark)) > _PART_BYTES:
         kept = kept[:-1]

@@ -13,8 +13,8 @@ from codeformer.bulk.sources import Entry
 
 # Addresses that are looked up in the ledger at a time.
 _BATCH: Final = 8192
-# So many shards' pictures are held, sorted by place and cut: memory is bounded, and a shard's places are near to
-# each other.
+# So many shards' pictures are held, sorted by place and cut: memory is bounded, and a shard's places are
+# near to each other.
 _SHARDS_HELD: Final = 64
 
 

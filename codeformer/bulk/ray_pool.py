@@ -1,8 +1,8 @@
 """A run on a Ray cluster: a pool of actors, one pipeline each, that take shards.
 
-Ray Core's actors and not Ray Data, because the driver has to know which worker had which pictures when it died.
-No call is waited for without a time limit: a worker that does not answer, or finishes no picture for too long, is
-taken for dead, and its shard goes to another one.
+Ray Core's actors and not Ray Data, because the driver has to know which worker had which pictures when it
+died. No call is waited for without a time limit: a worker that does not answer, or finishes no picture for
+too long, is taken for dead, and its shard goes to another one.
 """
 
 import contextlib
@@ -364,7 +364,9 @@ class _Pool:
 
     def _bury(self, member: _Member, cause: str) -> None:
         """Takes note of a worker's death, and of what it had in its hands."""
-        lines = [line.strip(" .\t") for line in cause.splitlines() if line.strip(" .\t")] or ["no reason is known"]
+        lines = [line.strip(" .\t") for line in cause.splitlines() if line.strip(" .\t")] or [
+            "no reason is known"
+        ]
         shard = member.shard
         self._dismiss(member)
         self._counted = -_COUNT_S
@@ -372,8 +374,8 @@ class _Pool:
             self._failed_starts += 1
             if self._failed_starts >= _MAX_FAILED_STARTS:
                 raise BulkError(
-                    f"expected workers that start, but {self._failed_starts} failed one after another; the last "
-                    f"one: {lines[-1]}"
+                    f"expected workers that start, but {self._failed_starts} failed one after another; the "
+                    f"last one: {lines[-1]}"
                 )
             return
         self._report.deaths += 1
@@ -383,8 +385,8 @@ class _Pool:
                 self._report.recorded.add_row(row)
             if shard.attempt >= _MAX_ATTEMPTS:
                 raise BulkError(
-                    f"expected shard {shard.name} to end, but {shard.attempt} workers died of it; the last one: "
-                    f"{lines[0]}. Its first picture is {shard.entries[0].address}."
+                    f"expected shard {shard.name} to end, but {shard.attempt} workers died of it; the last "
+                    f"one: {lines[0]}. Its first picture is {shard.entries[0].address}."
                 )
             self._again.append(shard.again(lines[0][:200]))
 

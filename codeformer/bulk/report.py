@@ -149,12 +149,12 @@ def in_words(seconds: float) -> str:
 
 def summary_in_words(summary: dict[str, Any]) -> str:
     """A summary as a few lines."""
+    speed = f"{summary['faces_per_second']:.2f} faces/s, {summary['pictures_per_second']:.2f} pictures/s"
     lines = [
         f"{summary['ended']} after {in_words(summary['seconds'])}: {summary['restored']:,} restored, "
         f"{summary['failed']:,} failed, {summary['done_before']:,} done before, {summary['left']:,} left"
         + ("" if summary["listed_to_the_end"] else " of those that were listed"),
-        f"{summary['faces']:,} faces, {summary['faces_per_second']:.2f} faces/s, "
-        f"{summary['pictures_per_second']:.2f} pictures/s",
+        f"{summary['faces']:,} faces, {speed}",
     ]
     if summary["workers_died"]:
         lines.append(f"{summary['workers_died']:,} workers died and were replaced")

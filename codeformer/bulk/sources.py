@@ -68,8 +68,8 @@ class Source:
             yield from self._entries()
         except (OSError, csv.Error) as cause:
             raise SourceError(
-                f"{self.text}: expected to list pictures, got: {_in_words(cause)}. Check that the source is there "
-                "and may be read, and start the run again; it goes on where it stopped."
+                f"{self.text}: expected to list pictures, got: {_in_words(cause)}. Check that the source "
+                "is there and may be read, and start the run again; it goes on where it stopped."
             ) from cause
 
 
@@ -77,7 +77,8 @@ def open_source(text: str, *, without: Store, column: str = DEFAULT_COLUMN) -> S
     """The source that a user names.
 
     Args:
-        text: a folder, a pattern, or a list that ends in .parquet, .csv, .jsonl or .ndjson; here or in a bucket.
+        text: a folder, a pattern, or a list that ends in .parquet, .csv, .jsonl or .ndjson; here or in a
+        bucket.
         without: the target, which is left out where it lies in the source.
         column: of a list, with the addresses.
 
@@ -105,8 +106,8 @@ def open_source(text: str, *, without: Store, column: str = DEFAULT_COLUMN) -> S
         raise SourceError(f"{text}: the target {without.root} is the source itself; choose another target.")
     if _place_within(without, root) is not None:
         raise SourceError(
-            f"{text}: lies in the target {without.root}, where an output could replace an input; choose another "
-            "target."
+            f"{text}: lies in the target {without.root}, where an output could replace an input; choose "
+            "another target."
         )
     return Source(text, root, lambda: _walk(root, pattern, left_out), query)
 
@@ -131,7 +132,8 @@ def _walk(root: Store, pattern: str | None, left_out: str | None) -> Iterator[En
 def translate(pattern: str) -> str:
     """A pattern as a regular expression for a whole relative name.
 
-    `*` and `?` stand for anything but "/", `**/` for any number of folders, `[...]` for one of some characters.
+    `*` and `?` stand for anything but "/", `**/` for any number of folders, `[...]` for one of some
+    characters.
     """
     parts, at = [], 0
     while at < len(pattern):
@@ -180,8 +182,8 @@ def _open_list(text: str, plain: str, query: str, column: str) -> Source:
             if not isinstance(address, str) or not address:
                 known = ", ".join(map(str, row))
                 raise SourceError(
-                    f"{text}: expected an address in the column {column!r} of each row, got {address!r} in a row "
-                    f"with the columns {known}; name the right one with --column."
+                    f"{text}: expected an address in the column {column!r} of each row, got {address!r} in "
+                    f"a row with the columns {known}; name the right one with --column."
                 )
             size, etag = row.get("size"), row.get("etag")
             yield Entry(

@@ -227,7 +227,8 @@ class ArrowStore:
             # Only file systems with real folders say so.
             self._system.create_dir(path.rpartition("/")[0], recursive=True)
             stream = self._system.open_output_stream(path)
-        # An object appears when its stream is closed: a failed write leaves nothing that could be taken for one.
+        # An object appears when its stream is closed: a failed write leaves nothing that could be taken for
+        # one.
         with stream:
             stream.write(data)
 
@@ -328,7 +329,7 @@ def _open_system(scheme: str, authority: str, query: str) -> tuple[Any, str]:
         system, base = fs.FileSystem.from_uri(f"{scheme}://{authority}" + (f"?{options}" if options else ""))
     except (arrow.ArrowInvalid, arrow.ArrowNotImplementedError) as cause:
         raise BulkError(
-            f"{scheme}://{authority}: expected the address of a folder, a file or a bucket that pyarrow opens, "
-            f"got: {str(cause).splitlines()[0]}."
+            f"{scheme}://{authority}: expected the address of a folder, a file or a bucket that pyarrow "
+            f"opens, got: {str(cause).splitlines()[0]}."
         ) from cause
     return system, base.rstrip("/")

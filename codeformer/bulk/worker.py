@@ -39,7 +39,8 @@ from codeformer.weights.manifest import load_weight_set
 _FILE_THREADS: Final = 4
 # A picture that was in so many dying workers' hands is not tried again.
 MAX_STRIKES: Final = 3
-# Pictures in a group, by the number of strikes: a worker's death is narrowed down to one picture in three steps.
+# Pictures in a group, by the number of strikes: a worker's death is narrowed down to one picture in three
+# steps.
 _GROUP_SIZES: Final = (None, 16, 1)
 # Failures of writing that are the fault of one picture's name; all others would befall every picture.
 _NAME_ERRORS: Final = frozenset(
@@ -227,7 +228,7 @@ class Worker:
         self._ledger.end(mark)
 
     def _restore(self, tasks: Sequence[_Task], stop: threading.Event, keep: Callable[[Row], None]) -> None:
-        """Reads and decodes ahead, computes, encodes and writes behind; every picture that is begun is kept."""
+        """Reads and decodes ahead, encodes and writes behind; every picture that is begun is kept."""
         selection, limits = self._job.options.selection, self._job.limits
         flight = _Flight(limits.max_megapixels_in_work * 1e6)
         with ThreadPoolExecutor(_FILE_THREADS, thread_name_prefix="codeformer-files") as files:
@@ -236,8 +237,7 @@ class Worker:
                     self._decoded(tasks, files, flight, stop), self._recipe, selection, self._plan, limits
                 ):
                     if isinstance(result, CodeFormerError):
-                        if isinstance(result, InferenceError) and not self._pipeline.is_alive():
-                            raise DeviceError(str(self._pipeline.device), str(result))
+                        self._check_device(result)
                         flight.pixels -= task.pixels
                         keep(_failed_in_engine(task, result))
                     else:
@@ -326,8 +326,8 @@ class Worker:
             if cause.errno in _NAME_ERRORS:
                 return _failed(task, WRITTEN, type(cause).__name__, str(cause.strerror))
             raise TargetError(
-                f"{self._target.address(task.output)}: expected to write an output, got: {cause}. Make room there "
-                "or make it writable, and start the run again; it goes on where it stopped."
+                f"{self._target.address(task.output)}: expected to write an output, got: {cause}. Make "
+                "room there or make it writable, and start the run again; it goes on where it stopped."
             ) from cause
         task.elapsed_ms |= {stage: result.elapsed_ms.get(stage, 0.0) for stage in STAGES}
         task.elapsed_ms |= {
@@ -353,6 +353,11 @@ class Worker:
             return os.path.realpath(address).startswith(os.path.realpath(root) + os.sep)
         return address.startswith(f"{root}/")
 
+    def _check_device(self, failure: CodeFormerError) -> None:
+        """Raises DeviceError where a picture has failed because the device computes no more."""
+        if isinstance(failure, InferenceError) and not self._pipeline.is_alive():
+            raise DeviceError(str(self._pipeline.device), str(failure))
+
     def _check_source(self, cause: OSError) -> None:
         """Raises SourceError where a picture cannot be read because the whole source is gone."""
         root = self._job.source_root
@@ -364,8 +369,8 @@ class Worker:
         except OSError as failure:
             cause = failure
         raise SourceError(
-            f"{root}: the source is gone or cannot be reached ({cause}). Bring it back and start the run again; it "
-            "goes on where it stopped."
+            f"{root}: the source is gone or cannot be reached ({cause}). Bring it back and start the run "
+            "again; it goes on where it stopped."
         ) from cause
 
 
@@ -424,6 +429,6 @@ def _killed(shard: Shard) -> str:
     """Why a picture is set aside."""
     last = f"; the last one: {shard.last_words}" if shard.last_words else ""
     return (
-        f"{MAX_STRIKES} workers died with this picture in their hands, the last one with nothing else{last}. It is "
-        "set aside; --retry-errors tries it again."
+        f"{MAX_STRIKES} workers died with this picture in their hands, the last one with nothing "
+        f"else{last}. It is set aside; --retry-errors tries it again."
     )

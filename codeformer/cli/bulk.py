@@ -1,4 +1,4 @@
-"""`codeformer bulk`: folders and buckets of any size, on this machine, in jobs of a batch system, or on Ray."""
+"""`codeformer bulk`: folders and buckets of any size; here, in jobs of a batch system, or on Ray."""
 
 import argparse
 import json
@@ -30,7 +30,7 @@ def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     parser = commands.add_parser(
         "bulk",
         help="restore any number of photos once each, with a record; goes on where it stopped",
-        description="Restores the pictures of SOURCE into TARGET, each once, and records them in a ledger there. "
+        description="Restores the pictures of SOURCE into TARGET, each once, with a ledger there. "
         "The same command again goes on where the last one stopped.",
     )
     parser.add_argument(
@@ -115,8 +115,8 @@ def _bulk(arguments: argparse.Namespace) -> int:
         is_first = not ledger.has_run()
         if is_first and not target.is_empty():
             raise InputError(
-                f"--to {arguments.to}: expected an empty folder, or the target of an earlier bulk run, got a folder "
-                "with other files; choose another one."
+                f"--to {arguments.to}: expected an empty folder, or the target of an earlier bulk run, got "
+                "a folder with other files; choose another one."
             )
     except OSError as cause:
         raise InputError(f"--to {arguments.to}: cannot be read ({cause}).") from cause
@@ -185,8 +185,8 @@ def _say(
         return _ENDED_BY_SIGNAL + drain.signal
     if summary["ended"] == "too many errors":
         print(
-            f"error: more than {arguments.max_error_rate:.0%} of the pictures failed. The ledger says why; the same "
-            "command again goes on from here, and with --retry-errors does the failed ones, too.",
+            f"error: more than {arguments.max_error_rate:.0%} of the pictures failed. The ledger says why; "
+            "the same command again goes on from here, and with --retry-errors does the failed ones, too.",
             file=sys.stderr,
         )
         return 1
