@@ -67,7 +67,7 @@ def fill(folder: Path, count: int) -> None:
 
 
 def _row(entry: Entry, place: bytes, key: bytes) -> Row:
-    times = {"read_ms": 1.5, "decode_ms": 20.5, "detect_ms": 100.25, "restore_ms": 1000.75, "write_ms": 2.5}
+    times: dict[str, Any] = {"read_ms": 1.5, "decode_ms": 20.5, "detect_ms": 100.25, "write_ms": 2.5}
     return Row(
         entry.address,
         place,
@@ -125,7 +125,7 @@ def skipping(folder: Path) -> list[dict[str, Any]]:
 
 
 def overhead(folder: Path, weights: str | None) -> dict[str, Any]:
-    """A worker and the plain stream over the same pictures, in turns; both with one thread for the networks."""
+    """A worker and the plain stream over the same pictures, in turns; both compute with one thread."""
     torch.set_num_threads(1)
     source = folder / "photos"
     source.mkdir()
