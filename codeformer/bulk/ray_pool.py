@@ -407,6 +407,7 @@ class _Pool:
         for member in self._members:
             report.live.add(member.live)
         report.workers = sum(member.has_started for member in self._members)
+        report.most_workers = max(report.most_workers, report.workers)
         starting = len(self._members) - report.workers
         silent = sum(
             member.shard is not None and now - member.answered > _SILENT_S for member in self._members

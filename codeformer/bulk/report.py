@@ -28,6 +28,7 @@ class Report:
         recorded: pictures that this run has put into the ledger.
         live: pictures that workers have finished and not yet recorded.
         workers: how many there are.
+        most_workers: how many there were at most.
         deaths: how many died.
         notes: what a run is waiting for, in words.
         is_listed: whether the source has been listed to its end.
@@ -40,6 +41,7 @@ class Report:
     recorded: Counts = field(default_factory=Counts)
     live: Counts = field(default_factory=Counts)
     workers: int = 1
+    most_workers: int = 1
     deaths: int = 0
     note: str = ""
     is_listed: bool = False
@@ -130,7 +132,7 @@ class Report:
             "pictures_per_second": round(counts.pictures / elapsed, 3) if elapsed else 0.0,
             "faces_per_second": round(counts.faces / elapsed, 3) if elapsed else 0.0,
             "left": max(planner.listed - planner.skipped - planner.repeated - counts.pictures, 0),
-            "workers": self.workers,
+            "most_workers": self.most_workers,
             "workers_died": self.deaths,
         }
 
