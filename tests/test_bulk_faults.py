@@ -114,3 +114,10 @@ def test_actors_that_die_are_replaced_and_a_picture_that_kills_them_is_set_aside
     gone, alive = psutil.wait_procs(processes, timeout=30)
     assert gone
     assert not alive, "processes of Ray's outlive the run"
+
+
+def test_a_machine_without_room_for_a_worker_is_told_so(album: Path, target: Path) -> None:
+    with running(album, "--to", target, "--ray", "local", "--gpus-per-worker", "99") as driver:
+        status, _, err = driver.wait()
+    assert status == 1
+    assert "expected 1 CPUs and 99 GPUs for each worker" in err

@@ -16,7 +16,7 @@ from codeformer.bulk.planning import Planner
 from codeformer.bulk.report import in_words
 from codeformer.bulk.shards import Shard
 from codeformer.bulk.sources import Entry
-from codeformer.errors import OptionError
+from codeformer.errors import BulkError, OptionError
 
 SAMPLE: Final = 20
 
@@ -143,5 +143,7 @@ def _restore(job: Job, sample: list[tuple[bytes, bytes, Entry]]) -> tuple[list[R
         shard = Shard(f"{ends}-dry-run", entries, places, keys, (0,) * len(sample))
         rows: dict[bytes, Row] = {}
         started = time.perf_counter()
-        worker.run(shard, threading.Event(), lambda row: rows.__setitem__(row.key, row))
+        outcome = worker.run(shard, threading.Event(), lambda row: rows.__setitem__(row.key, row))
+        if outcome.fatal:
+            raise BulkError(outcome.fatal)
         return [rows[key] for key in keys], time.perf_counter() - started

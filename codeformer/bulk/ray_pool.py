@@ -6,6 +6,7 @@ too long, is taken for dead, and its shard goes to another one.
 """
 
 import contextlib
+import math
 import os
 import threading
 import time
@@ -17,7 +18,7 @@ from typing import Any, Final
 
 from codeformer.bulk.drain import Drain
 from codeformer.bulk.extras import load
-from codeformer.bulk.job import Counts, Job, Outcome
+from codeformer.bulk.job import Counts, Job, Outcome, processors
 from codeformer.bulk.ledger import Row
 from codeformer.bulk.report import Report
 from codeformer.bulk.run import Feed
@@ -179,6 +180,11 @@ def run_on_ray(job: Job, feed: Feed, report: Report, drain: Drain, address: str,
     ):
         drain.install()
         pool = _Pool(ray, job, feed, report, needs)
+        if address == "local" and not pool.room():
+            raise BulkError(
+                f"--ray local: expected {needs.cpus:g} CPUs and {needs.gpus:g} GPUs for each worker, but "
+                "this machine has fewer; choose --device cpu, or other --cpus-per-worker and --gpus-per-worker."
+            )
         try:
             pool.run(drain)
         finally:
@@ -194,8 +200,7 @@ def _connected(address: str, needs: Needs) -> Iterator[Any]:
         own = {"include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
         if needs.workers is not None:
             # A number that is asked for is meant: the machine's count of processors does not bound it.
-            cpus = len(os.sched_getaffinity(0))
-            own["num_cpus"] = max(cpus, -int(-needs.workers * needs.cpus // 1))
+            own["num_cpus"] = max(processors(), math.ceil(needs.workers * needs.cpus))
     try:
         ray.init(address=address, log_to_driver=False, logging_level="ERROR", **own)
     except (ConnectionError, ValueError, RuntimeError) as cause:
@@ -269,6 +274,20 @@ class _Pool:
         if failure is not None:
             raise failure
 
+    def room(self) -> int:
+        """How many workers the nodes that are alive have room for."""
+        return sum(
+            int(
+                min(
+                    node["Resources"].get(kind, 0) / asked
+                    for kind, asked in (("CPU", self._needs.cpus), ("GPU", self._needs.gpus))
+                    if asked
+                )
+            )
+            for node in self._ray.nodes()
+            if node["Alive"]
+        )
+
     def close(self) -> None:
         """Ends all workers."""
         for member in list(self._members):
@@ -289,24 +308,11 @@ class _Pool:
         if now - self._counted < _COUNT_S:
             return
         self._counted = now
-        wanted = self._needs.workers or self._room()
+        # One that there is no room for is what an autoscaler goes by.
+        wanted = self._needs.workers or max(self.room(), 1)
         for _ in range(wanted - len(self._members)):
             actor = self._actor.remote(self._job)
             self._members.append(_Member(actor, actor.ready.remote(), now, now, Counts()))
-
-    def _room(self) -> int:
-        """How many workers the nodes that are alive have room for."""
-        return sum(
-            int(
-                min(
-                    node["Resources"].get(kind, 0) / asked
-                    for kind, asked in (("CPU", self._needs.cpus), ("GPU", self._needs.gpus))
-                    if asked
-                )
-            )
-            for node in self._ray.nodes()
-            if node["Alive"]
-        )
 
     def _assign(self) -> None:
         for member in self._members:
@@ -417,8 +423,8 @@ class _Pool:
             notes.append(f"waiting for {starting} workers to start")
         if silent:
             notes.append(f"waiting for {silent} workers that do not answer")
-        if not self._members and (self._again or not self._feed.is_exhausted):
-            notes.append(f"waiting for a node with {self._needs.cpus:g} CPUs and {self._needs.gpus:g} GPUs")
+        if starting and not self.room():
+            notes.append(f"no node has {self._needs.cpus:g} CPUs and {self._needs.gpus:g} GPUs")
         report.note = ", ".join(notes)
         report.show()
 

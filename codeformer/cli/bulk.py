@@ -233,10 +233,12 @@ def _is_second_look_on() -> bool:
 
 def _threads(arguments: argparse.Namespace) -> int:
     """Threads that compute on a CPU: always set, since too many slow each other down."""
+    from codeformer.bulk.job import processors
+
     if arguments.cpus_per_worker is not None or arguments.ray is not None:
         return int(arguments.cpus_per_worker or 1)
     asked = os.environ.get("OMP_NUM_THREADS", "")
-    return int(asked) if asked.isdigit() and int(asked) else len(os.sched_getaffinity(0))
+    return int(asked) if asked.isdigit() and int(asked) else processors()
 
 
 def _slice_of(text: str | None) -> Any:
