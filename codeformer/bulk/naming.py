@@ -14,7 +14,7 @@ _SAME_FORMAT: Final = (".jpg", ".jpeg")
 _MARK: Final = ".restored"
 # What nearly every file system and bucket allows.
 _PART_BYTES: Final = 255
-_UNSAFE: Final = re.compile(r"(^|/)(\.{0,2})(/|$)|[\0]")
+_UNSAFE: Final = re.compile(r"(^|/)(\.{0,2})(/|\Z)|[\0]")
 
 
 def output_name(name: str, place: bytes, *, hashed_folders: bool = False) -> str | None:

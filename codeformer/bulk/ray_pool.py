@@ -183,7 +183,7 @@ def run_on_ray(job: Job, feed: Feed, report: Report, drain: Drain, address: str,
         if address == "local" and not pool.room():
             raise BulkError(
                 f"--ray local: expected {needs.cpus:g} CPUs and {needs.gpus:g} GPUs for each worker, but "
-                "this machine has fewer; choose --device cpu, or other --cpus-per-worker and --gpus-per-worker."
+                "this machine has fewer; choose --device cpu, or other needs of a worker."
             )
         try:
             pool.run(drain)
