@@ -129,19 +129,22 @@ def test_ctrl_c_on_a_cluster(cluster: Any, album: Path, target: Path, moment: st
     assert_complete(target, album, broken_in(album))
 
 
-def test_a_full_disk_on_a_cluster(cluster: Any, album: Path, target: Path) -> None:
-    # A file where a folder has to be stands for a target that takes no more of anything.
-    (target / "_ledger").mkdir(parents=True)
-    (target / "_ledger" / "parts").write_text("in the way")
-    with running(album, "--to", target, "--ray", cluster.address, *ON_RAY, "--json") as driver:
+def test_a_ledger_that_cannot_be_written_on_a_cluster(cluster: Any, album: Path, target: Path) -> None:
+    ledger = target.parent / "ledger"
+    ledger.mkdir()
+    # A file where a folder has to be.
+    (ledger / "parts").write_text("in the way")
+    command = (album, "--to", target, "--ledger", ledger, "--ray", cluster.address, *ON_RAY, "--json")
+    with running(*command) as driver:
         status, out, err = driver.wait()
     assert status == 1
     assert "expected to write the ledger" in err
     assert json.loads(out)["ended"] == "failed"
-    (target / "_ledger" / "parts").unlink()
-    with running(album, "--to", target, "--ray", cluster.address, *ON_RAY, "--json") as driver:
-        finished(driver)
-    assert_complete(target, album, broken_in(album))
+    (ledger / "parts").unlink()
+    with running(*command) as driver:
+        assert finished(driver)["done_before"] == 0
+    assert len(final_rows(target, str(ledger))) == COUNT
+    assert len([name for name in outputs(target) if not name.startswith(".")]) == COUNT - len(BROKEN)
 
 
 def test_fifty_pictures_with_the_lite_set_equal_restore(tmp_path: Path, target: Path) -> None:
