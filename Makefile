@@ -15,7 +15,7 @@ JOBS ?= 2
 WEIGHTS ?= $(or $(CODEFORMER_WEIGHTS),lite)
 
 .DEFAULT_GOAL := help
-.PHONY: help predict test lint typecheck format serve demo schema data sheet shots bench soak audit compile-cache clean
+.PHONY: help predict test lint typecheck format serve demo schema data sheet shots bench soak bulk-soak audit compile-cache clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -94,6 +94,10 @@ bench: $(VENV)/.tools  ## Measure profiles on the 100 pictures of data/, and sta
 
 soak: $(VENV)/.tools  ## Send 1000 mixed requests to the real server; check memory, files and errors
 	$(PYTHON) -m benchmarks soak --weights "$(WEIGHTS)"
+
+bulk-soak: $(VENV)/.tools  ## Bulk runs on two Ray nodes with faults, and what they cost around the engine
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests/bulk_soak.py
+	$(PYTHON) -m tests.bulk_cost
 
 audit: $(VENV)/.tools  ## Check the installed packages for known vulnerabilities (needs the network)
 	$(PYTHON) -m pip_audit --local --strict

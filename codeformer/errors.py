@@ -281,8 +281,24 @@ class MissingPackageError(CodeFormerError, ImportError):
         super().__init__(
             f"expected the packages of the extra {extra!r}, but {', '.join(packages)} "
             f"{'is' if len(packages) == 1 else 'are'} not installed. Run `pip install 'codeformer[{extra}]'`,"
-            f" or in a checkout `pip install -r requirements-{extra}.txt`."
+            f" or in a checkout `pip install -r requirements-{'bulk' if extra == 'ray' else extra}.txt`."
         )
+
+
+class BulkError(CodeFormerError, RuntimeError):
+    """A bulk run cannot start or go on; its ledger keeps what is recorded, and the next run goes on there."""
+
+
+class SourceError(BulkError):
+    """The source of a bulk run cannot be listed or read as a whole."""
+
+
+class TargetError(BulkError):
+    """The target of a bulk run, or its ledger's folder, cannot be written."""
+
+
+class LedgerError(BulkError):
+    """A file of a bulk run's ledger cannot be used."""
 
 
 class TrainingError(CodeFormerError, RuntimeError):

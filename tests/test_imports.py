@@ -26,8 +26,9 @@ WITHOUT_TORCH = [
     "codeformer.weights.download",
     *(
         module.name
-        for room in ("cli", "imaging")
+        for room in ("bulk", "cli", "imaging")
         for module in pkgutil.walk_packages([str(ROOT / "codeformer" / room)], f"codeformer.{room}.")
+        if module.name != "codeformer.bulk.worker"
     ),
 ]
 
@@ -142,6 +143,7 @@ ROOMS = [
     "process",
     "engine",
     "serving",
+    "bulk",
     "evaluation",
     "demo",
     "cli",

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from codeformer.cli.arguments import add_networks, load_pipeline, shown
+from codeformer.cli.arguments import add_command, add_networks, load_pipeline, shown
 from codeformer.cli.extras import check_installed
 from codeformer.errors import CodeFormerError, ImageError, InputError
 from codeformer.options import RESTORER_CHOICES, RUNTIME_PROFILES, STABILITY_MODES
@@ -21,7 +21,12 @@ if TYPE_CHECKING:
 
 def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Adds the command."""
-    parser = commands.add_parser("compare", help="compare restorers and fidelities on photos, as a page")
+    parser = add_command(
+        commands,
+        "compare",
+        "compare restorers and fidelities on photos, as one HTML page",
+        "codeformer compare photo.jpg -o comparison.html --fidelities 0 0.5 1",
+    )
     parser.add_argument("photos", nargs="+", type=Path, metavar="PHOTO")
     parser.add_argument("-o", "--output", type=Path, default=Path("comparison.html"), metavar="PAGE.html")
     parser.add_argument(

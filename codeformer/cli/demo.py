@@ -5,7 +5,7 @@ import contextlib
 import os
 import socket
 
-from codeformer.cli.arguments import add_networks, load_pipeline
+from codeformer.cli.arguments import add_command, add_networks, load_pipeline
 from codeformer.cli.extras import check_installed
 from codeformer.errors import InputError
 
@@ -17,7 +17,12 @@ _PATIENCE_S = 2
 
 def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Adds the command."""
-    parser = commands.add_parser("demo", help="a page on this machine: try photos, compare restorers")
+    parser = add_command(
+        commands,
+        "demo",
+        "serve a page to this machine alone, to try photos and to compare restorers",
+        "codeformer demo --port 8080",
+    )
     parser.add_argument(
         "--port", type=int, default=_DEFAULT_PORT, help=f"default: {_DEFAULT_PORT}; 0 for any free one"
     )

@@ -16,12 +16,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
-from codeformer.cli import compare, compiling, demo, doctor, faces, restore, verifying, weights
+from codeformer.cli import bulk, compare, compiling, demo, doctor, faces, restore, verifying, weights
 from codeformer.cli.arguments import EXIT_CODES
 from codeformer.errors import CodeFormerError
 
 # In the order of the help.
-_COMMANDS: Final = (restore, faces, compare, demo, doctor, weights, verifying, compiling)
+_COMMANDS: Final = (restore, bulk, faces, compare, demo, doctor, weights, verifying, compiling)
 # Shells report this number plus the signal's number for a program that a signal ended.
 _ENDED_BY_SIGNAL: Final = 128
 
