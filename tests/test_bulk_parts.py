@@ -175,13 +175,15 @@ def test_a_listing_is_lazy(tmp_path: Path) -> None:
 # Names
 
 
-def test_two_pictures_never_share_an_output() -> None:
-    pieces = ("a", "b", ".jpg", ".jpeg", ".png", ".restored", ".txt")
+@pytest.mark.parametrize("file_format", ["jpg", "png", "webp"])
+def test_two_pictures_never_share_an_output(file_format: str) -> None:
+    pieces = ("a", "b", ".jpg", ".jpeg", ".png", ".webp", ".restored", ".txt")
     names = {"".join(some) for count in range(1, 5) for some in itertools.product(pieces, repeat=count)}
     taken: dict[str, str] = {}
     for name in sorted(names):
-        output = output_name(name, b"\0" * 16)
+        output = output_name(name, b"\0" * 16, file_format=file_format)
         assert output is not None
+        assert output.endswith((".jpg", ".jpeg") if file_format == "jpg" else f".{file_format}")
         assert taken.setdefault(output, name) == name, output
     assert len(taken) > 2000
 
