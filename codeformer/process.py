@@ -2,8 +2,11 @@
 
 import ctypes
 import logging
+import math
 import os
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from codeformer.imaging.files import lift_pillow_limits
@@ -15,6 +18,11 @@ logger = logging.getLogger(__name__)
 
 _KERNEL_CACHE_VARIABLE: Final = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
 _KERNELS: Final = 256
+_PLAN_CACHE_VARIABLE: Final = "TORCH_CUDNN_V8_API_LRU_CACHE_LIMIT"
+# torch reckons with 200 KiB each, and by default keeps 10 000. The networks need about 100 for each size of a
+# batch, the detector about 60 for each size of a picture.
+_PLANS: Final = 2000
+_THREADS_VARIABLE: Final = "OMP_NUM_THREADS"
 # From glibc's malloc.h.
 _M_TRIM_THRESHOLD: Final = -1
 _M_MMAP_THRESHOLD: Final = -3
@@ -25,17 +33,88 @@ def tune_process(device: "torch.device") -> None:
     """Prepares a process to restore pictures on a device.
 
     Importing the package does not change any process-wide setting; this function does. The limits of
-    `codeformer.limits` replace Pillow's. On a CPU, freed memory is kept for reuse, and oneDNN's cache of
-    kernels is limited. Without this call, results are the same, but computing on a CPU takes longer, and
-    pictures of more than 178 megapixels cannot be read.
+    `codeformer.limits` replace Pillow's. There are no more threads than the container has CPUs. On a CPU,
+    freed memory is kept for reuse, and oneDNN's cache of kernels is limited; on a GPU cuDNN's cache of plans.
+    Without this call, results are the same, but computing on a CPU takes longer, memory grows with the number
+    of picture sizes, and pictures of more than 178 megapixels cannot be read.
 
     Args:
         device: where the networks will run. Call this function before the first computation on it.
     """
     lift_pillow_limits()
+    limit_threads()
     if device.type == "cpu":
         keep_freed_memory()
         limit_kernel_cache()
+    else:
+        limit_plan_cache()
+
+
+def cpu_quota(root: Path = Path("/")) -> float | None:
+    """The CPUs whose time the control groups of this process may use; None where they set no limit.
+
+    A container that was started with `--cpus 2` on a machine of 64 cores sees all 64. The smallest limit
+    counts, of this process's own group and those above it, in version 1 or 2 of control groups.
+
+    Args:
+        root: of the file system, with `proc` and `sys`.
+    """
+    return min(_quotas(root), default=None)
+
+
+def _quotas(root: Path) -> Iterator[float]:
+    groups = root / "sys" / "fs" / "cgroup"
+    for line in _text(root / "proc" / "self" / "cgroup").splitlines():
+        _, controllers, path = [*line.split(":", 2), "", ""][:3]
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        # In a container the path may be the host's, and not be there; the group itself is then the topmost.
+        own = groups / "cpu" / path.lstrip("/") if controllers else groups / path.lstrip("/")
+        for group in (own, *own.parents):
+            if not group.is_relative_to(groups):
+                break
+            if controllers:
+                limit = [
+                    _text(group / "cpu.cfs_quota_us").strip(),
+                    _text(group / "cpu.cfs_period_us").strip(),
+                ]
+            else:
+                limit = _text(group / "cpu.max").split()
+            if len(limit) == 2 and all(number.isdecimal() for number in limit) and int(limit[1]):
+                yield int(limit[0]) / int(limit[1])
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
+def limit_threads() -> None:
+    """Limits torch's threads to the CPUs that the container may use, rounded up.
+
+    With a thread per core of the machine, most of them wait for their turn while the others wait for them.
+    OMP_NUM_THREADS, where it is set, has the last word.
+    """
+    import torch  # noqa: PLC0415  (this module is also for those who do without torch)
+
+    quota = cpu_quota()
+    if quota is None or os.environ.get(_THREADS_VARIABLE):
+        return
+    threads = max(1, math.ceil(quota))
+    if threads < torch.get_num_threads():
+        logger.info("%d threads: the container may use %.1f CPUs", threads, quota)
+        torch.set_num_threads(threads)
+
+
+def limit_plan_cache() -> None:
+    """Limits the number of plans that torch keeps of cuDNN's convolutions on a GPU.
+
+    The detector needs new ones for each new picture size, and they are in the host's memory. The limit has no
+    effect after the first convolution.
+    """
+    os.environ.setdefault(_PLAN_CACHE_VARIABLE, str(_PLANS))
 
 
 def limit_kernel_cache() -> None:

@@ -326,6 +326,34 @@ def test_a_bug_reaches_the_request_that_met_it_and_the_next_one_works(
     assert device.scheduler.is_alive()
 
 
+class OddError(Exception):
+    """A bug's exception, whose arguments are not its message."""
+
+    def __init__(self, *, number: int) -> None:
+        super().__init__(f"number {number}")
+        self.number = number
+
+
+def test_a_bug_in_a_shared_pass_reaches_each_request_as_an_exception_of_its_own(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = device.occupy()
+    clients = [device.ask([picture(10 * number)]) for number in range(1, 4)]
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OddError(number=7) from KeyError("why")
+
+    monkeypatch.setattr(device.pipeline.engine, "_grow", fail)
+    device.go_on()
+    failures = [client.failure() for client in [first, *clients]]
+    for failure in failures:
+        assert isinstance(failure, OddError)
+        assert (failure.number, str(failure), repr(failure.__cause__)) == (7, "number 7", "KeyError('why')")
+    assert len({id(failure) for failure in failures}) == 4
+    monkeypatch.undo()
+    assert device.ask([picture(10)]).failure() is None
+
+
 def test_who_waits_for_many_faces_reads_how_far_it_is(
     device: Device, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

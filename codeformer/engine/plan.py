@@ -3,10 +3,13 @@
 Below this module nobody compares option strings: the stages read the plan's plain facts.
 """
 
-from collections.abc import Iterator
+import logging
+import os
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Final
+from pathlib import Path
+from typing import Any, Final, TypeVar
 
 import torch
 
@@ -17,6 +20,15 @@ from codeformer.options import COMPILE_BACKENDS, RUNTIME_PROFILES, STABILITY_MOD
 # Faces per forward pass of a batching profile. On a CPU a larger batch is no faster, costs memory, and
 # torch's group normalisation loses three digits on it.
 _MICRO_BATCH: Final = {"cuda": 8}
+
+DEVICE_VARIABLE: Final = "CODEFORMER_DEVICE"
+AUTO: Final = "auto"
+# Those of a driver, of Windows' Linux, and of a container that was given a GPU.
+_GPU_SIGNS: Final = ("proc/driver/nvidia/version", "dev/nvidiactl", "dev/nvidia0", "dev/dxg")
+
+SwitchT = TypeVar("SwitchT")
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -52,17 +64,75 @@ class ExecutionPlan:
 def torch_switches(*, cudnn_benchmark: bool) -> Iterator[None]:
     """Holds torch's process-wide switches for a while, and puts them back.
 
-    TF32 is off in every plan: with a 10-bit mantissa codes flip, and where the precision can be spared
-    half precision is faster.
+    TF32 is off in every plan, and so is its counterpart on a CPU, bfloat16: with a shorter mantissa codes
+    flip, and where the precision can be spared half precision is faster.
     """
-    cudnn: Any = torch.backends.cudnn
-    matmul = torch.backends.cuda.matmul
-    before = (cudnn.benchmark, cudnn.conv.fp32_precision, matmul.fp32_precision)
-    cudnn.benchmark, cudnn.conv.fp32_precision, matmul.fp32_precision = cudnn_benchmark, "ieee", "ieee"
+    before = _Switches.now()
+    # Together with torch's older switches, `allow_tf32` and the precision of matrix products: reading those
+    # raises where they contradict the newer ones.
+    held = _Switches(
+        cudnn_benchmark, "ieee", "ieee", "ieee", "ieee", "ieee", allow_tf32=False, matmul="highest"
+    )
+    held.set()
     try:
         yield
     finally:
-        cudnn.benchmark, cudnn.conv.fp32_precision, matmul.fp32_precision = before
+        before.set()
+
+
+@dataclass(frozen=True)
+class _Switches:
+    """torch's switches for the precision of float32, the newer ones by backend and operation.
+
+    The older ones are None where the newer ones contradict them, which cannot be read.
+    """
+
+    benchmark: bool
+    cudnn_conv: str
+    cudnn_rnn: str
+    cuda_matmul: str
+    mkldnn_conv: str
+    mkldnn_matmul: str
+    allow_tf32: bool | None
+    matmul: str | None
+
+    @classmethod
+    def now(cls) -> "_Switches":
+        cudnn, mkldnn = _backends()
+        return cls(
+            cudnn.benchmark,
+            cudnn.conv.fp32_precision,
+            cudnn.rnn.fp32_precision,
+            torch.backends.cuda.matmul.fp32_precision,
+            mkldnn.conv.fp32_precision,
+            mkldnn.matmul.fp32_precision,
+            allow_tf32=_readable(lambda: bool(cudnn.allow_tf32)),
+            matmul=_readable(torch.get_float32_matmul_precision),
+        )
+
+    def set(self) -> None:
+        cudnn, mkldnn = _backends()
+        # The older ones first: they also set the newer ones.
+        if self.allow_tf32 is not None:
+            cudnn.allow_tf32 = self.allow_tf32
+        if self.matmul is not None:
+            torch.set_float32_matmul_precision(self.matmul)
+        cudnn.benchmark = self.benchmark
+        cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = self.cudnn_conv, self.cudnn_rnn
+        torch.backends.cuda.matmul.fp32_precision = self.cuda_matmul
+        mkldnn.conv.fp32_precision, mkldnn.matmul.fp32_precision = self.mkldnn_conv, self.mkldnn_matmul
+
+
+def _backends() -> tuple[Any, Any]:
+    """The modules of torch's switches, whose types do not know the newer ones."""
+    return torch.backends.cudnn, torch.backends.mkldnn
+
+
+def _readable(read: Callable[[], SwitchT]) -> SwitchT | None:
+    try:
+        return read()
+    except RuntimeError:
+        return None
 
 
 def resolve_plan(
@@ -114,16 +184,69 @@ def as_device(device: torch.device | str) -> torch.device:
 
 
 def available_device(device: torch.device | str | None = None) -> torch.device:
-    """The named device, or by default the first CUDA device if there is one, else the CPU.
+    """The named device; for "auto" the first CUDA device if torch can use one, else the CPU.
+
+    Where "auto" takes the CPU of a machine that seems to have a GPU, the log says why.
+
+    Args:
+        device: "auto", "cpu", "cuda", "cuda:N" or a torch device; None for what CODEFORMER_DEVICE says, else
+            "auto".
 
     Raises:
-        OptionError: there is no such device on this machine.
+        OptionError: not the name of such a device, or torch cannot use it; with the driver's own words.
     """
+    option = "device"
     if device is None:
-        return as_device("cuda" if torch.cuda.is_available() else "cpu")
-    chosen = as_device(device)
-    if chosen.type == "cuda" and not (
-        torch.cuda.is_available() and (chosen.index or 0) < torch.cuda.device_count()
-    ):
-        raise OptionError("device", str(device), "a device of this machine, which has no such GPU")
+        option, device = DEVICE_VARIABLE, os.environ.get(DEVICE_VARIABLE, "").strip() or AUTO
+    if device == AUTO:
+        if (reason := _why_no_cuda()) is None:
+            return as_device("cuda")
+        if signs := _signs_of_a_gpu():
+            logger.warning(
+                "the CPU is used, although this machine seems to have a GPU (%s): %s Set %s to cuda to make "
+                "this an error, or to cpu if it is intended.",
+                ", ".join(signs),
+                reason,
+                DEVICE_VARIABLE,
+            )
+        return as_device("cpu")
+    try:
+        chosen = as_device(device)
+    except OptionError as cause:
+        raise OptionError(option, str(device), f"{cause.expected}, or {AUTO}") from cause
+    if chosen.type == "cuda":
+        if (reason := _why_no_cuda()) is not None:
+            expected = f"a device of this machine, which has no such GPU that torch can use ({reason})"
+            raise OptionError(option, str(device), expected)
+        if (chosen.index or 0) >= torch.cuda.device_count():
+            expected = f"a device of this machine, which has no such GPU; it has {torch.cuda.device_count()}"
+            raise OptionError(option, str(device), expected)
     return chosen
+
+
+def describe_device(device: torch.device) -> str:
+    """A device in words, for logs: "cpu (2 threads)", "cuda:0 (Tesla T4, capability 7.5, 14.6 GiB)"."""
+    if device.type == "cpu":
+        return f"cpu ({torch.get_num_threads()} threads)"
+    properties = torch.cuda.get_device_properties(device)
+    return (
+        f"{device} ({properties.name}, capability {properties.major}.{properties.minor}, "
+        f"{properties.total_memory / 2**30:.1f} GiB)"
+    )
+
+
+def _why_no_cuda() -> str | None:
+    """Why torch cannot use a GPU, in its or the driver's own words; None if it can."""
+    if torch.cuda.is_available():
+        return None
+    try:
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+    # Without CUDA in torch it is an AssertionError.
+    except (RuntimeError, AssertionError) as failure:
+        return " ".join(str(failure).split())
+    return "torch finds no usable GPU."
+
+
+def _signs_of_a_gpu(root: Path = Path("/")) -> list[str]:
+    """What says that a machine has an NVIDIA GPU, whether or not its driver works."""
+    return [str(root / sign) for sign in _GPU_SIGNS if (root / sign).exists()]

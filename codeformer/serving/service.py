@@ -17,10 +17,12 @@ from functools import partial
 from pathlib import Path
 from typing import Final, TypeVar
 
+import numpy as np
+
 from codeformer.engine.memory import clear_frames_of
 from codeformer.engine.picture import RestoredImage
 from codeformer.engine.pipeline import Pipeline, recipe_of
-from codeformer.engine.plan import resolve_plan
+from codeformer.engine.plan import describe_device, resolve_plan
 from codeformer.engine.precision import half_dtype_of
 from codeformer.errors import CancelledError, CodeFormerError, DeviceError, InferenceError
 from codeformer.imaging.files import check_size, decode_image, encode_jpeg, size_of
@@ -50,6 +52,16 @@ MAX_REQUESTS: Final = 8
 _FILE_THREADS: Final = 2 * (os.cpu_count() or 1)
 # How often a request that waits for others looks whether it is still wanted, in seconds.
 _LOOK_S: Final = 0.25
+# 1:1, 4:3, 3:2 and 16:9, both ways, as large as the detector sees them.
+_COMMON_SIZES_WH: Final = (
+    (640, 640),
+    (853, 640),
+    (640, 853),
+    (960, 640),
+    (640, 960),
+    (1137, 640),
+    (640, 1137),
+)
 
 
 class Service:
@@ -235,18 +247,21 @@ class Service:
         """
         started = time.perf_counter()
         device = self._pipeline.device
-        results: list[RestoredImage] = []
-        image = decode_image((SAMPLES / "1.jpg").read_bytes())
+        results: dict[int, RestoredImage] = {}
+        images = [decode_image((SAMPLES / "1.jpg").read_bytes())]
+        if device.type == "cuda":
+            # cuDNN's plans of the detector, for the shapes of picture that cameras take.
+            images += [np.full((height, width, 3), 127, np.uint8) for width, height in _COMMON_SIZES_WH]
         # All restorers that are loaded, one after another.
         recipe = recipe_of("+".join(self._pipeline.models.restorers), DEFAULT_FIDELITY)
 
-        def take(_: int, result: RestoredImage) -> None:
-            results.append(result)
+        def take(index: int, result: RestoredImage) -> None:
+            results[index] = result
             # In the thread that will compute: with a second thread that has used OpenMP, its threads would
             # outnumber the cores, no longer wait actively for each other, and take a tenth more time.
             half_dtype_of(device)
 
-        ticket = Ticket([image], self._pipeline.work_for(recipe), take)
+        ticket = Ticket(images, self._pipeline.work_for(recipe), take)
         self._scheduler.submit(ticket)
         try:
             ticket.done.result()
@@ -255,7 +270,9 @@ class Service:
         if not results[0].faces:
             logger.warning("no face was found in the sample portrait: are these the right weights?")
         logger.info("fast and max_speed compute in %s", half_dtype_of(device) or "float32")
-        logger.info("ready on %s after a warm-up of %.1f s", device, time.perf_counter() - started)
+        logger.info(
+            "ready on %s after a warm-up of %.1f s", describe_device(device), time.perf_counter() - started
+        )
 
 
 class PixelBudget:
