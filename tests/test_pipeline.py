@@ -460,7 +460,7 @@ def test_a_half_precision_overflow_runs_again_in_float32(
         out = generate(*arguments, **options)
         return out * float("inf") if out.dtype == torch.bfloat16 else out
 
-    monkeypatch.setattr(tiny_pipeline.models.restorers["codeformer"], "_generate", overflow)
+    monkeypatch.setattr(tiny_pipeline.models.restorers["codeformer"], "_generate", lambda _: overflow)
     photo = pictures.portrait()
     baseline = resolve_plan("baseline", device=CPU)
     [result] = tiny_pipeline.restore([photo], 0.5, dataclasses.replace(baseline, half_dtype=torch.bfloat16))

@@ -63,6 +63,12 @@ class Pipeline:
         """The networks of safe mode."""
         return self.store.reference
 
+    @property
+    def degraded(self) -> list[str]:
+        """What runs slower than requests have asked for since the start, and why."""
+        failure = self.store.graph_failure
+        return [] if failure is None else [f"CUDA graphs are not used: {failure}"]
+
     @classmethod
     def load(
         cls,
@@ -78,7 +84,8 @@ class Pipeline:
 
         Args:
             weights: a set, its name or its folder; None for `CODEFORMER_WEIGHTS`, else "official".
-            device: where to run; None for CUDA where there is one, else the CPU.
+            device: where to run, as for `available_device`; None for `CODEFORMER_DEVICE`, else CUDA where
+                there is one, else the CPU.
             restorers: names of the restorers to load, "gfpgan-1.3" for that version of GFPGAN's weights; None
                 for `CODEFORMER_RESTORERS`, else CodeFormer alone.
             download: fetch files that are missing.

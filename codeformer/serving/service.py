@@ -206,6 +206,7 @@ class Service:
                 wait_s=waited_s + let_in - read,
                 encode_s=time.perf_counter() - restored,
                 total_s=time.perf_counter() - started,
+                degraded=self._pipeline.degraded,
             )
         logger.info("%s", describe(metrics))
         return paths, metrics
