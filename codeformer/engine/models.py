@@ -91,7 +91,8 @@ class Models:
             channels_last=layout != "contiguous",
             compile_backend=compile_backend,
             recorder=CudaRecorder(device) if is_plain_gpu and may_record else None,
-            half_weights=True,
+            # On a CPU the conversions take no time that could be measured.
+            half_weights=device.type == "cuda",
             group_norm=fused_group_norm(device) if layout == "channels_last_fused" else None,
         )
         return Models(
