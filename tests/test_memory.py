@@ -108,6 +108,12 @@ def test_what_has_two_causes_is_a_shortage_where_memory_is_short(
         torch.cuda, "mem_get_info", lambda index: (int((free_gib if index == 1 else 0) * gib), 80 * gib)
     )
     assert is_out_of_memory(RuntimeError(text)) == expected
+
+    def fail(_: int) -> None:
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", fail)
+    assert not is_out_of_memory(RuntimeError(text))
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
     assert not is_out_of_memory(RuntimeError(text))
 

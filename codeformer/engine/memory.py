@@ -62,12 +62,13 @@ def _is_a_gpu_short_of_memory() -> bool:
     """Whether one of the GPUs that this process uses has next to no memory left."""
     if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return False
-    for index in range(torch.cuda.device_count()):
-        if torch.cuda.memory_reserved(index):
-            free, total = torch.cuda.mem_get_info(index)
-            if free < _SHORT_SHARE * total:
-                return True
-    return False
+    used = [index for index in range(torch.cuda.device_count()) if torch.cuda.memory_reserved(index)]
+    try:
+        memory = [torch.cuda.mem_get_info(index) for index in used]
+    except RuntimeError:
+        # One that does not answer any more has another problem.
+        return False
+    return any(free < _SHORT_SHARE * total for free, total in memory)
 
 
 def clear_frames_of(failure: BaseException) -> None:

@@ -41,7 +41,8 @@ RESTORERS: Final[dict[str, type[FaceRestorer]]] = {
 Layout = Literal["contiguous", "channels_last", "channels_last_fused"]
 # Where nothing is compiled on a GPU. Chosen by what each has to move through memory; not measured on a GPU.
 GPU_LAYOUT: Final[Layout] = "channels_last_fused"
-_ROUNDING: Final = 1e-3
+# In units of a precision's own rounding.
+_ROUNDING: Final = 100.0
 
 DEFAULT_RESTORERS: Final = ("codeformer",)
 RESTORERS_VARIABLE: Final = "CODEFORMER_RESTORERS"
@@ -120,7 +121,9 @@ def fused_group_norm(device: torch.device) -> GroupNormFunction | None:
         operator_logger.warning("Triton's group norm is not used: %s: %s", type(cause).__name__, cause)
         return None
     if not error < _ROUNDING:
-        logger.warning("Triton's group norm is not used: it differs from torch's by %g", error)
+        logger.warning(
+            "Triton's group norm is not used: it differs from torch's by %g times the rounding", error
+        )
         return None
     return fused_norm.group_norm
 
