@@ -387,7 +387,7 @@ def test_a_detector_that_returns_nan_is_a_failure(head: str) -> None:
 def test_a_failure_to_optimize_the_networks_is_reported_without_paths(
     blind_pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise RuntimeError("cannot open '/srv/app/kernels.so'\nmore")
 
     monkeypatch.setattr(Models, "optimized", fail)
