@@ -207,7 +207,7 @@ def test_of_two_backends_the_first_wins_and_one_that_did_not_work_is_forgotten(
 ) -> None:
     device = Device()
     none, eager = (resolve_plan("fast", "optimized", backend, device=CPU) for backend in ("none", "eager"))
-    monkeypatch.setattr(Models, "optimized", lambda self, _: self)
+    monkeypatch.setattr(Models, "optimized", lambda self, *_, **__: self)
     first = device.occupy(none)
     with pytest.raises(BackendConflictError):
         device.ask([picture(10)], eager)
