@@ -59,7 +59,7 @@ def with_half_weights(network: NetworkT, dtype: torch.dtype, parts: Iterable[nn.
     parameters are shared with the original, which is not changed.
 
     Args:
-        network: from `for_inference`, or as it was published.
+        network: from `for_inference`.
         dtype: torch.bfloat16 or torch.float16.
         parts: the modules of it that run under autocast.
     """
