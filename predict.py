@@ -8,8 +8,8 @@ import cog
 import coglet
 from cog import BaseRunner, Input, Path
 
+from codeformer.engine.devices import available_device
 from codeformer.engine.pipeline import Pipeline
-from codeformer.engine.plan import available_device
 from codeformer.engine.precision import cpu_precision
 from codeformer.limits import Limits, batch_wait_s
 from codeformer.log import configure_server_log

@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 from benchmarks.results import Configuration, header_of
 from benchmarks.server import ROOT, Server, running_server, server_kind
+from codeformer.engine.devices import available_device
 from codeformer.engine.models import Models, load_models
-from codeformer.engine.plan import available_device
 from codeformer.errors import InputError
 from codeformer.options import COMPILE_BACKENDS, DEFAULT_FIDELITY, RuntimeProfile
 from codeformer.process import tune_process

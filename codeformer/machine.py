@@ -109,9 +109,10 @@ def _cgroup_folders(root: Path, kind: str) -> Iterator[Path]:
         _, kinds, path = (*line.split(":", 2), "", "")[:3]
         if kinds and kind not in kinds.split(","):
             continue
-        mount = root / _CGROUPS / kinds if kinds else root / _CGROUPS
-        folder = mount / path.lstrip("/")
-        yield from (one for one in (folder, *folder.parents) if one.is_relative_to(mount))
+        # In a container the path may be the host's, and not be there; the group itself is then the topmost.
+        for mount in (root / _CGROUPS / name for name in ({kinds, kind} if kinds else {""})):
+            folder = mount / path.lstrip("/")
+            yield from (one for one in (folder, *folder.parents) if one.is_relative_to(mount))
 
 
 def _text_of(path: Path) -> str:

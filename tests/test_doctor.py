@@ -37,39 +37,6 @@ V2 = {"proc/self/cgroup": "0::/a/b\n"}
 V1 = {"proc/self/cgroup": "12:pids:/\n5:cpu,cpuacct:/docker/x\n4:memory:/docker/x\n0::/\n"}
 
 
-@pytest.mark.parametrize(
-    ("files", "quota"),
-    [
-        ({}, None),
-        (V2, None),
-        (V2 | {"sys/fs/cgroup/a/b/cpu.max": "max 100000\n"}, None),
-        (V2 | {"sys/fs/cgroup/a/b/cpu.max": "150000 100000\n"}, 1.5),
-        (
-            V2
-            | {"sys/fs/cgroup/a/b/cpu.max": "400000 100000\n", "sys/fs/cgroup/a/cpu.max": "200000 100000\n"},
-            2.0,
-        ),
-        # In a namespace of its own a container sees its limits at the top.
-        ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "50000 100000\n"}, 0.5),
-        (
-            V1
-            | {
-                "sys/fs/cgroup/cpu,cpuacct/docker/x/cpu.cfs_quota_us": "300000\n",
-                "sys/fs/cgroup/cpu,cpuacct/docker/x/cpu.cfs_period_us": "100000\n",
-                "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us": "-1\n",
-                "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_period_us": "100000\n",
-            },
-            3.0,
-        ),
-        ({"proc/self/cgroup": "nonsense\n\n::::\n", "sys/fs/cgroup/cpu.max": "what\n"}, None),
-    ],
-)
-def test_the_quota_of_a_container_is_the_smallest_of_its_groups(
-    tmp_path: Path, files: dict[str, str], quota: float | None
-) -> None:
-    assert machine.cpu_quota(write(tmp_path, files)) == quota
-
-
 MEMORY = {
     "proc/meminfo": "MemTotal: 9 kB\nMemAvailable:   1000 kB\nSwapTotal: 80 kB\nSwapFree: 30 kB\nHuge: \n"
 }
@@ -225,6 +192,7 @@ def test_what_is_slow_is_said_with_its_reason(
     monkeypatch.setattr(machine, "cores", lambda: 8)
     monkeypatch.setattr(machine, "cpu_quota", lambda: 1.5)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
     monkeypatch.setattr(machine, "free_memory_bytes", lambda: 10**9)
     monkeypatch.setattr(machine, "swap_used_bytes", lambda: 3 * 10**9)
     code, found = ask("--weights", "lite", "--device", "cpu", capsys=capsys)

@@ -1,6 +1,7 @@
 """Batches of faces: mixed fidelities, failures of one among many, memory that is short and comes back."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,14 +12,18 @@ import torch
 from codeformer.engine.codeformer import CodeFormerRestorer
 from codeformer.engine.detector import FaceDetector
 from codeformer.engine.engine import BatchKey, Engine, FaceJob, FaceResult
+from codeformer.engine.graphs import MAX_GRAPHS
 from codeformer.engine.masker import TemplateMask
 from codeformer.engine.models import ModelStore
+from codeformer.engine.pipeline import Pipeline
 from codeformer.engine.plan import ExecutionPlan, resolve_plan
+from codeformer.engine.runner import AS_IT_IS, Execution
 from codeformer.errors import DeviceMemoryError, InferenceError, OptionError
 from codeformer.imaging.geometry import AlignedFace, Face
 from codeformer.options import Recipe, Step
 from tests.compare import assert_pictures_close
 from tests.conftest import CPU, make_blind_detector, make_tiny_restorer, models_of
+from tests.test_graphs import FakeRecorder
 
 EYE = np.eye(2, 3)
 CODEFORMER = Recipe((Step("codeformer", 0.5),))
@@ -210,13 +215,104 @@ def test_batches_grow_back_after_a_shortage_of_memory() -> None:
 def test_recordings_get_powers_of_two_and_no_padding(graphed: bool, waiting: int, sizes: list[int]) -> None:
     restorer = CodeFormerRestorer(make_tiny_restorer())
     models = models_of(FaceDetector(make_blind_detector()), restorer)
-    engine = Engine(ModelStore(dataclasses.replace(models, is_graphed=graphed)), CPU)
+    recorder = FakeRecorder() if graphed else None
+    engine = Engine(ModelStore(dataclasses.replace(models, recorder=recorder)), CPU)
     plan = dataclasses.replace(resolve_plan("fast", device=CPU), micro_batch=8)
     taken = []
     while waiting:
         taken.append(engine.batch_size(BatchKey(plan, ("codeformer",)), waiting))
         waiting -= taken[-1]
     assert taken == sizes
+
+
+class Sized(CodeFormerRestorer):
+    """Holds so many faces at a time, and says what it has run. Its answers are the crops."""
+
+    def __init__(self, execution: Execution = AS_IT_IS, holds: int = 8) -> None:
+        self.holds = holds
+        self.ran: list[tuple[int, torch.dtype | None]] = []
+        self.overflows = False
+        super().__init__(make_tiny_restorer(), execution)
+
+    def _forward(self, crops_bgr: torch.Tensor, _: Any, half_dtype: Any, *settings: Any) -> Any:
+        self.ran.append((len(crops_bgr), half_dtype))
+        if len(crops_bgr) > self.holds:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        is_finite = torch.full((len(crops_bgr),), not (self.overflows and half_dtype))
+        return crops_bgr.clone(), is_finite
+
+
+class GraphedStore(ModelStore):
+    """Safe models, and optimized ones that replay recordings, as on a GPU."""
+
+    def __init__(self, holds: int = 8) -> None:
+        self.recorder = FakeRecorder()
+        self.safe = Sized()
+        self.graphed = Sized(Execution(recorder=self.recorder), holds)
+        blind = FaceDetector(make_blind_detector())
+        super().__init__(models_of(blind, self.safe))
+        self._optimized = dataclasses.replace(models_of(blind, self.graphed), recorder=self.recorder)
+
+
+def run_graphed(store: GraphedStore, *batches: list[float]) -> list[list[FaceResult]]:
+    engine, crops = Engine(store, CPU), crops_of(8)
+    options = {"half_dtype": torch.bfloat16, "optimized": True}
+    return [engine.run(jobs_of(engine, crops, fidelities, **options)) for fidelities in batches]
+
+
+def test_everything_is_recorded_before_the_first_batch_the_largest_first() -> None:
+    store = GraphedStore()
+    mixed = [0.0, 0.5, 1.0, 0.2, 0.3]
+    results = run_graphed(store, [0.5] * 7, mixed, [0.0] * 3, [0.9])
+    assert all(result.error is None for batch in results for result in batch)
+    counts = [count for count, *_ in store.recorder.recorded]
+    assert counts == sorted(counts, reverse=True)
+    # One fidelity, none and several; a single face has no several.
+    assert Counter(counts) == {8: 3, 4: 3, 2: 3, 1: 2}
+    assert len(store.recorder.recorded) <= MAX_GRAPHS
+
+
+def test_only_what_fits_is_recorded_and_used() -> None:
+    store = GraphedStore(holds=3)
+    [results] = run_graphed(store, [0.5] * 7)
+    assert all(result.error is None for result in results)
+    # One try of eight and one of four.
+    assert [count for count, *_ in store.recorder.recorded] == [8, 4, 2, 2, 2, 1, 1]
+    assert [result.faces_in_pass for result in results] == [2, 2, 2, 2, 2, 2, 1]
+    assert all(result.smaller_batches == 0 for result in results)
+
+
+def test_a_float32_retry_runs_as_in_safe_mode_and_records_nothing() -> None:
+    store = GraphedStore()
+    store.graphed.overflows = True
+    [results] = run_graphed(store, [0.5] * 2)
+    assert all(result.ran_in_float32 and result.error is None for result in results)
+    assert store.safe.ran == [(1, None)] * 2
+    assert {half_dtype for _, half_dtype in store.graphed.ran} == {torch.bfloat16}
+
+
+def test_after_a_failed_recording_batches_run_without_and_of_any_size() -> None:
+    store = GraphedStore()
+    record = store.recorder.record
+
+    def fail(*arguments: Any) -> Any:
+        if len(store.recorder.recorded) == 2:
+            store.recorder.failure = "CUDA error: previous error during capture"
+            return None
+        return record(*arguments)
+
+    store.recorder.record = fail  # type: ignore[assignment,method-assign]
+    first, second = run_graphed(store, [0.5] * 7, [0.5] * 5)
+    assert all(result.error is None for result in first + second)
+    assert len(store.recorder.recorded) == 2
+    assert [result.faces_in_pass for result in second] == [5] * 5
+    assert store.graph_failure == "CUDA error: previous error during capture"
+    pipeline = Pipeline(store.reference, CPU)
+    pipeline.store = store
+    assert pipeline.degraded == [f"CUDA graphs are not used: {store.graph_failure}"]
+    # Also for copies that are made later.
+    store.drop_unproven()
+    assert store.graph_failure is not None
 
 
 @pytest.mark.parametrize(

@@ -5,14 +5,15 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from codeformer.networks.codeformer import CodeFormer
 from codeformer.networks.gfpgan import ModulatedConvolution, StyledConvolution, resize
-from codeformer.networks.inference import TransposedUpsample, for_inference
+from codeformer.networks.inference import TransposedUpsample, for_inference, with_half_weights
 from codeformer.networks.parsenet import FaceParsingNetwork
 from codeformer.networks.retinaface import Backbone, build_retinaface
 from codeformer.networks.vqgan import Upsample
-from tests.conftest import TINY_CONFIG, make_tiny_gfpgan
+from tests.conftest import TINY_CONFIG, make_tiny_gfpgan, make_tiny_restorer
 
 
 def with_lively_norms(network: nn.Module) -> nn.Module:
@@ -149,3 +150,125 @@ def test_the_rewritten_detector_computes_the_same(backbone: Backbone) -> None:
     for actual, expected in zip(rewritten(x), network(x), strict=True):
         assert_close(actual, expected)
     assert not any(isinstance(module, nn.BatchNorm2d) for module in rewritten.modules())
+
+
+# Of 16 px and two levels, with every part there is.
+SMALL_CONFIG: dict[str, Any] = TINY_CONFIG | {
+    "n_layers": 1,
+    "latent_size": 64,
+    "channel_multipliers": (1, 2),
+    "connect_list": ("16",),
+    "correction_blocks": 1,
+    "correction_channels": 8,
+    "colour_patch": 8,
+}
+
+
+def norm_in_parts(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, groups: int, eps: float, *, silu: bool
+) -> torch.Tensor:
+    """A group norm by its definition, another function than torch's."""
+    grouped = x.reshape(len(x), groups, -1)
+    normed = (grouped - grouped.mean(dim=2, keepdim=True)) / (
+        grouped.var(dim=2, correction=0, keepdim=True) + eps
+    ).sqrt()
+    normed = normed.view(x.shape) * weight[:, None, None] + bias[:, None, None]
+    return normed * torch.sigmoid(normed) if silu else normed
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_another_function_may_compute_the_group_norms(channels_last: bool) -> None:
+    torch.manual_seed(0)
+    network = CodeFormer(**SMALL_CONFIG).eval().double()
+    for norm in (module for module in network.modules() if isinstance(module, nn.GroupNorm)):
+        norm.weight.data.uniform_(0.5, 1.5)
+        norm.bias.data.normal_()
+    calls = []
+
+    def counted(
+        x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, groups: int, eps: float, *, silu: bool
+    ) -> torch.Tensor:
+        calls.append(silu)
+        return norm_in_parts(x, weight, bias, groups, eps, silu=silu)
+
+    x = torch.randn(2, 3, 16, 16).double()
+    rewritten = for_inference(network, channels_last=channels_last, group_norm=counted)
+    for actual, expected in zip(rewritten(x, 0.5, adain=True), network(x, 0.5, adain=True), strict=True):
+        assert_close(actual, expected)
+    norms = [module for module in network.modules() if isinstance(module, nn.GroupNorm)]
+    assert len(calls) == len(norms)
+    assert not any(isinstance(module, nn.GroupNorm) for module in rewritten.modules())
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    kernels = [module.weight for module in rewritten.modules() if isinstance(module, nn.Conv2d)]
+    assert all(kernel.is_contiguous(memory_format=layout) for kernel in kernels)
+
+
+class Conversions(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the numbers of weights that are converted to half precision."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count = 0
+        self.pointers = {parameter.data_ptr() for parameter in network.parameters()}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in (torch.ops.aten.to.dtype, torch.ops.aten._to_copy.default):
+            self.count += args[0].numel() * (args[0].data_ptr() in self.pointers)
+        return func(*args, **(kwargs or {}))
+
+
+def generated(network: Any, x: torch.Tensor) -> torch.Tensor:
+    logits, lq_feat, features = network.predict(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out: torch.Tensor = network.generate(logits, lq_feat, features, 0.5, adain=True)
+    return out
+
+
+def whole(network: Any, x: torch.Tensor) -> torch.Tensor:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = network(x)
+    first: torch.Tensor = out[0] if isinstance(out, tuple) else out
+    return first
+
+
+def codeformer_parts(network: Any) -> list[nn.Module]:
+    return [network.generator, network.fuse_convs_dict, network.correction]
+
+
+NETWORKS: dict[str, tuple[Any, Any, Any, int]] = {
+    "codeformer": (lambda: make_tiny_restorer(**SMALL_CONFIG), codeformer_parts, generated, 16),
+    "gfpgan": (lambda: make_tiny_gfpgan(out_size=64), lambda network: [network], whole, 64),
+    "parser": (lambda: with_lively_norms(FaceParsingNetwork(64)), lambda network: [network], whole, 64),
+}
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", NETWORKS)
+def test_weights_in_half_precision_change_nothing_but_conversions(name: str) -> None:
+    make, parts_of, run, side = NETWORKS[name]
+    torch.manual_seed(0)
+    network = for_inference(make())
+    x = torch.rand(2, 3, side, side).mul(2).sub(1).contiguous(memory_format=torch.channels_last)
+    with Conversions(network) as as_it_was:
+        expected = run(network, x)
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    halved = with_half_weights(network, torch.bfloat16, parts_of(network))
+    with Conversions(network) as shared, Conversions(halved) as own:
+        actual = run(halved, x)
+    assert torch.equal(actual, expected)
+    # Autocast's own cache keeps nothing here: it is for weights that need a gradient.
+    assert as_it_was.count > 1000
+    # GFPGAN converts biases itself.
+    assert shared.count + own.count < (as_it_was.count / 50 if name == "gfpgan" else 1)
+    for key, value in network.state_dict().items():
+        assert torch.equal(value, before[key])
+    kept = {parameter.data_ptr() for parameter in network.parameters()}
+    added = [parameter for parameter in halved.parameters() if parameter.data_ptr() not in kept]
+    assert {parameter.dtype for parameter in added} == {torch.bfloat16}
+    if name == "codeformer":
+        for parameter in (*halved.encoder.parameters(), *halved.ft_layers.parameters()):
+            assert parameter.data_ptr() in kept
+            assert parameter.dtype == torch.float32

@@ -30,19 +30,37 @@ def test_a_cpu_uses_the_batch_size_of_the_plan() -> None:
 
 
 @pytest.mark.parametrize(
-    ("faces_free", "faces_reserved", "expected"),
-    [(100, 0, 8), (11, 0, 8), (9, 0, 7), (5, 0, 4), (4, 1, 4), (2, 0, 1), (0.1, 0, 1), (0, 0, 1), (0, 5, 4)],
+    ("faces_free", "faces_reserved", "faces_of_graphs", "expected"),
+    [
+        (100, 0, 0, 8),
+        (11, 0, 0, 8),
+        (9, 0, 0, 7),
+        (5, 0, 0, 4),
+        (4, 1, 0, 4),
+        (2, 0, 0, 1),
+        (0.1, 0, 0, 1),
+        (0, 0, 0, 1),
+        (0, 5, 0, 4),
+        # What is reserved for graphs is free for nothing else.
+        (4, 8, 7, 4),
+        (0, 5, 5, 1),
+    ],
 )
 def test_a_gpu_uses_the_batch_size_that_fits(
-    monkeypatch: pytest.MonkeyPatch, faces_free: float, faces_reserved: float, expected: int
+    monkeypatch: pytest.MonkeyPatch,
+    faces_free: float,
+    faces_reserved: float,
+    faces_of_graphs: int,
+    expected: int,
 ) -> None:
     face = 900 * 2**20
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (int(faces_free * face), 99 * face))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: int((3 + faces_reserved) * face))
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 3 * face)
-    assert batch_size_for(resolve_plan("fast", device="cuda"), face) == expected
-    assert batch_size_for(resolve_plan("baseline", device="cuda"), face) == 1
+    pool = faces_of_graphs * face
+    assert batch_size_for(resolve_plan("fast", device="cuda"), face, pool) == expected
+    assert batch_size_for(resolve_plan("baseline", device="cuda"), face, pool) == 1
 
 
 @pytest.mark.parametrize(
@@ -53,6 +71,8 @@ def test_a_gpu_uses_the_batch_size_that_fits(
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"), True),
         (RuntimeError("CUDA error: out of memory"), True),
         (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+        (RuntimeError("CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"), True),
         (RuntimeError("CUDA error: device-side assert triggered"), False),
         (ValueError("out of memory"), False),
         (opencv_error(cv2.Error.StsNoMem), True),
@@ -61,6 +81,41 @@ def test_a_gpu_uses_the_batch_size_that_fits(
 )
 def test_too_little_memory_is_distinguished_from_other_failures(failure: Exception, expected: bool) -> None:
     assert is_out_of_memory(failure) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "cuDNN error: CUDNN_STATUS_NOT_INITIALIZED",
+        "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
+        "GET was unable to find an engine to execute this computation",
+        "FIND was unable to find an engine to execute this computation",
+        "Unable to find a valid cuDNN algorithm to run convolution",
+    ],
+)
+@pytest.mark.parametrize(
+    ("free_gib", "is_used", "expected"), [(0.5, True, True), (60, True, False), (0.5, False, False)]
+)
+def test_what_has_two_causes_is_a_shortage_where_memory_is_short(
+    monkeypatch: pytest.MonkeyPatch, text: str, free_gib: float, is_used: bool, expected: bool
+) -> None:
+    gib = 2**30
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    # This process uses the second GPU; the first one is somebody else's, and full.
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda index: gib if is_used and index == 1 else 0)
+    monkeypatch.setattr(
+        torch.cuda, "mem_get_info", lambda index: (int((free_gib if index == 1 else 0) * gib), 80 * gib)
+    )
+    assert is_out_of_memory(RuntimeError(text)) == expected
+
+    def fail(_: int) -> None:
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", fail)
+    assert not is_out_of_memory(RuntimeError(text))
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    assert not is_out_of_memory(RuntimeError(text))
 
 
 FAULTS = """

@@ -387,7 +387,7 @@ def test_a_detector_that_returns_nan_is_a_failure(head: str) -> None:
 def test_a_failure_to_optimize_the_networks_is_reported_without_paths(
     blind_pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise RuntimeError("cannot open '/srv/app/kernels.so'\nmore")
 
     monkeypatch.setattr(Models, "optimized", fail)
@@ -460,7 +460,7 @@ def test_a_half_precision_overflow_runs_again_in_float32(
         out = generate(*arguments, **options)
         return out * float("inf") if out.dtype == torch.bfloat16 else out
 
-    monkeypatch.setattr(tiny_pipeline.models.restorers["codeformer"], "_generate", overflow)
+    monkeypatch.setattr(tiny_pipeline.models.restorers["codeformer"], "_generate", lambda _: overflow)
     photo = pictures.portrait()
     baseline = resolve_plan("baseline", device=CPU)
     [result] = tiny_pipeline.restore([photo], 0.5, dataclasses.replace(baseline, half_dtype=torch.bfloat16))

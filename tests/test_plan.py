@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,9 @@ import pytest
 import torch
 
 from codeformer import options as option_choices
-from codeformer.engine.plan import as_device, available_device, resolve_plan, torch_switches
+from codeformer.engine import devices
+from codeformer.engine.devices import as_device, available_device
+from codeformer.engine.plan import resolve_plan, torch_switches
 from codeformer.errors import OptionError
 from codeformer.options import COMPILE_BACKENDS, RUNTIME_PROFILES, STABILITY_MODES, check_fidelity
 from tests.conftest import CPU
@@ -99,30 +102,93 @@ def test_fidelity_out_of_range(value: object) -> None:
         check_fidelity(value)
 
 
-def switches() -> tuple[str, str, bool]:
-    """The switches for the precision of convolutions and matrix products, and for cuDNN's benchmarking."""
+def switches() -> tuple[str, ...]:
+    """torch's switches for the precision of float32, by backend and operation."""
     cudnn: Any = torch.backends.cudnn
-    return cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision, cudnn.benchmark
+    mkldnn: Any = torch.backends.mkldnn
+    return tuple(
+        operation.fp32_precision
+        for operation in (cudnn.conv, cudnn.rnn, torch.backends.cuda.matmul, mkldnn.conv, mkldnn.matmul)
+    )
 
 
-@pytest.fixture
-def _everything_on() -> Iterator[None]:
+def everything_older() -> tuple[bool, bool, str, bool]:
+    """The older switches, whose reading raises where they contradict the newer ones; and a use of them."""
     cudnn: Any = torch.backends.cudnn
-    before = switches()
+    with cudnn.flags(enabled=True, allow_tf32=False):
+        pass
+    return (
+        cudnn.allow_tf32,
+        torch.backends.cuda.matmul.allow_tf32,
+        torch.get_float32_matmul_precision(),
+        cudnn.benchmark,
+    )
+
+
+def as_torch_has_them() -> None:
+    pass
+
+
+def older_ones() -> None:
+    torch.backends.cudnn.allow_tf32 = True
+    torch.set_float32_matmul_precision("medium")
+
+
+def newer_ones() -> None:
+    cudnn: Any = torch.backends.cudnn
+    mkldnn: Any = torch.backends.mkldnn
     cudnn.conv.fp32_precision = torch.backends.cuda.matmul.fp32_precision = "tf32"
+    mkldnn.conv.fp32_precision = "bf16"
+
+
+def contradicting_ones() -> None:
+    cudnn: Any = torch.backends.cudnn
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = "ieee", "tf32"
+
+
+@pytest.fixture(params=[as_torch_has_them, older_ones, newer_ones, contradicting_ones])
+def _switched(request: pytest.FixtureRequest) -> Iterator[None]:
+    """torch's switches as a program may have set them."""
+    cudnn: Any = torch.backends.cudnn
     cudnn.benchmark = True
+    request.param()
     yield
-    cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision, cudnn.benchmark = before
+    torch.backends.cudnn.allow_tf32 = True
+    torch.set_float32_matmul_precision("highest")
+    mkldnn: Any = torch.backends.mkldnn
+    mkldnn.conv.fp32_precision = "none"
+    cudnn.benchmark = False
 
 
-@pytest.mark.usefixtures("_everything_on")
-def test_torchs_switches_are_set_and_restored() -> None:
+IEEE = ("ieee",) * 5
+
+
+@pytest.mark.usefixtures("_switched")
+def test_torchs_switches_are_held_consistently_and_put_back() -> None:
+    before, older = switches(), readable_older_ones()
     with torch_switches(cudnn_benchmark=False):
-        assert switches() == ("ieee", "ieee", False)
+        assert switches() == IEEE
+        assert everything_older() == (False, False, "highest", False)
         with torch_switches(cudnn_benchmark=True):
-            assert switches() == ("ieee", "ieee", True)
-        assert switches() == ("ieee", "ieee", False)
-    assert switches() == ("tf32", "tf32", True)
+            assert switches() == IEEE
+            assert everything_older() == (False, False, "highest", True)
+        assert everything_older() == (False, False, "highest", False)
+    assert switches() == before
+    assert readable_older_ones() == older
+    assert torch.backends.cudnn.benchmark
+
+
+def readable_older_ones() -> tuple[object, ...]:
+    """Those that the newer ones do not contradict."""
+    found: list[object] = []
+    for read in (lambda: torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision):
+        try:
+            found.append(read())
+        except RuntimeError:
+            found.append("contradicted")
+    return tuple(found)
 
 
 def leave_with_an_error() -> None:
@@ -130,11 +196,13 @@ def leave_with_an_error() -> None:
         raise KeyError
 
 
-@pytest.mark.usefixtures("_everything_on")
+@pytest.mark.usefixtures("_switched")
 def test_torchs_switches_are_restored_after_an_error() -> None:
+    before = switches()
     with pytest.raises(KeyError):
         leave_with_an_error()
-    assert switches() == ("tf32", "tf32", True)
+    assert switches() == before
+    assert torch.backends.cudnn.benchmark
 
 
 @pytest.mark.parametrize(
@@ -168,3 +236,68 @@ def test_a_missing_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert str(available_device()) == "cuda:0"
     with pytest.raises(OptionError, match="no such GPU"):
         available_device("cuda:1")
+
+
+@pytest.fixture
+def _broken_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU whose driver torch cannot use."""
+
+    def fail() -> None:
+        raise RuntimeError("The NVIDIA driver on your system is too old\n(found version 11040).")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "init", fail)
+
+
+@pytest.mark.usefixtures("_broken_driver")
+@pytest.mark.parametrize(("variable", "argument"), [("cuda", None), ("", "cuda"), ("cpu", "cuda:0")])
+def test_a_gpu_that_was_asked_for_and_fails_is_an_error_in_the_drivers_words(
+    monkeypatch: pytest.MonkeyPatch, variable: str, argument: str | None
+) -> None:
+    monkeypatch.setenv("CODEFORMER_DEVICE", variable)
+    with pytest.raises(
+        OptionError, match=r"driver on your system is too old \(found version 11040\)"
+    ) as raised:
+        available_device(argument)
+    assert raised.value.option == ("device" if argument else "CODEFORMER_DEVICE")
+
+
+@pytest.mark.usefixtures("_broken_driver")
+@pytest.mark.parametrize("has_gpu", [True, False])
+@pytest.mark.parametrize("asked", [None, "auto"])
+def test_the_log_says_why_a_gpu_is_not_used(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
+    asked: str | None,
+    has_gpu: bool,
+) -> None:
+    if has_gpu:
+        (tmp_path / "dev").mkdir()
+        (tmp_path / "dev" / "nvidiactl").touch()
+    signs = devices._signs_of_a_gpu
+    monkeypatch.setattr(devices, "_signs_of_a_gpu", lambda: signs(tmp_path))
+    monkeypatch.delenv("CODEFORMER_DEVICE", raising=False)
+    assert available_device(asked) == CPU
+    assert ("too old (found version 11040)" in caplog.text) == has_gpu
+    assert ("nvidiactl" in caplog.text) == has_gpu
+
+
+@pytest.mark.parametrize(
+    ("variable", "expected"), [("cpu", "cpu"), (" cuda ", "cuda:0"), ("cuda:1", "cuda:1"), ("auto", "cuda:0")]
+)
+def test_the_environment_names_the_device(
+    monkeypatch: pytest.MonkeyPatch, variable: str, expected: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CODEFORMER_DEVICE", variable)
+    assert str(available_device()) == expected
+    assert available_device("cpu") == CPU
+
+
+def test_an_unknown_device_in_the_environment_names_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CODEFORMER_DEVICE", "gpu")
+    expected = "CODEFORMER_DEVICE: expected cpu, cuda or cuda:N, or auto, got 'gpu'"
+    with pytest.raises(OptionError, match=expected):
+        available_device()

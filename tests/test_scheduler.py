@@ -207,7 +207,7 @@ def test_of_two_backends_the_first_wins_and_one_that_did_not_work_is_forgotten(
 ) -> None:
     device = Device()
     none, eager = (resolve_plan("fast", "optimized", backend, device=CPU) for backend in ("none", "eager"))
-    monkeypatch.setattr(Models, "optimized", lambda self, _: self)
+    monkeypatch.setattr(Models, "optimized", lambda self, *_, **__: self)
     first = device.occupy(none)
     with pytest.raises(BackendConflictError):
         device.ask([picture(10)], eager)
@@ -324,6 +324,34 @@ def test_a_bug_reaches_the_request_that_met_it_and_the_next_one_works(
         assert isinstance(device.ask([picture(10)]).failure(), ZeroDivisionError)
     assert device.ask([picture(10)]).failure() is None
     assert device.scheduler.is_alive()
+
+
+class OddError(Exception):
+    """A bug's exception, whose arguments are not its message."""
+
+    def __init__(self, *, number: int) -> None:
+        super().__init__(f"number {number}")
+        self.number = number
+
+
+def test_a_bug_in_a_shared_pass_reaches_each_request_as_an_exception_of_its_own(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = device.occupy()
+    clients = [device.ask([picture(10 * number)]) for number in range(1, 4)]
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OddError(number=7) from KeyError("why")
+
+    monkeypatch.setattr(device.pipeline.engine, "_grow", fail)
+    device.go_on()
+    failures = [client.failure() for client in [first, *clients]]
+    for failure in failures:
+        assert isinstance(failure, OddError)
+        assert (failure.number, str(failure), repr(failure.__cause__)) == (7, "number 7", "KeyError('why')")
+    assert len({id(failure) for failure in failures}) == 4
+    monkeypatch.undo()
+    assert device.ask([picture(10)]).failure() is None
 
 
 def test_who_waits_for_many_faces_reads_how_far_it_is(

@@ -6,16 +6,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from codeformer.engine.detector import resize_for_detection
 from codeformer.engine.pipeline import Pipeline
+from codeformer.engine.plan import resolve_plan
 from codeformer.errors import ImageError, OptionError, TimeLimitError
 from codeformer.imaging.files import decode_image, size_of
 from codeformer.limits import Deadline, Limits
 from codeformer.options import Options
 from codeformer.serving import service as service_module
+from codeformer.serving.scheduler import Ticket
 from codeformer.serving.service import MAX_REQUESTS, PixelBudget, Service
-from tests.conftest import service_of
+from tests.conftest import CPU, service_of
 from tests.test_files import gradient, png_header, save
 
 
@@ -202,3 +206,32 @@ def test_the_budget_is_the_limits(blind_pipeline: Pipeline, photo: Path) -> None
 
     asyncio.run(asyncio.wait_for(all_at_once(), 100))
     assert service._pixels._taken == 0
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_gpu_starts_with_plans_for_the_shapes_that_cameras_take(
+    blind_pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    seen: list[Any] = []
+
+    def watched(images: Any, *arguments: Any) -> Ticket:
+        seen.extend(resize_for_detection(image)[0].shape[:2] for image in images)
+        return Ticket(images, *arguments)
+
+    monkeypatch.setattr(service_module, "Ticket", watched)
+    service = service_of(blind_pipeline)
+    plan = resolve_plan(device=CPU)
+    # Only what it does for the GPU is to be seen: it goes on computing on the CPU.
+    monkeypatch.setattr(blind_pipeline, "device", torch.device(device))
+    monkeypatch.setattr(service_module, "half_dtype_of", lambda _: None)
+    monkeypatch.setattr(service_module, "describe_device", str)
+    monkeypatch.setattr(
+        blind_pipeline, "work_for", lambda recipe: Pipeline.work_for(blind_pipeline, recipe, plan=plan)
+    )
+    monkeypatch.setattr(blind_pipeline, "check", lambda *_: None)
+    service.warm_up()
+    cameras_wh = [(3000, 3000), (4000, 3000), (6000, 4000), (3840, 2160)]
+    shapes = {resize_for_detection(np.zeros((h, w, 3), np.uint8))[0].shape[:2] for w, h in cameras_wh}
+    shapes |= {shape[::-1] for shape in shapes}
+    assert (set(seen) >= shapes) == (device == "cuda")
+    assert len(seen) == 1 + (len(shapes) if device == "cuda" else 0)

@@ -28,9 +28,10 @@ from benchmarks.results import CallsReport
 from benchmarks.server import ROOT
 from codeformer.engine import device_pixels
 from codeformer.engine.detector import FaceDetector, anchors_for
+from codeformer.engine.devices import available_device
 from codeformer.engine.masker import TemplateMask, soften_labels
 from codeformer.engine.pipeline import Pipeline
-from codeformer.engine.plan import available_device, torch_switches
+from codeformer.engine.plan import torch_switches
 from codeformer.engine.precision import half_dtype_of
 from codeformer.errors import BenchmarkError
 from codeformer.imaging.files import decode_image, encode_jpeg

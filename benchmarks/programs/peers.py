@@ -16,7 +16,8 @@ from benchmarks.measure import Call, interleave, timings_of
 from benchmarks.programs.full_size import random_network
 from benchmarks.programs.parts import forms_of, input_of
 from benchmarks.results import CallsReport, header_of
-from codeformer.engine.plan import available_device, torch_switches
+from codeformer.engine.devices import available_device
+from codeformer.engine.plan import torch_switches
 from codeformer.errors import BenchmarkError
 from codeformer.process import tune_process
 

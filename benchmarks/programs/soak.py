@@ -26,7 +26,7 @@ from benchmarks import options as opt
 from benchmarks.measure import Amount, Count, Positive, Summary
 from benchmarks.results import Report, header_of
 from benchmarks.server import Answer, Server, as_uri, running_server
-from codeformer.engine.plan import available_device
+from codeformer.engine.devices import available_device
 from codeformer.errors import BenchmarkError, InputError
 from codeformer.imaging.files import ImageU8, decode_image, encode_jpeg
 from codeformer.serving.request import MAX_IMAGES, SAMPLES

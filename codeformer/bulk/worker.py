@@ -18,8 +18,9 @@ from codeformer.bulk.ledger import FAILED, RESTORED, Row
 from codeformer.bulk.shards import Shard
 from codeformer.bulk.sources import Entry
 from codeformer.bulk.stores import Reader, open_store
+from codeformer.engine.devices import available_device
 from codeformer.engine.pipeline import Pipeline, RestoredImage, recipe_of
-from codeformer.engine.plan import available_device, resolve_plan
+from codeformer.engine.plan import resolve_plan
 from codeformer.engine.stages import STAGES
 from codeformer.errors import (
     BulkError,

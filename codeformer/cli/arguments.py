@@ -131,7 +131,7 @@ def add_output(parser: argparse.ArgumentParser) -> None:
 def add_networks(parser: argparse.ArgumentParser) -> None:
     """Which networks, and where they run: everything that `load_pipeline` reads."""
     parser.add_argument("--weights", metavar="SET", help=set_help())
-    parser.add_argument("--device", help="cuda or cpu; default: cuda if there is a GPU")
+    parser.add_argument("--device", help="auto, cpu, cuda or cuda:N; default: CODEFORMER_DEVICE, else auto")
     parser.add_argument(
         "--no-second-look",
         dest="second_look",
@@ -166,9 +166,9 @@ def load_pipeline(arguments: argparse.Namespace, restorers: Sequence[str] | None
         arguments: those of `add_networks`.
         restorers: which to load; None for those that the environment names.
     """
+    from codeformer.engine.devices import available_device
     from codeformer.engine.models import restorers_for
     from codeformer.engine.pipeline import Pipeline
-    from codeformer.engine.plan import available_device
     from codeformer.process import tune_process
 
     device = available_device(arguments.device)

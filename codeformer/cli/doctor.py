@@ -21,6 +21,7 @@ from codeformer.errors import CodeFormerError
 from codeformer.limits import Limits
 from codeformer.locations import checkout, downloads
 from codeformer.options import COMPILE_CACHE_VARIABLE
+from codeformer.process import limit_threads
 from codeformer.weights.manifest import WeightFile, WeightSet, available_sets, load_weight_set
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
         "codeformer doctor --weights official",
     )
     parser.add_argument("--weights", metavar="SET", help=set_help())
-    parser.add_argument("--device", help="cuda or cpu; default: cuda if there is a GPU")
+    parser.add_argument("--device", help="auto, cpu, cuda or cuda:N; default: CODEFORMER_DEVICE, else auto")
     parser.add_argument(
         "-o",
         "--output",
@@ -153,8 +154,8 @@ def _examine_computing(findings: Findings, asked: str | None) -> bool:
         )
         return False
     from codeformer.engine import devices
+    from codeformer.engine.devices import available_device
     from codeformer.engine.finder import is_second_look_on
-    from codeformer.engine.plan import available_device
 
     findings.facts["no_gpu"] = devices.why_no_gpu() or None
     with findings.asking():
@@ -173,6 +174,7 @@ def _examine_computing(findings: Findings, asked: str | None) -> bool:
             return True
         findings.facts["precision"] = _precision(device)
         if not is_gpu:
+            limit_threads()
             _examine_cpu(findings, torch.get_num_threads(), min(cores, quota or cores))
     return True
 

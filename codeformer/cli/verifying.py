@@ -55,7 +55,7 @@ def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
         help="verify this restorer as well",
     )
     parser.add_argument("--weights", metavar="SET", default=DEFAULT_SET, help="default: official")
-    parser.add_argument("--device", help="cuda or cpu; default: cuda if there is a GPU")
+    parser.add_argument("--device", help="auto, cpu, cuda or cuda:N; default: CODEFORMER_DEVICE, else auto")
     parser.set_defaults(command=_verify)
 
 

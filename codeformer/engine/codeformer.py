@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from codeformer.engine.restorer import FaceRestorer, faces_to_batch
-from codeformer.engine.runner import AS_IT_IS, Execution
+from codeformer.engine.runner import AS_IT_IS, Execution, Precisions
 from codeformer.errors import ManifestError
 from codeformer.networks.codeformer import FACTS, CodeFormer
 from codeformer.networks.facts import RestorerFacts
@@ -26,9 +26,12 @@ class CodeFormerRestorer(FaceRestorer):
     def __init__(self, network: CodeFormer, execution: Execution = AS_IT_IS, version: str = "") -> None:
         super().__init__(network, execution, version)
         # One graph serves every fidelity above 0 if it is a tensor.
-        self._fidelity_in_graph = execution.compile_backend is not None or execution.graphed
+        self._fidelity_in_graph = execution.compile_backend is not None or execution.recorder is not None
         self._predict = execution.compiled(network.predict)
-        self._generate = execution.compiled(network.generate)
+        parts = [network.generator, network.fuse_convs_dict]
+        if network.correction is not None:
+            parts.append(network.correction)
+        self._generate = Precisions(network, lambda one: one.generate, parts, execution)
 
     @classmethod
     def load(cls, weights: WeightSet, device: torch.device, choice: str = FACTS.name) -> Self:
@@ -58,9 +61,14 @@ class CodeFormerRestorer(FaceRestorer):
     ) -> Tensor:
         w = conditions if constant_w is None else constant_w
         logits, lq_feat, features = self._predict(batch)
+        generate = self._generate(half_dtype)
         with torch.autocast(self.device.type, dtype=half_dtype, enabled=half_dtype is not None):
-            restored: Tensor = self._generate(logits, lq_feat, features, w, adain=True)
+            restored: Tensor = generate(logits, lq_feat, features, w, adain=True)
         return restored
+
+    def kinds_of_fidelities(self, count: int) -> list[list[float | None]]:
+        kinds: list[list[float | None]] = [[0.5] * count, [0.0] * count]
+        return kinds if count == 1 else [*kinds, [0.25, *[0.5] * (count - 1)]]
 
     @torch.inference_mode()
     def codes(self, crops_bgr: Tensor) -> Tensor:

@@ -104,8 +104,19 @@ def erode(mask: Tensor, size: int) -> Tensor:
     The square's centre is the pixel itself, or for an even size the next one up and left, as OpenCV's.
     """
     before, after = size // 2, size - 1 - size // 2
-    padded = F.pad(-mask[None, None], (before, after, before, after), value=-torch.inf)
-    return -F.max_pool2d(F.max_pool2d(padded, (1, size), stride=1), (size, 1), stride=1)[0, 0]
+    padded = F.pad(mask, (before, after, before, after), value=torch.inf)
+    return _least_along(_least_along(padded, size, 0), size, 1)
+
+
+def _least_along(mask: Tensor, size: int, axis: int) -> Tensor:
+    """The minimum of each `size` values in a row, of which there are size - 1 fewer: in log2(size) steps."""
+    covered = 1
+    while covered < size:
+        step = min(covered, size - covered)
+        left = mask.shape[axis] - step
+        mask = torch.minimum(mask.narrow(axis, 0, left), mask.narrow(axis, step, left))
+        covered += step
+    return mask
 
 
 def soften_square(hard: Tensor) -> Tensor:
@@ -117,22 +128,45 @@ def soften_square(hard: Tensor) -> Tensor:
 def blur(mask: Tensor, size: int, sigma: float = 0.0) -> Tensor:
     """A Gaussian over `size` px of (H, W) float32; mirrored at the border without repeating its pixels.
 
-    Sigma 0 stands for the one OpenCV gives a kernel of that size.
+    Sigma 0 stands for the one OpenCV gives a kernel of that size. As products with a banded matrix: cuDNN
+    would plan a convolution anew for each size of kernel and face.
     """
-    kernel = torch.from_numpy(cv2.getGaussianKernel(size, sigma)).to(mask.device, mask.dtype)
-    reach = size // 2
-    rows = mask[_mirrored(mask.shape[0], reach).to(mask.device)]
-    tall = F.conv2d(rows[None, None], kernel.view(1, 1, -1, 1))[0, 0]
-    columns = tall[:, _mirrored(mask.shape[1], reach).to(mask.device)]
-    return F.conv2d(columns[None, None], kernel.view(1, 1, 1, -1))[0, 0]
+    weights = torch.from_numpy(cv2.getGaussianKernel(size, sigma)).flatten()
+    band = _band(weights, size).to(mask.device, mask.dtype)
+    return _filtered(_filtered(mask, band).T, band).T
 
 
-def _mirrored(length: int, reach: int) -> Tensor:
-    """Indices 0 to length - 1, extended by `reach` on both sides by mirroring at the first and the last."""
+def _band(weights: Tensor, rows: int) -> Tensor:
+    """(rows, rows + K - 1): each row has the K weights one column further right."""
+    band = torch.zeros(rows, rows + len(weights), dtype=weights.dtype)
+    band[:, : len(weights)] = weights
+    # Read in rows that are one shorter, each begins one further left.
+    return band.flatten()[: rows * (rows + len(weights) - 1)].view(rows, -1)
+
+
+def _filtered(mask: Tensor, band: Tensor) -> Tensor:
+    """(H, W) filtered along its columns by the weights of a band, mirrored at the ends.
+
+    The same band serves block after block of as many rows as it has.
+    """
+    height, width = mask.shape
+    rows, reach = len(band), (band.shape[1] - len(band)) // 2
+    blocks = -(-height // rows)
+    extended = mask[_mirrored(height, reach, blocks * rows - height, mask.device)]
+    windows = extended.as_strided((blocks, band.shape[1], width), (rows * width, width, 1))
+    return (band @ windows).view(-1, width)[:height]
+
+
+def _mirrored(length: int, reach: int, more: int, device: torch.device) -> Tensor:
+    """Indices 0 to length - 1, extended by `reach` on both sides by mirroring at the first and the last.
+
+    And by `more` at the end, whatever they are.
+    """
+    positions = torch.arange(-reach, length + reach + more, device=device)
     if length == 1:
-        return torch.zeros(1 + 2 * reach, dtype=torch.int64)
+        return torch.zeros_like(positions)
     period = 2 * (length - 1)
-    positions = torch.arange(-reach, length + reach) % period
+    positions = positions % period
     return torch.minimum(positions, period - positions)
 
 

@@ -5,6 +5,8 @@ Nothing here knows where the faces come from, or who waits for them.
 
 import itertools
 import logging
+import time
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Final
@@ -15,12 +17,12 @@ from torch import Tensor
 from codeformer.engine.canvas import Canvas
 from codeformer.engine.graphs import batch_size_of
 from codeformer.engine.memory import batch_size_for, clear_frames_of, release_failed_attempt
-from codeformer.engine.models import RESTORERS_VARIABLE, ModelStore
+from codeformer.engine.models import RESTORERS_VARIABLE, Models, ModelStore
 from codeformer.engine.plan import ExecutionPlan, torch_switches
 from codeformer.engine.restorer import match_gray
 from codeformer.engine.stages import Span, Stage, run_stage
 from codeformer.errors import DeviceMemoryError, InferenceError, NonFiniteOutputError, OptionError, in_words
-from codeformer.imaging.geometry import AlignedFace
+from codeformer.imaging.geometry import FACE_SIZE, AlignedFace
 from codeformer.imaging.traits import Area
 from codeformer.options import Recipe, Step
 
@@ -97,6 +99,8 @@ class Engine:
         self._device = device
         # Where memory has lately allowed less than planned: how many faces, and how many such batches since.
         self._room: dict[BatchKey, tuple[int, int]] = {}
+        # Where recordings are replayed: whose, and the largest batch that was recorded, 0 for none.
+        self._recorded: dict[BatchKey, tuple[weakref.ref[Models], int]] = {}
 
     def key_of(self, plan: ExecutionPlan, recipe: Recipe) -> BatchKey:
         """The key of faces restored by this plan and recipe.
@@ -125,12 +129,22 @@ class Engine:
         Where recordings are replayed it is a power of two: five faces are four and one, not eight.
         """
         models = self._store.models_for(key.plan)
-        needed = max(models.restorers[name].facts.bytes_per_face for name in key.restorers)
-        size = batch_size_for(key.plan, needed)
+        # What was recorded has its memory; anything else needs some that is free.
+        size = self._largest_recorded(key, models) or self._batch_size_in_free_memory(key)
         if key in self._room:
             size = min(size, self._room[key][0])
         size = min(size, waiting)
         return batch_size_of(size) if models.is_graphed else size
+
+    def _largest_recorded(self, key: BatchKey, models: Models) -> int | None:
+        """The largest batch with recordings, 0 for none; None where none has been tried."""
+        whose, size = self._recorded.get(key, (None, 0))
+        return size if models.is_graphed and whose is not None and whose() is models else None
+
+    def _batch_size_in_free_memory(self, key: BatchKey) -> int:
+        restorers = self._store.reference.restorers
+        needed = max(restorers[name].facts.bytes_per_face for name in key.restorers)
+        return batch_size_for(key.plan, needed, self._store.bytes_of_graphs())
 
     def run(self, jobs: Sequence[FaceJob]) -> list[FaceResult]:
         """Restores faces that may share a pass; a failure of one leaves the others untouched.
@@ -145,6 +159,7 @@ class Engine:
             A result for each, in order.
         """
         key = jobs[0].key
+        self._record(key)
         results: list[FaceResult] = []
         shortages = [0] * len(jobs)
         while (done := len(results)) < len(jobs):
@@ -170,6 +185,46 @@ class Engine:
             ]
         return results
 
+    def _record(self, key: BatchKey) -> None:
+        """Makes all recordings of a plan before its first batch, and none in the middle of later requests.
+
+        The largest batch first: the smaller ones then find room in its memory.
+        """
+        models = self._store.models_for(key.plan)
+        if not models.is_graphed or self._largest_recorded(key, models) is not None:
+            return
+        self._recorded[key] = weakref.ref(models), 0
+        started = time.perf_counter()
+        size = batch_size_of(self._batch_size_in_free_memory(key))
+        while size and models.is_graphed:
+            where = f"blank faces to be recorded, {size} at a time"
+            try:
+                with (
+                    torch_switches(cudnn_benchmark=key.plan.cudnn_benchmark),
+                    run_stage("restore", where, self._device),
+                ):
+                    self._run_blank_faces(models, key, size)
+            except DeviceMemoryError as failure:
+                release_failed_attempt(failure, self._device)
+            except InferenceError as failure:
+                # The batch will fail in the same way, and say so.
+                clear_frames_of(failure)
+                return
+            else:
+                self._recorded[key] = weakref.ref(models), max(self._recorded[key][1], size)
+            size //= 2
+        logger.info("CUDA graphs recorded in %.1f s", time.perf_counter() - started)
+
+    @torch.inference_mode()
+    def _run_blank_faces(self, models: Models, key: BatchKey, count: int) -> None:
+        crops = torch.zeros(count, FACE_SIZE, FACE_SIZE, 3, dtype=torch.uint8, device=self._device)
+        for name in key.restorers:
+            restorer = models.restorers[name]
+            for fidelities in restorer.kinds_of_fidelities(count):
+                restorer.restore(crops, fidelities, half_dtype=key.plan.half_dtype)
+        if key.plan.parse_faces:
+            models.masker.masks(crops, half_dtype=key.plan.half_dtype)
+
     def _grow(self, key: BatchKey, size: int) -> None:
         if key not in self._room or size < self._room[key][0]:
             return
@@ -192,15 +247,17 @@ class Engine:
 
     def _pass(self, batch: Sequence[FaceJob]) -> list[FaceResult]:
         """One pass through the networks, and one in float32 for each face that half precision fails."""
-        half_dtype = batch[0].key.plan.half_dtype
-        results = self._compute(batch, half_dtype)
-        if half_dtype is None:
+        plan = batch[0].key.plan
+        results = self._compute(batch, self._store.models_for(plan), plan.half_dtype)
+        self._store.prove(plan, with_a_face=any(result.error is None for result in results))
+        if plan.half_dtype is None:
             return results
         for index, (job, result) in enumerate(zip(batch, results, strict=True)):
             if result.error is not None:
                 logger.warning("%s Running it again in float32.", result.error)
                 try:
-                    [again] = self._compute([job], None)
+                    # As in safe mode: nothing is compiled or recorded for this one face.
+                    [again] = self._compute([job], self._store.reference, None)
                 except InferenceError as failure:
                     again = _failed(failure)
                 times = result.times + again.times
@@ -208,10 +265,11 @@ class Engine:
         return results
 
     @torch.inference_mode()
-    def _compute(self, batch: Sequence[FaceJob], half_dtype: torch.dtype | None) -> list[FaceResult]:
+    def _compute(
+        self, batch: Sequence[FaceJob], models: Models, half_dtype: torch.dtype | None
+    ) -> list[FaceResult]:
         """One pass; a face whose output is not finite gets an error."""
         plan = batch[0].key.plan
-        models = self._store.models_for(plan)
         where = ", ".join(job.where for job in batch)
         spans: list[tuple[str, Span]] = []
         is_finite: list[Tensor] = []
@@ -258,7 +316,6 @@ class Engine:
                 )
             else:
                 results.append(FaceResult(face, mask, times=times, faces_in_pass=len(batch)))
-        self._store.prove(plan, with_a_face=any(result.error is None for result in results))
         return results
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from codeformer.engine.restorer import FaceRestorer
-from codeformer.engine.runner import AS_IT_IS, Execution
+from codeformer.engine.runner import AS_IT_IS, Execution, Precisions
 from codeformer.errors import ManifestError
 from codeformer.networks.facts import RestorerFacts
 from codeformer.networks.gfpgan import FACTS, GFPGANv1Clean
@@ -25,7 +25,7 @@ class GfpganRestorer(FaceRestorer):
 
     def __init__(self, network: GFPGANv1Clean, execution: Execution = AS_IT_IS, version: str = "") -> None:
         super().__init__(network, execution, version)
-        self._restore = execution.compiled(network.forward)
+        self._restore = Precisions(network, lambda one: one.forward, [network], execution)
 
     @classmethod
     def load(cls, weights: WeightSet, device: torch.device, choice: str = FACTS.name) -> Self:
@@ -46,6 +46,7 @@ class GfpganRestorer(FaceRestorer):
     def compute(
         self, batch: Tensor, _conditions: Tensor, half_dtype: torch.dtype | None, *_settings: Any
     ) -> Tensor:
+        restore = self._restore(half_dtype)
         with torch.autocast(self.device.type, dtype=half_dtype, enabled=half_dtype is not None):
-            restored: Tensor = self._restore(batch)[0]
+            restored: Tensor = restore(batch)[0]
         return restored

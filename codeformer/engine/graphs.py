@@ -3,14 +3,21 @@
 Launching some hundred small kernels one by one takes the host longer than the GPU needs to run them.
 """
 
+import contextlib
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import torch
 from torch import Tensor
+
+from codeformer.errors import in_words
+from codeformer.log import operator_logger
+
+logger = logging.getLogger(__name__)
 
 # Each recording keeps its own buffers for inputs and results; those between are shared.
 MAX_GRAPHS: Final = 16
@@ -33,57 +40,125 @@ class Recording:
     replay: Callable[[], None]
 
 
-class Recorder:
-    """Records calls as CUDA graphs, which all share one pool of memory: they never run at the same time."""
+class Recorder(Protocol):
+    """Makes recordings, which share memory: they never run at the same time.
 
-    def __init__(self) -> None:
+    Attributes:
+        failure: why nothing is recorded any more, in words; None as long as recording works.
+    """
+
+    failure: str | None
+
+    def record(
+        self, function: BatchFunction, batch: Tensor, conditions: Tensor, settings: Sequence[Hashable]
+    ) -> Recording | None:
+        """Records one call; the tensors given become its inputs. None after a failure."""
+        ...
+
+    def idle_bytes(self) -> int:
+        """Memory that is kept for replays and, between them, is in use by nothing."""
+        ...
+
+
+class CudaRecorder:
+    """Records calls as CUDA graphs, which all share one pool of memory.
+
+    The first failure is the last one: a capture that fails may leave the device in any state, and nothing is
+    gained by a second try of what failed once.
+
+    Args:
+        device: where the calls run.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.failure: str | None = None
+        self._device = device
         self._pool: Any = None
         self._stream: Any = None
+        self._idle_bytes = 0
 
-    def __call__(
+    def record(
         self, function: BatchFunction, batch: Tensor, conditions: Tensor, settings: Sequence[Hashable]
-    ) -> Recording:
-        """Records one call; the tensors given become its inputs."""
-        device = batch.device
-        with recording_lock, torch.cuda.device(device):
+    ) -> Recording | None:
+        """As `Recorder.record`.
+
+        Raises:
+            RuntimeError: the call itself fails, before anything is captured.
+        """
+        if self.failure is not None:
+            return None
+        with recording_lock, torch.cuda.device(self._device):
             before = torch.cuda.current_stream()
             if self._stream is None:
-                self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+                self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
                 self._pool = torch.cuda.graph_pool_handle()
-            graph = torch.cuda.CUDAGraph()
             self._stream.wait_stream(before)
-            is_recorded = False
+            with torch.cuda.stream(self._stream):
+                # Libraries choose algorithms and reserve memory at first use, which cannot be captured.
+                for _ in range(_WARM_UP_RUNS):
+                    function(batch, conditions, *settings)
+            graph = torch.cuda.CUDAGraph()
+            results: tuple[Tensor, ...] | None = None
             try:
-                with torch.cuda.stream(self._stream):
-                    # Libraries choose algorithms and reserve memory at first use, which cannot be recorded.
-                    for _ in range(_WARM_UP_RUNS):
-                        function(batch, conditions, *settings)
                 with torch.cuda.graph(
                     graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
                 ):
-                    results = function(batch, conditions, *settings)
-                is_recorded = True
+                    recorded = function(batch, conditions, *settings)
+                results = recorded
+            except RuntimeError as cause:
+                self._tell(cause)
+                return None
             finally:
-                if not is_recorded:
-                    # It leaves its stream current, and its pool to nobody.
+                if results is None:
+                    # It leaves its stream current.
                     torch.cuda.set_stream(before)
-                    self._stream = self._pool = None
+                    self._clean_up()
             before.wait_stream(self._stream)
+            self._idle_bytes = self._measure()
         return Recording(batch, conditions, results, graph.replay)
+
+    def idle_bytes(self) -> int:
+        return self._idle_bytes
+
+    def _measure(self) -> int:
+        segments = torch.cuda.memory_snapshot(self._pool)  # type: ignore[no-untyped-call]
+        return sum(int(segment["total_size"]) - int(segment["allocated_size"]) for segment in segments)
+
+    def _tell(self, cause: RuntimeError) -> None:
+        self.failure = in_words(cause)
+        operator_logger.error("a CUDA graph could not be recorded: %s: %s", type(cause).__name__, cause)
+        logger.error(
+            "a CUDA graph could not be recorded (%s); optimized requests run without graphs from now on. "
+            "Restart the server to try again.",
+            self.failure,
+        )
+
+    def _clean_up(self) -> None:
+        self.failure = self.failure or "interrupted"
+        # Where CUDA refuses to end the capture, torch's allocator goes on as if there was one: it does not
+        # reuse what other streams have freed any more, and fails an assertion when it is to give memory back
+        # (CUDAGraph::capture_end, captures_underway of CUDACachingAllocator). Where the capture has ended,
+        # the first call raises; the pool is then released with its graphs.
+        with contextlib.suppress(RuntimeError):
+            # As torch.cuda.use_mem_pool does.
+            torch._C._cuda_endAllocateToPool(self._device.index, self._pool)  # noqa: SLF001
+            torch._C._cuda_releasePool(self._device.index, self._pool)  # noqa: SLF001
+        self._stream = self._pool = None
+        self._idle_bytes = 0
 
 
 class GraphedCalls:
     """Calls of a function, recorded once per batch size and setting, and replayed from then on.
 
     When there are too many recordings, the one that has not been used for longest goes. `batch_size_of` keeps
-    the number of batch sizes small.
+    the number of batch sizes small. Once the recorder has failed, calls run as they are.
 
     Args:
-        record: makes a recording; CUDA's by default.
+        recorder: makes the recordings.
     """
 
-    def __init__(self, record: Callable[..., Recording] | None = None) -> None:
-        self._record = record or Recorder()
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
         self._recordings: OrderedDict[Hashable, Recording] = OrderedDict()
 
     def __call__(
@@ -99,12 +174,15 @@ class GraphedCalls:
         """
         key = (*batch.shape, "conditions", *conditions.shape, *settings)
         recording = self._recordings.get(key)
-        if recording is None:
-            recording = self._record(function, batch.clone(), conditions.clone(), settings)
-            self._recordings[key] = recording
-            if len(self._recordings) > MAX_GRAPHS:
-                self._recordings.popitem(last=False)
+        if recording is None and self._recorder.failure is None:
+            recording = self._recorder.record(function, batch.clone(), conditions.clone(), settings)
+        if recording is None or self._recorder.failure is not None:
+            self._recordings.clear()
+            return function(batch, conditions, *settings)
+        self._recordings[key] = recording
         self._recordings.move_to_end(key)
+        if len(self._recordings) > MAX_GRAPHS:
+            self._recordings.popitem(last=False)
         recording.batch.copy_(batch)
         recording.conditions.copy_(conditions)
         recording.replay()

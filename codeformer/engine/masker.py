@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from codeformer.engine.restorer import faces_to_batch
-from codeformer.engine.runner import AS_IT_IS, Execution
+from codeformer.engine.runner import AS_IT_IS, Execution, Precisions
 from codeformer.imaging.geometry import FACE_SIZE
-from codeformer.networks.inference import for_inference
 from codeformer.networks.parsenet import CLASSES, FACE_LABELS, FaceParsingNetwork
 
 BLUR_KERNEL_SIZE: Final = 101
@@ -57,7 +56,7 @@ class FaceParser:
     def __init__(self, network: FaceParsingNetwork, execution: Execution = AS_IT_IS) -> None:
         self.network = network
         self._channels_last = execution.channels_last
-        self._network = execution.compiled(network.forward)
+        self._label = Precisions(network, lambda one: one.forward, [network], execution)
         self._run = execution.runner(self._forward)
 
     @torch.inference_mode()
@@ -72,8 +71,9 @@ class FaceParser:
 
     def _forward(self, faces_bgr: Tensor, _: Tensor, half_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
         batch = faces_to_batch(faces_bgr, channels_last=self._channels_last)
+        label = self._label(half_dtype)
         with torch.autocast(faces_bgr.device.type, dtype=half_dtype, enabled=half_dtype is not None):
-            logits = self._network(batch)
+            logits = label(batch)
         return logits.argmax(dim=1), torch.isfinite(logits).flatten(1).all(dim=1)
 
     @torch.inference_mode()
@@ -84,7 +84,7 @@ class FaceParser:
 
     def optimized(self, execution: Execution) -> Self:
         """A copy rewritten for inference; the original stays as it is."""
-        return type(self)(for_inference(self.network), execution)
+        return type(self)(execution.rewritten(self.network), execution)
 
 
 class TemplateMask:

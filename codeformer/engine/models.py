@@ -5,13 +5,14 @@ import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
 
 import torch
 
 from codeformer.engine.codeformer import CodeFormerRestorer
 from codeformer.engine.detector import FaceDetector
 from codeformer.engine.gfpgan import GfpganRestorer
+from codeformer.engine.graphs import CudaRecorder, Recorder
 from codeformer.engine.masker import FaceMasker, FaceParser, TemplateMask
 from codeformer.engine.memory import is_out_of_memory
 from codeformer.engine.plan import ExecutionPlan
@@ -24,7 +25,8 @@ from codeformer.errors import (
     OptionError,
     in_words,
 )
-from codeformer.networks.inference import for_inference
+from codeformer.log import operator_logger
+from codeformer.networks.inference import GroupNormFunction, for_inference
 from codeformer.networks.parsenet import FaceParsingNetwork
 from codeformer.networks.retinaface import build_retinaface
 from codeformer.weights.checkpoints import build, load_into, place
@@ -35,6 +37,13 @@ logger = logging.getLogger(__name__)
 RESTORERS: Final[dict[str, type[FaceRestorer]]] = {
     restorer.facts.name: restorer for restorer in (CodeFormerRestorer, GfpganRestorer)
 }
+# How the optimized copies lie in memory; "fused" with Triton's group norms.
+Layout = Literal["contiguous", "channels_last", "channels_last_fused"]
+# Where nothing is compiled on a GPU. Chosen by what each has to move through memory; not measured on a GPU.
+GPU_LAYOUT: Final[Layout] = "channels_last_fused"
+# In units of a precision's own rounding.
+_ROUNDING: Final = 100.0
+
 DEFAULT_RESTORERS: Final = ("codeformer",)
 RESTORERS_VARIABLE: Final = "CODEFORMER_RESTORERS"
 
@@ -47,33 +56,76 @@ class Models:
         detector: finds faces.
         restorers: by name.
         masker: tells faces from what is around them.
-        is_graphed: restorers and masker replay recorded CUDA graphs, one for each size of a batch.
+        recorder: makes the recordings of CUDA graphs that restorers and masker replay, one for each size of a
+            batch; None where they run without.
     """
 
     detector: FaceDetector
     restorers: Mapping[str, FaceRestorer]
     masker: FaceMasker
-    is_graphed: bool = False
+    recorder: Recorder | None = None
 
-    def optimized(self, compile_backend: str | None) -> "Models":
+    @property
+    def is_graphed(self) -> bool:
+        """Whether restorers and masker replay recordings, and recording has not failed."""
+        return self.recorder is not None and self.recorder.failure is None
+
+    def optimized(
+        self, compile_backend: str | None, layout: Layout | None = None, *, may_record: bool = True
+    ) -> "Models":
         """Copies rewritten for inference, compiled with the given `torch.compile` backend.
 
         Where that is None, they are recorded as CUDA graphs on a GPU, and run as they are elsewhere. Copies,
         so that the originals stay as they are for requests in safe mode. The detector is neither compiled
         nor recorded: its input has another size for every shape of picture.
+
+        Args:
+            compile_backend: as above.
+            layout: of the copies in memory; None for the one that is taken to be the fastest.
+            may_record: False for no CUDA graphs.
         """
-        devices = {restorer.device.type for restorer in self.restorers.values()}
+        device = next(iter(self.restorers.values())).device
+        is_plain_gpu = compile_backend is None and device.type == "cuda"
+        if layout is None:
+            layout = GPU_LAYOUT if is_plain_gpu else "channels_last"
         execution = Execution(
-            channels_last=True,
+            channels_last=layout != "contiguous",
             compile_backend=compile_backend,
-            graphed=compile_backend is None and devices == {"cuda"},
+            recorder=CudaRecorder(device) if is_plain_gpu and may_record else None,
+            # On a CPU the conversions take no time that could be measured.
+            half_weights=device.type == "cuda",
+            group_norm=fused_group_norm(device) if layout == "channels_last_fused" else None,
         )
         return Models(
-            detector=FaceDetector(for_inference(self.detector.network), channels_last=True),
+            detector=FaceDetector(
+                for_inference(self.detector.network, channels_last=execution.channels_last),
+                channels_last=execution.channels_last,
+            ),
             restorers={name: restorer.optimized(execution) for name, restorer in self.restorers.items()},
             masker=self.masker.optimized(execution),
-            is_graphed=execution.graphed,
+            recorder=execution.recorder,
         )
+
+
+def fused_group_norm(device: torch.device) -> GroupNormFunction | None:
+    """Triton's group norm, if it compiles and computes right on a device; None, and a line in the log."""
+    try:
+        # Triton does not come with every build of torch.
+        from codeformer.networks import fused_norm  # noqa: PLC0415
+    except ImportError as cause:
+        logger.warning("Triton's group norm is not used: %s", cause)
+        return None
+    try:
+        error = fused_norm.error_on(device)
+    except fused_norm.FAILURES as cause:
+        operator_logger.warning("Triton's group norm is not used: %s: %s", type(cause).__name__, cause)
+        return None
+    if not error < _ROUNDING:
+        logger.warning(
+            "Triton's group norm is not used: it differs from torch's by %g times the rounding", error
+        )
+        return None
+    return fused_norm.group_norm
 
 
 class ModelStore:
@@ -84,13 +136,17 @@ class ModelStore:
 
     Args:
         reference: the models of safe mode; never altered.
+        layout: of the optimized copy, as for `Models.optimized`.
     """
 
-    def __init__(self, reference: Models) -> None:
+    def __init__(self, reference: Models, layout: Layout | None = None) -> None:
         self.reference = reference
+        self._layout = layout
         self._optimized: Models | None = None
         self._backend: str | None = None
         self._is_proven = False
+        # Why CUDA graphs could not be recorded, from then on for the whole process.
+        self._graph_failure: str | None = None
 
     def check(self, plan: ExecutionPlan) -> None:
         """Raises BackendConflictError if the plan wants another backend than the one in use."""
@@ -113,7 +169,9 @@ class ModelStore:
         # Another thread may check a plan meanwhile.
         self._backend, self._is_proven = plan.compile_backend, False
         try:
-            self._optimized = self.reference.optimized(plan.compile_backend)
+            self._optimized = self.reference.optimized(
+                plan.compile_backend, self._layout, may_record=self.graph_failure is None
+            )
         except RuntimeError as cause:
             kind = DeviceMemoryError if is_out_of_memory(cause) else InferenceError
             raise kind("initialisation", "the optimized networks", in_words(cause)) from cause
@@ -125,6 +183,18 @@ class ModelStore:
         if self._optimized is None:
             raise AssertionError("initialise the plan first")
         return self._optimized
+
+    def bytes_of_graphs(self) -> int:
+        """Memory that is kept for replays of CUDA graphs, and idle between them."""
+        recorder = None if self._optimized is None else self._optimized.recorder
+        return 0 if recorder is None else recorder.idle_bytes()
+
+    @property
+    def graph_failure(self) -> str | None:
+        """Why optimized requests run without CUDA graphs, if recording has failed."""
+        if self._optimized is not None and self._optimized.recorder is not None:
+            self._graph_failure = self._graph_failure or self._optimized.recorder.failure
+        return self._graph_failure
 
     def prove(self, plan: ExecutionPlan, *, with_a_face: bool) -> None:
         """Notes that a picture has come through with a plan's models.
@@ -139,7 +209,8 @@ class ModelStore:
 
     def drop_unproven(self) -> None:
         """Forgets optimized models that have not proven to work, when the work they were made for ends."""
-        if not self._is_proven:
+        if not self._is_proven and self._optimized is not None:
+            self._graph_failure = self.graph_failure
             self._optimized = None
 
 

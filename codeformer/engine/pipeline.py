@@ -9,6 +9,7 @@ from typing import Final, TypeVar
 
 import torch
 
+from codeformer.engine.devices import as_device, available_device
 from codeformer.engine.engine import Engine
 from codeformer.engine.finder import is_second_look_on
 from codeformer.engine.graphs import recording_lock
@@ -22,7 +23,7 @@ from codeformer.engine.models import (
     restorers_to_load,
 )
 from codeformer.engine.picture import RestoredImage
-from codeformer.engine.plan import ExecutionPlan, as_device, available_device, resolve_plan
+from codeformer.engine.plan import ExecutionPlan, resolve_plan
 from codeformer.engine.stream import DEFAULT_WINDOW, Work, check_array, stream
 from codeformer.errors import CodeFormerError, OptionError
 from codeformer.imaging.files import ImageU8
@@ -64,6 +65,12 @@ class Pipeline:
         """The networks of safe mode."""
         return self.store.reference
 
+    @property
+    def degraded(self) -> list[str]:
+        """What runs slower than requests have asked for since the start, and why."""
+        failure = self.store.graph_failure
+        return [] if failure is None else [f"CUDA graphs are not used: {failure}"]
+
     @classmethod
     def load(
         cls,
@@ -79,7 +86,8 @@ class Pipeline:
 
         Args:
             weights: a set, its name or its folder; None for `CODEFORMER_WEIGHTS`, else "official".
-            device: where to run; None for CUDA where there is one, else the CPU.
+            device: where to run, as for `available_device`; None for `CODEFORMER_DEVICE`, else CUDA where
+                there is one, else the CPU.
             restorers: names of the restorers to load, "gfpgan-1.3" for that version of GFPGAN's weights; None
                 for `CODEFORMER_RESTORERS`, else CodeFormer alone.
             download: fetch files that are missing.

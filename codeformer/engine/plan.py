@@ -3,20 +3,26 @@
 Below this module nobody compares option strings: the stages read the plan's plain facts.
 """
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import torch
 
+from codeformer.engine.devices import as_device
 from codeformer.engine.precision import half_dtype_of
-from codeformer.errors import OptionError
 from codeformer.options import COMPILE_BACKENDS, RUNTIME_PROFILES, STABILITY_MODES, check_choice
 
 # Faces per forward pass of a batching profile. On a CPU a larger batch is no faster, costs memory, and
 # torch's group normalisation loses three digits on it.
 _MICRO_BATCH: Final = {"cuda": 8}
+
+
+SwitchT = TypeVar("SwitchT")
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -52,17 +58,75 @@ class ExecutionPlan:
 def torch_switches(*, cudnn_benchmark: bool) -> Iterator[None]:
     """Holds torch's process-wide switches for a while, and puts them back.
 
-    TF32 is off in every plan: with a 10-bit mantissa codes flip, and where the precision can be spared
-    half precision is faster.
+    TF32 is off in every plan, and so is its counterpart on a CPU, bfloat16: with a shorter mantissa codes
+    flip, and where the precision can be spared half precision is faster.
     """
-    cudnn: Any = torch.backends.cudnn
-    matmul = torch.backends.cuda.matmul
-    before = (cudnn.benchmark, cudnn.conv.fp32_precision, matmul.fp32_precision)
-    cudnn.benchmark, cudnn.conv.fp32_precision, matmul.fp32_precision = cudnn_benchmark, "ieee", "ieee"
+    before = _Switches.now()
+    # Together with torch's older switches, `allow_tf32` and the precision of matrix products: reading those
+    # raises where they contradict the newer ones.
+    held = _Switches(
+        cudnn_benchmark, "ieee", "ieee", "ieee", "ieee", "ieee", allow_tf32=False, matmul="highest"
+    )
+    held.set()
     try:
         yield
     finally:
-        cudnn.benchmark, cudnn.conv.fp32_precision, matmul.fp32_precision = before
+        before.set()
+
+
+@dataclass(frozen=True)
+class _Switches:
+    """torch's switches for the precision of float32, the newer ones by backend and operation.
+
+    The older ones are None where the newer ones contradict them, which cannot be read.
+    """
+
+    benchmark: bool
+    cudnn_conv: str
+    cudnn_rnn: str
+    cuda_matmul: str
+    mkldnn_conv: str
+    mkldnn_matmul: str
+    allow_tf32: bool | None
+    matmul: str | None
+
+    @classmethod
+    def now(cls) -> "_Switches":
+        cudnn, mkldnn = _backends()
+        return cls(
+            cudnn.benchmark,
+            cudnn.conv.fp32_precision,
+            cudnn.rnn.fp32_precision,
+            torch.backends.cuda.matmul.fp32_precision,
+            mkldnn.conv.fp32_precision,
+            mkldnn.matmul.fp32_precision,
+            allow_tf32=_readable(lambda: bool(cudnn.allow_tf32)),
+            matmul=_readable(torch.get_float32_matmul_precision),
+        )
+
+    def set(self) -> None:
+        cudnn, mkldnn = _backends()
+        # The older ones first: they also set the newer ones.
+        if self.allow_tf32 is not None:
+            cudnn.allow_tf32 = self.allow_tf32
+        if self.matmul is not None:
+            torch.set_float32_matmul_precision(self.matmul)
+        cudnn.benchmark = self.benchmark
+        cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = self.cudnn_conv, self.cudnn_rnn
+        torch.backends.cuda.matmul.fp32_precision = self.cuda_matmul
+        mkldnn.conv.fp32_precision, mkldnn.matmul.fp32_precision = self.mkldnn_conv, self.mkldnn_matmul
+
+
+def _backends() -> tuple[Any, Any]:
+    """The modules of torch's switches, whose types do not know the newer ones."""
+    return torch.backends.cudnn, torch.backends.mkldnn
+
+
+def _readable(read: Callable[[], SwitchT]) -> SwitchT | None:
+    try:
+        return read()
+    except RuntimeError:
+        return None
 
 
 def resolve_plan(
@@ -94,36 +158,3 @@ def resolve_plan(
         device_pixels=batched and device.type == "cuda",
         cudnn_benchmark=optimized,
     )
-
-
-def as_device(device: torch.device | str) -> torch.device:
-    """A device in its one spelling: "cpu", or "cuda:N".
-
-    Raises:
-        OptionError: not the name of such a device.
-    """
-    try:
-        parsed = torch.device(device)
-    except RuntimeError as cause:
-        raise OptionError("device", str(device), "cpu, cuda or cuda:N") from cause
-    if parsed.type == "cpu":
-        return torch.device("cpu")
-    if parsed.type == "cuda":
-        return torch.device("cuda", parsed.index or 0)
-    raise OptionError("device", str(device), "cpu, cuda or cuda:N")
-
-
-def available_device(device: torch.device | str | None = None) -> torch.device:
-    """The named device, or by default the first CUDA device if there is one, else the CPU.
-
-    Raises:
-        OptionError: there is no such device on this machine.
-    """
-    if device is None:
-        return as_device("cuda" if torch.cuda.is_available() else "cpu")
-    chosen = as_device(device)
-    if chosen.type == "cuda" and not (
-        torch.cuda.is_available() and (chosen.index or 0) < torch.cuda.device_count()
-    ):
-        raise OptionError("device", str(device), "a device of this machine, which has no such GPU")
-    return chosen

@@ -14,7 +14,6 @@ from torch import Tensor
 from codeformer.engine.runner import AS_IT_IS, Execution
 from codeformer.imaging.traits import WHOLE_CROP, Area
 from codeformer.networks.facts import RestorerFacts
-from codeformer.networks.inference import for_inference
 from codeformer.weights.manifest import WeightSet
 
 LUMA_RGB: Final = (0.2989, 0.5870, 0.1140)
@@ -122,7 +121,15 @@ class FaceRestorer(ABC):
 
     def optimized(self, execution: Execution) -> Self:
         """A copy rewritten for inference; the original stays as it is."""
-        return type(self)(for_inference(self.network), execution, self.version)
+        return type(self)(execution.rewritten(self.network), execution, self.version)
+
+    def kinds_of_fidelities(self, count: int) -> list[list[float | None]]:
+        """Fidelities of a batch, of each kind that needs a recording of its own.
+
+        Args:
+            count: faces of the batch.
+        """
+        return [[None] * count]
 
     def _forward(
         self, crops_bgr: Tensor, conditions: Tensor, half_dtype: torch.dtype | None, *settings: Hashable

@@ -1,15 +1,16 @@
 """How a network's calls are run: as they are, compiled, or as CUDA graphs."""
 
 import functools
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo import config as compiler_config
 
-from codeformer.engine.graphs import GraphedCalls
+from codeformer.engine.graphs import GraphedCalls, Recorder
+from codeformer.networks.inference import GroupNormFunction, NetworkT, for_inference, with_half_weights
 
 # A process sees one or several faces, w = 0 or not, half precision or not: well under this many graphs.
 # torch's own limit of 8 would fail requests.
@@ -26,13 +27,22 @@ class Execution:
 
     Attributes:
         channels_last: feed it channels-last batches; its parameters have to be in that layout.
+        group_norm: what computes the group norms of a rewritten copy; None for torch.
         compile_backend: compile it with this `torch.compile` backend; None not to.
-        graphed: record its calls as CUDA graphs.
+        recorder: makes recordings of its calls, CUDA graphs; None for none.
+        half_weights: keep a copy in half precision of what runs in it, so that autocast need not convert
+            weights at every call.
     """
 
     channels_last: bool = False
     compile_backend: str | None = None
-    graphed: bool = False
+    recorder: Recorder | None = None
+    half_weights: bool = False
+    group_norm: GroupNormFunction | None = None
+
+    def rewritten(self, network: NetworkT) -> NetworkT:
+        """A copy of a network rewritten for inference, to be run like this."""
+        return for_inference(network, channels_last=self.channels_last, group_norm=self.group_norm)
 
     def compiled(self, function: Any) -> Any:
         """A function of the network, compiled as one graph if that is asked for."""
@@ -49,15 +59,50 @@ class Execution:
 
     def runner(self, forward: Forward) -> Forward:
         """The adapter's whole call, from crops to its output, recorded if that is asked for."""
-        if not self.graphed:
+        if self.recorder is None:
             return forward
-        calls = GraphedCalls()
+        calls = GraphedCalls(self.recorder)
 
         def replayed(batch: Tensor, conditions: Tensor, *settings: Hashable) -> tuple[Tensor, Tensor]:
             output, is_finite = calls(forward, batch, conditions, *settings)
             return output, is_finite
 
         return replayed
+
+
+class Precisions:
+    """A function of a network, for each precision of what it runs under autocast.
+
+    Args:
+        network: in float32.
+        function_of: takes the function from the network.
+        parts: the modules of it that run under autocast.
+        execution: how it is run; without `half_weights` one function serves all precisions.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        function_of: Callable[[Any], Callable[..., Any]],
+        parts: Sequence[nn.Module],
+        execution: "Execution",
+    ) -> None:
+        self._network = network
+        self._function_of = function_of
+        self._parts = parts
+        self._execution = execution
+        self._functions: dict[torch.dtype | None, Any] = {None: execution.compiled(function_of(network))}
+
+    def __call__(self, half_dtype: torch.dtype | None) -> Callable[..., Any]:
+        """The function for a precision, None for float32; its weights are copied at the first call."""
+        kept = half_dtype if self._execution.half_weights else None
+        if kept is not None and kept not in self._functions:
+            # Parameters are to be ordinary tensors, whatever mode the first request runs in.
+            with torch.inference_mode(mode=False):
+                copied = with_half_weights(self._network, kept, self._parts)
+            self._functions[kept] = self._execution.compiled(self._function_of(copied))
+        function: Callable[..., Any] = self._functions[kept]
+        return function
 
 
 AS_IT_IS: Final = Execution()

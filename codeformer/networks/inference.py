@@ -6,10 +6,13 @@
   deconvolution layer the same as a convolutional layer?", 2016).
 - What a style's modulation needs of a kernel is computed once.
 - Layers that only copy their input are removed.
+- Group norms may be computed together with the activation after them, by another function than torch's.
+- What runs in half precision may have its weights in half precision.
 """
 
 import copy
-from typing import Any, TypeVar
+from collections.abc import Iterable
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -17,24 +20,66 @@ from facexlib.parsing.parsenet import ConvLayer
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from codeformer.networks.gfpgan import ModulatedConvolution
-from codeformer.networks.vqgan import Upsample
+from codeformer.networks.gfpgan import ModulatedConvolution, ToRgb
+from codeformer.networks.vqgan import ResidualBlock, Upsample
 
 NetworkT = TypeVar("NetworkT", bound=nn.Module)
 
 
-def for_inference(network: NetworkT) -> NetworkT:
-    """A channels-last copy with the same outputs, for inference only; the original is not changed.
+class GroupNormFunction(Protocol):
+    """Computes a group norm, and SiLU after it if asked for; as `fused_norm.group_norm`."""
+
+    def __call__(
+        self, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, *, silu: bool
+    ) -> Tensor: ...
+
+
+def for_inference(
+    network: NetworkT, *, channels_last: bool = True, group_norm: GroupNormFunction | None = None
+) -> NetworkT:
+    """A copy with the same outputs, for inference only; the original is not changed.
 
     Args:
         network: a CodeFormer, a GFPGAN, a RetinaFace or a face parser, in evaluation mode.
+        channels_last: the copy's memory layout; contiguous otherwise.
+        group_norm: what computes its group norms; None for torch.
     """
     rewritten: Any = copy.deepcopy(network)
-    _rewrite(rewritten)
-    channels_last: NetworkT = rewritten.requires_grad_(requires_grad=False).to(
-        memory_format=torch.channels_last
-    )
-    return channels_last
+    _rewrite(rewritten, group_norm)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    laid_out: NetworkT = rewritten.requires_grad_(requires_grad=False).to(memory_format=layout)
+    return laid_out
+
+
+def with_half_weights(network: NetworkT, dtype: torch.dtype, parts: Iterable[nn.Module]) -> NetworkT:
+    """A copy whose convolutions have weights in half precision, to be run under autocast of that precision.
+
+    Autocast finds them in the precision that it wants, and computes the same numbers without converting any:
+    its own cache keeps only what a gradient is needed of, and only until its context ends. All other
+    parameters are shared with the original, which is not changed.
+
+    Args:
+        network: from `for_inference`.
+        dtype: torch.bfloat16 or torch.float16.
+        parts: the modules of it that run under autocast.
+    """
+    # What a copy finds here it takes for its own.
+    copies: dict[int, Any] = {id(kept): kept for kept in (*network.parameters(), *network.buffers())}
+    for part in parts:
+        for convolution in _convolutions_of(part):
+            for parameter in convolution.parameters(recurse=False):
+                half = parameter.data.to(dtype)
+                copies[id(parameter)] = nn.Parameter(half, requires_grad=False)
+    return copy.deepcopy(network, copies)
+
+
+def _convolutions_of(parent: nn.Module) -> Iterable[nn.Module]:
+    for child in parent.children():
+        # Kernels of ToRgb are scaled in float32 first.
+        if not isinstance(child, ToRgb):
+            yield from _convolutions_of(child)
+    if isinstance(parent, (nn.Conv2d, TransposedUpsample, _FixedModulatedConvolution)):
+        yield parent
 
 
 class TransposedUpsample(nn.Module):
@@ -97,12 +142,43 @@ class _ParserLayer(nn.Module):
         return x if self.slope == 1.0 else F.leaky_relu_(x, self.slope)
 
 
-def _rewrite(parent: nn.Module) -> None:
+class _GroupNorm(nn.Module):
+    """A group norm, and SiLU after it if asked for, computed by a function."""
+
+    def __init__(self, norm: nn.GroupNorm, function: GroupNormFunction, *, silu: bool) -> None:
+        super().__init__()
+        self.weight, self.bias = norm.weight, norm.bias
+        self._groups, self._eps = norm.num_groups, norm.eps
+        self._function, self._silu = function, silu
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._function(x, self.weight, self.bias, self._groups, self._eps, silu=self._silu)
+
+
+class _FusedResidualBlock(nn.Module):
+    """A `ResidualBlock` whose norms and activations are one operation each."""
+
+    def __init__(self, block: ResidualBlock, function: GroupNormFunction) -> None:
+        super().__init__()
+        self.norm1 = _GroupNorm(block.norm1, function, silu=True)
+        self.norm2 = _GroupNorm(block.norm2, function, silu=True)
+        self.conv1, self.conv2, self.conv_out = block.conv1, block.conv2, block.conv_out
+
+    def forward(self, x: Tensor) -> Tensor:
+        residual: Tensor = self.conv2(self.norm2(self.conv1(self.norm1(x))))
+        return residual.add_(x if self.conv_out is None else self.conv_out(x))
+
+
+def _rewrite(parent: nn.Module, group_norm: GroupNormFunction | None) -> None:
     """Replaces, recursively, child modules that have a faster equivalent."""
     before: tuple[str, nn.Module] | None = None
     for name, child in list(parent.named_children()):
         if isinstance(child, Upsample):
             setattr(parent, name, TransposedUpsample(child.conv))
+        elif isinstance(child, ResidualBlock) and group_norm is not None:
+            setattr(parent, name, _FusedResidualBlock(child, group_norm))
+        elif isinstance(child, nn.GroupNorm) and group_norm is not None:
+            setattr(parent, name, _GroupNorm(child, group_norm, silu=False))
         elif isinstance(child, ModulatedConvolution):
             setattr(parent, name, _FixedModulatedConvolution(child))
         elif isinstance(child, ConvLayer):
@@ -112,7 +188,7 @@ def _rewrite(parent: nn.Module) -> None:
             setattr(parent, before[0], fuse_conv_bn_eval(before[1], child))
             setattr(parent, name, nn.Identity())
         else:
-            _rewrite(child)
+            _rewrite(child, group_norm)
         before = name, child
 
 

@@ -35,8 +35,8 @@ DEFAULT_OPTIONS: Final = Options()
 SERVICE_OUTPUT: Final = Output()
 SAMPLES: Final = shipped("data")
 
-# Numbers; for images.sizes "WIDTHxHEIGHT" strings, for faces.skip_reasons sentences, for models.restorers
-# with versions.
+# Numbers; for images.sizes "WIDTHxHEIGHT" strings, for faces.skip_reasons and models.degraded sentences, for
+# models.restorers names with versions.
 Metrics = dict[str, float | int | list[str]]
 
 
@@ -132,6 +132,7 @@ def serve(
         wait_s=0.0,
         encode_s=finished - restored,
         total_s=finished - started,
+        degraded=pipeline.degraded,
     )
     logger.info("%s", describe(metrics))
     return Outcome(photos, results, files, metrics)
@@ -239,6 +240,7 @@ def metrics_of(
     wait_s: float,
     encode_s: float,
     total_s: float,
+    degraded: Sequence[str] = (),
 ) -> Metrics:
     """The metrics of a request.
 
@@ -249,6 +251,7 @@ def metrics_of(
         wait_s: seconds that it waited for its first turn at the device.
         encode_s: seconds that it waited for its results to be encoded.
         total_s: seconds altogether.
+        degraded: what runs slower than it should in this process, and why.
     """
     restored = sum(len(result.faces) for result in results)
     skipped = sum(len(result.skipped_faces) for result in results)
@@ -258,6 +261,7 @@ def metrics_of(
         for stage in STAGES
     }
     metrics["models.restorers"] = [f"{one.facts.name} {one.version}".strip() for one in restorers]
+    metrics["models.degraded"] = list(degraded)
     for one in restorers:
         # Not "restore.NAME": Cog makes an object of what is before a dot, and timing.restore is a number.
         name = f"restorers.{one.facts.name}"

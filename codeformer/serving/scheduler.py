@@ -140,9 +140,18 @@ class _Blame:
                 operator_logger.error("a request met a bug", exc_info=failure)
             # Whoever keeps the failure keeps no pictures with it.
             clear_frames_of(failure)
-            for ticket in self._tickets:
-                ticket.fail(failure)
+            for number, ticket in enumerate(self._tickets):
+                ticket.fail(_copy_of(failure) if number else failure)
         return True
+
+
+def _copy_of(failure: BaseException) -> BaseException:
+    """The same failure for somebody else: whoever raises one changes its traceback and context."""
+    # Without __init__, whose arguments are not known.
+    copied = type(failure).__new__(type(failure), *failure.args)
+    copied.__dict__.update(failure.__dict__)
+    copied.__cause__, copied.__suppress_context__ = failure.__cause__, failure.__suppress_context__
+    return copied
 
 
 def _over() -> DeviceError:

@@ -17,6 +17,9 @@ from functools import partial
 from pathlib import Path
 from typing import Final, TypeVar
 
+import numpy as np
+
+from codeformer.engine.devices import describe_device
 from codeformer.engine.memory import clear_frames_of
 from codeformer.engine.picture import RestoredImage
 from codeformer.engine.pipeline import Pipeline, recipe_of
@@ -51,6 +54,16 @@ _FILE_THREADS: Final = 2 * (os.cpu_count() or 1)
 _OUTPUT: Final = Output()
 # How often a request that waits for others looks whether it is still wanted, in seconds.
 _LOOK_S: Final = 0.25
+# 1:1, 4:3, 3:2 and 16:9, both ways, as large as the detector sees them.
+_COMMON_SIZES_WH: Final = (
+    (640, 640),
+    (853, 640),
+    (640, 853),
+    (960, 640),
+    (640, 960),
+    (1137, 640),
+    (640, 1137),
+)
 
 
 class Service:
@@ -197,6 +210,7 @@ class Service:
                 wait_s=waited_s + let_in - read,
                 encode_s=time.perf_counter() - restored,
                 total_s=time.perf_counter() - started,
+                degraded=self._pipeline.degraded,
             )
         logger.info("%s", describe(metrics))
         return paths, metrics
@@ -243,18 +257,21 @@ def warm_up(pipeline: Pipeline, scheduler: Scheduler) -> None:
     """
     started = time.perf_counter()
     device = pipeline.device
-    results: list[RestoredImage] = []
-    image = decode_image((SAMPLES / "1.jpg").read_bytes())
+    results: dict[int, RestoredImage] = {}
+    images = [decode_image((SAMPLES / "1.jpg").read_bytes())]
+    if device.type == "cuda":
+        # cuDNN's plans of the detector, for the shapes of picture that cameras take.
+        images += [np.full((height, width, 3), 127, np.uint8) for width, height in _COMMON_SIZES_WH]
     # All restorers that are loaded, one after another.
     recipe = recipe_of("+".join(pipeline.models.restorers), DEFAULT_FIDELITY)
 
-    def take(_: int, result: RestoredImage) -> None:
-        results.append(result)
+    def take(index: int, result: RestoredImage) -> None:
+        results[index] = result
         # In the thread that will compute: with a second thread that has used OpenMP, its threads would
         # outnumber the cores, no longer wait actively for each other, and take a tenth more time.
         half_dtype_of(device)
 
-    ticket = Ticket([image], pipeline.work_for(recipe), take)
+    ticket = Ticket(images, pipeline.work_for(recipe), take)
     scheduler.submit(ticket)
     try:
         ticket.done.result()
@@ -263,7 +280,9 @@ def warm_up(pipeline: Pipeline, scheduler: Scheduler) -> None:
     if not results[0].faces:
         logger.warning("no face was found in the sample portrait: are these the right weights?")
     logger.info("fast and max_speed compute in %s", half_dtype_of(device) or "float32")
-    logger.info("ready on %s after a warm-up of %.1f s", device, time.perf_counter() - started)
+    logger.info(
+        "ready on %s after a warm-up of %.1f s", describe_device(device), time.perf_counter() - started
+    )
 
 
 class PixelBudget:

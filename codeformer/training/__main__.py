@@ -14,8 +14,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from codeformer.engine.detector import FaceDetector
+from codeformer.engine.devices import available_device
 from codeformer.engine.models import load_models
-from codeformer.engine.plan import available_device, torch_switches
+from codeformer.engine.plan import torch_switches
 from codeformer.errors import CodeFormerError, InputError, TrainingError
 from codeformer.evaluation.machine import describe_machine
 from codeformer.imaging.files import lift_pillow_limits

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
-from codeformer.engine.plan import as_device
+from codeformer.engine.devices import as_device
 from codeformer.errors import TrainingError
 
 AVERAGE_DECAY: Final = 0.998
