@@ -21,7 +21,6 @@ from codeformer.errors import CodeFormerError
 from codeformer.limits import Limits
 from codeformer.locations import checkout, downloads
 from codeformer.options import COMPILE_CACHE_VARIABLE
-from codeformer.process import limit_threads
 from codeformer.weights.manifest import WeightFile, WeightSet, available_sets, load_weight_set
 
 if TYPE_CHECKING:
@@ -156,6 +155,7 @@ def _examine_computing(findings: Findings, asked: str | None) -> bool:
     from codeformer.engine import devices
     from codeformer.engine.devices import available_device
     from codeformer.engine.finder import is_second_look_on
+    from codeformer.process import limit_threads
 
     findings.facts["no_gpu"] = devices.why_no_gpu() or None
     with findings.asking():
