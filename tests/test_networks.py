@@ -9,7 +9,8 @@ from torch import nn
 
 from codeformer.engine.restorer import faces_to_batch
 from codeformer.evaluation.basicsr_compat import has_basicsr, import_basicsr, register_codeformer
-from codeformer.networks.codeformer import CodeFormer, InputCorrection, take_colours
+from codeformer.networks.codeformer import CodeFormer, take_colours
+from codeformer.networks.correction import InputCorrection
 from codeformer.networks.gfpgan import GFPGANv1Clean
 from codeformer.networks.parsenet import FaceParsingNetwork
 from codeformer.networks.retinaface import build_retinaface

@@ -35,18 +35,22 @@ from codeformer.training.faces import (
     split_faces,
     split_pictures,
 )
+from codeformer.training.hardening import HardeningStage
+from codeformer.training.labelled import LabelledScenes, faceless_pictures, teacher_labels
 from codeformer.training.loop import Options, digest_of, read_checkpoint, train
 from codeformer.training.restorer import (
     AUTOENCODER_CROP,
     AutoencoderStage,
     CodePredictionStage,
     CorrectionStage,
+    DetailStage,
     Pairs,
     TransformationStage,
     zero_residual_branches,
 )
 from codeformer.training.scenes import Scenes
 from codeformer.training.scores import measure_detector, measure_restorer
+from codeformer.weights.checkpoints import build, load_into
 from codeformer.weights.manifest import load_weight_set
 
 LITE: Final[dict[str, Any]] = {
@@ -59,13 +63,17 @@ LITE: Final[dict[str, Any]] = {
     "channel_multipliers": [1, 2, 6, 6, 12],
     "code_dim": 32,
     "norm_groups": 1,
-    "connect_list": ["64", "128", "256"],
+    "connect_list": [],
     "correction_blocks": 12,
     "correction_channels": 96,
+    "detail_blocks": 3,
+    "detail_channels": 80,
     "colour_patch": 64,
 }
 START_FACES: Final = 64
 VALIDATION_FACES: Final = 12
+VALIDATION_SCENES: Final = 60
+DETAIL_FOCUS: Final = 0.6
 VALIDATION_SEED: Final = 1_000_003
 CONFIGURATIONS: Final[dict[str, dict[str, Any]]] = {"lite": LITE, "official": {}}
 
@@ -104,6 +112,7 @@ def _parser() -> argparse.ArgumentParser:
         ("codes", _codes, 1000, 2, 1e-3, "stage 2: prediction of codes from degraded faces"),
         ("transform", _transform, 5000, 3, 1e-3, "stage 3: restoration at every fidelity"),
         ("correction", _correction, 10000, 4, 1e-3, "stage 4: the branch that corrects the input"),
+        ("detail", _detail, 2000, 4, 1e-3, "stage 5: the detail that is added at low fidelity"),
     ):
         stage = commands.add_parser(name, help=text)
         _add_loop_options(stage, steps=steps, batch=batch, rate=rate, optimiser="muon")
@@ -122,18 +131,19 @@ def _parser() -> argparse.ArgumentParser:
             help="compile the networks: takes minutes, then steps are faster",
         )
         stage.set_defaults(command=command)
-        if name in {"transform", "correction"}:
+        if name in {"transform", "correction", "detail"}:
             side = 256 if name == "transform" else 192
             stage.add_argument(
                 "--crop", type=_crop, default=side, metavar="PX", help=f"side of the crops, default {side}"
             )
-        if name == "transform":
+        if name in {"transform", "detail"}:
+            weight = 0.0 if name == "transform" else 0.8
             stage.add_argument(
                 "--adversarial",
                 type=float,
-                default=0.0,
+                default=weight,
                 metavar="WEIGHT",
-                help="weight of the adversarial loss",
+                help=f"weight of the adversarial loss, default {weight:g}",
             )
     detector = commands.add_parser(
         "detector", help="train a detector from a trained one of the same architecture"
@@ -145,6 +155,26 @@ def _parser() -> argparse.ArgumentParser:
     detector.add_argument("--photographs", type=Path, required=True, metavar="DIR", help="whole pictures")
     detector.add_argument("--faces", type=Path, required=True, metavar="DIR", help="aligned faces")
     detector.set_defaults(command=_detector)
+
+    harden = commands.add_parser("harden", help="train a detector further, on degraded pictures and on no faces")
+    _add_loop_options(harden, steps=2000, batch=4, rate=2e-3, optimiser="muon")
+    harden.add_argument(
+        "--teacher", type=Path, required=True, metavar="FILE", help="RetinaFace mobile0.25 checkpoint"
+    )
+    harden.add_argument("--photographs", type=Path, required=True, metavar="DIR", help="whole pictures")
+    harden.add_argument("--faces", type=Path, required=True, metavar="DIR", help="aligned faces")
+    harden.set_defaults(command=_harden)
+
+    begin = commands.add_parser("begin", help="make checkpoints of a weight set, for stages that train it further")
+    begin.add_argument("--run", type=Path, required=True, metavar="DIR", help="where checkpoints are kept")
+    begin.add_argument("--weights", metavar="SET", help="default: CODEFORMER_WEIGHTS, else official")
+    begin.add_argument(
+        "--config",
+        type=_config,
+        metavar="NAME",
+        help="of the restorer, if it is to have other parts; as for the stages. New ones start from zero",
+    )
+    begin.set_defaults(command=_begin)
 
     export = commands.add_parser("export", help="write trained networks to a weight set")
     export.add_argument("--run", type=Path, required=True, metavar="DIR", help="where checkpoints are kept")
@@ -316,6 +346,23 @@ def _correction(options: argparse.Namespace) -> None:
     )
 
 
+def _detail(options: argparse.Namespace) -> None:
+    loop = _loop_options(options, "detail", "correction")
+    training, validation = split_faces(options.faces)
+    stage = DetailStage(
+        _network(options, loop, start="correction"),
+        _fixed_pairs(validation, mixture=TRAINING_MIXTURE),
+        loop,
+        adversarial=options.adversarial,
+    )
+    train(
+        stage,
+        lambda count: FacePairs(training, count, options.seed + 5, crop=options.crop, focus=DETAIL_FOCUS),
+        loop,
+        header=options.config,
+    )
+
+
 def _detector(options: argparse.Namespace) -> None:
     loop = _loop_options(options, "detector")
     photographs, validation = split_pictures(options.photographs)
@@ -334,10 +381,58 @@ def _detector(options: argparse.Namespace) -> None:
     )
 
 
+def _harden(options: argparse.Namespace) -> None:
+    loop = _loop_options(options, "hardened", "detector")
+    network = _on_device(build_retinaface(BACKBONE), loop.device)
+    network.load_state_dict(read_checkpoint(options.run / "detector.pt")["average"])
+    teacher = FaceDetector(_on_device(load_teacher(options.teacher), loop.device))
+    photographs, held_photographs = split_pictures(options.photographs)
+    faces, held_faces = split_faces(options.faces)
+    faceless = faceless_pictures()
+    held_out = LabelledScenes(
+        teacher_labels(teacher, held_photographs),
+        teacher_labels(teacher, held_faces),
+        faceless,
+        VALIDATION_SCENES,
+        VALIDATION_SEED,
+    )
+    stage = HardeningStage(network, [held_out.scene(index) for index in range(VALIDATION_SCENES)])
+    labels = [teacher_labels(teacher, files) for files in (photographs, faces)]
+    train(
+        stage,
+        lambda count: LabelledScenes(labels[0], labels[1], faceless, count, options.seed + 4),
+        loop,
+        header={"backbone": BACKBONE},
+    )
+
+
+def _begin(options: argparse.Namespace) -> None:
+    options.run.mkdir(parents=True, exist_ok=True)
+    weight_set = load_weight_set(options.weights)
+    detector = build_retinaface(BACKBONE)
+    load_into(detector, weight_set.detector)
+    kept: Any = build("restorer", weight_set.restorer, CodeFormer)
+    load_into(kept, weight_set.restorer)
+    config = options.config or dict(weight_set.restorer.config)
+    restorer = CodeFormer(**config)
+    zero_residual_branches(restorer)
+    state = restorer.state_dict()
+    state |= {name: value for name, value in kept.state_dict().items() if name in state}
+    for stage, average, header in (
+        ("detector", detector.state_dict(), {"backbone": BACKBONE}),
+        ("correction", state, config),
+    ):
+        path = options.run / f"{stage}.pt"
+        if path.exists():
+            raise TrainingError(f"{path}: is there already; name another --run.")
+        begun = {"header": header, "average": average, "recipe": {}, "step": 0, "steps": 0}
+        torch.save(begun, path)
+
+
 def _export(options: argparse.Namespace) -> None:
     options.to.mkdir(parents=True, exist_ok=True)
     entries = {}
-    for role, stages in (("restorer", ("correction", "transform")), ("detector", ("detector",))):
+    for role, stages in (("restorer", ("detail", "correction", "transform")), ("detector", ("hardened", "detector"))):
         found = [path for stage in stages if (path := options.run / f"{stage}.pt").exists()]
         for path in found[:1]:
             checkpoint = read_checkpoint(path)

@@ -1,0 +1,71 @@
+"""Branches of our own for small restorers, which no published network has: what a picture itself can give is taken
+from it, and only the rest is generated.
+"""
+
+from typing import Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from codeformer.networks.vqgan import conv3x3, group_norm
+
+COLOURS: Final = 3
+CORRECTION_FACTOR: Final = 4
+_PLANES: Final = COLOURS * CORRECTION_FACTOR**2
+
+
+class CorrectionBlock(nn.Module):
+    """A residual block with one norm and two 3 x 3 convolutions; (B, C, H, W) to the same shape."""
+
+    def __init__(self, channels: int, norm_groups: int) -> None:
+        super().__init__()
+        self.norm = group_norm(channels, norm_groups)
+        self.conv1 = conv3x3(channels, channels)
+        self.conv2 = conv3x3(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv2(F.silu(self.conv1(self.norm(x))))
+
+
+class InputCorrection(nn.Module):
+    """Adds a correction to a picture, computed by residual blocks at a quarter of its resolution."""
+
+    def __init__(self, channels: int, blocks: int, norm_groups: int) -> None:
+        super().__init__()
+        self.enter = conv3x3(_PLANES, channels)
+        self.blocks = nn.Sequential(*(CorrectionBlock(channels, norm_groups) for _ in range(blocks)))
+        self.norm = group_norm(channels, norm_groups)
+        self.leave = conv3x3(channels, _PLANES)
+
+    def forward(self, picture: Tensor) -> Tensor:
+        """(B, 3, H, W) to the same shape."""
+        return self.with_features(picture)[0]
+
+    def with_features(self, picture: Tensor) -> tuple[Tensor, Tensor]:
+        """The corrected picture, and what it was computed from: (B, channels, H / 4, W / 4)."""
+        features = self.norm(self.blocks(self.enter(F.pixel_unshuffle(picture, CORRECTION_FACTOR))))
+        return picture + F.pixel_shuffle(self.leave(features), CORRECTION_FACTOR), features
+
+
+class Detail(nn.Module):
+    """What a corrected picture lacks to look sharp, from the features it was corrected with and a generated face.
+
+    Args:
+        seen: channels of those features.
+        channels: of the branch.
+        blocks: residual blocks.
+        norm_groups: see `group_norm`.
+    """
+
+    def __init__(self, seen: int, channels: int, blocks: int, norm_groups: int) -> None:
+        super().__init__()
+        self.enter = conv3x3(seen + _PLANES, channels)
+        self.blocks = nn.Sequential(*(CorrectionBlock(channels, norm_groups) for _ in range(blocks)))
+        self.norm = group_norm(channels, norm_groups)
+        self.leave = conv3x3(channels, _PLANES)
+
+    def forward(self, features: Tensor, face: Tensor) -> Tensor:
+        """(B, seen, H / 4, W / 4) and (B, 3, H, W) to (B, 3, H, W), to be added to the corrected picture."""
+        known = torch.cat([features, F.pixel_unshuffle(face, CORRECTION_FACTOR).to(features.dtype)], dim=1)
+        return F.pixel_shuffle(self.leave(self.norm(self.blocks(self.enter(known)))), CORRECTION_FACTOR)
