@@ -194,7 +194,9 @@ class CodeFormer(nn.Module):
             else None
         )
         self.detail = (
-            Detail(correction_channels, detail_channels, detail_blocks, norm_groups) if detail_blocks else None
+            Detail(correction_channels, detail_channels, detail_blocks, norm_groups)
+            if detail_blocks
+            else None
         )
         self.colour_patch = colour_patch
         self._encoder_taps = {self.encoder.tap_blocks[size]: size for size in sizes}

@@ -77,15 +77,19 @@ def measure_robustness(
     for name in FACELESS:
         picture = as_bgr(getattr(skimage.data, name)())
         crops += [picture, *_faceless_crops(picture, [], rng)]
-    scored: dict[str, Any] = {}
-    for name, detector in {**detectors, "teacher": teacher}.items():
-        recall = {"clean": _recall(detector, pictures, lambda picture, _: picture)}
-        for kind, condition in _DRAWN.items():
-            recall[kind] = _recall(detector, views * _DRAWS, condition)
-        for factor in (4, 8):
-            recall[f"{factor} times smaller"] = _recall(detector, pictures, partial(_smaller, factor=factor))
-        ghosts = sum(len(detector.detect([crop])[0]) for crop in crops)
-        scored[name] = {"recall": recall, "ghosts": ghosts}
+    everyone = {**detectors, "teacher": teacher}
+    recall: dict[str, dict[str, float]] = {name: {} for name in everyone}
+    for kind, (condition, is_drawn) in _CONDITIONS.items():
+        shares = _recall(list(everyone.values()), views * _DRAWS if is_drawn else pictures, condition)
+        for name, share in zip(everyone, shares, strict=True):
+            recall[name][kind] = share
+    scored = {
+        name: {
+            "recall": recall[name],
+            "ghosts": sum(len(detector.detect([crop])[0]) for crop in crops),
+        }
+        for name, detector in everyone.items()
+    }
     return {"faces": len(views), "faceless_crops": len(crops), "detectors": scored}
 
 
@@ -102,24 +106,30 @@ def _smaller(picture: ImageU8, _: np.random.Generator, factor: int) -> ImageU8:
     return np.asarray(cv2.resize(picture, size_wh, interpolation=cv2.INTER_AREA), dtype=np.uint8)
 
 
-_DRAWN: Final[dict[str, Condition]] = {
-    "moderate": lambda picture, rng: MODERATE.sample(rng).apply(picture, rng),
-    "heavy": lambda picture, rng: HEAVY.sample(rng).apply(picture, rng),
-    "old photo": old_photo,
+# Each with whether it is drawn at random.
+_CONDITIONS: Final[dict[str, tuple[Condition, bool]]] = {
+    "clean": (lambda picture, _: picture, False),
+    "moderate": (lambda picture, rng: MODERATE.sample(rng).apply(picture, rng), True),
+    "heavy": (lambda picture, rng: HEAVY.sample(rng).apply(picture, rng), True),
+    "old photo": (old_photo, True),
+    "4 times smaller": (partial(_smaller, factor=4), False),
+    "8 times smaller": (partial(_smaller, factor=8), False),
 }
 
 
-def _recall(detector: FaceDetector, views: Sequence[_Seen], condition: Condition) -> float:
-    found = expected = 0
+def _recall(detectors: Sequence[FaceDetector], views: Sequence[_Seen], condition: Condition) -> list[float]:
+    """The share of the faces that each detector finds under one condition."""
+    found = [0] * len(detectors)
     for index, view in enumerate(views):
         seen = condition(view.picture, np.random.default_rng((DETECTION_SEED, index)))
         scale = view.picture.shape[0] / seen.shape[0]
-        [faces] = detector.detect([seen])
-        expected += len(view.boxes_xyxy)
-        found += sum(
-            any(box_iou(face.box_xyxy * scale, box) >= MATCH_IOU for face in faces) for box in view.boxes_xyxy
-        )
-    return found / max(1, expected)
+        for place, detector in enumerate(detectors):
+            [faces] = detector.detect([seen])
+            found[place] += sum(
+                any(box_iou(face.box_xyxy * scale, box) >= MATCH_IOU for face in faces)
+                for box in view.boxes_xyxy
+            )
+    return [count / max(1, sum(len(view.boxes_xyxy) for view in views)) for count in found]
 
 
 def _surroundings(picture: ImageU8, face: Detection) -> _Seen:
@@ -135,9 +145,7 @@ def _surroundings(picture: ImageU8, face: Detection) -> _Seen:
     return _Seen(resized, [(corners - (left, top, left, top)) * _SIDE / side])
 
 
-def _faceless_crops(
-    picture: ImageU8, faces: Sequence[Detection], rng: np.random.Generator
-) -> list[ImageU8]:
+def _faceless_crops(picture: ImageU8, faces: Sequence[Detection], rng: np.random.Generator) -> list[ImageU8]:
     """Square crops that touch none of the faces, of those drawn."""
     height, width = picture.shape[:2]
     crops = []

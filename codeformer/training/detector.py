@@ -129,9 +129,7 @@ class Answer:
         landmarks: offsets (B, A, 10).
     """
 
-    def __init__(
-        self, network: Any, scenes: Tensor, guide: "Answer | None" = None, own: float = 1.0
-    ) -> None:
+    def __init__(self, network: Any, scenes: Tensor, guide: "Answer | None" = None, own: float = 1.0) -> None:
         theirs = guide or self
 
         def mixed(ours: Tensor, other: Tensor) -> Tensor:

@@ -60,8 +60,13 @@ class HardeningStage:
         truth = torch.cat([goal.offsets for goal in goals])
         return {
             "scores": (surprise * counted).sum() / total.clamp(min=len(scenes)),
-            "boxes": _BOX_WEIGHT * F.smooth_l1_loss(ours.boxes[is_face], truth[:, :4], reduction="sum") / total / 4,
-            "landmarks": F.smooth_l1_loss(ours.landmarks[is_face], truth[:, 4:], reduction="sum") / total / 10,
+            "boxes": _BOX_WEIGHT
+            * F.smooth_l1_loss(ours.boxes[is_face], truth[:, :4], reduction="sum")
+            / total
+            / 4,
+            "landmarks": F.smooth_l1_loss(ours.landmarks[is_face], truth[:, 4:], reduction="sum")
+            / total
+            / 10,
         }
 
     def score(self, network: nn.Module) -> float:

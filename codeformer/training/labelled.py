@@ -152,17 +152,13 @@ class LabelledScenes(Dataset[tuple[Tensor, Tensor]]):
             if rng.random() < 0.4:
                 canvas.put_faceless(self._detail(rng), rng)
             for _ in range(int(rng.integers(1, 8))):
-                canvas.put(
-                    *_any(self._faces, rng), rng, side=log_uniform(rng, 28, 420), angle=_angle(rng)
-                )
+                canvas.put(*_any(self._faces, rng), rng, side=log_uniform(rng, 28, 420), angle=_angle(rng))
         elif kind == "frame_filling":
             side = rng.uniform(450, 800)
             canvas.put(*_any(self._faces, rng), rng, side=side, angle=_angle(rng), overhang=0.05)
         elif kind == "detail":
             # A much enlarged detail: rarely a face, often something that resembles one.
-            canvas.put(
-                *_any(self._photographs, rng), rng, side=rng.uniform(1200, 3500), angle=_angle(rng)
-            )
+            canvas.put(*_any(self._photographs, rng), rng, side=rng.uniform(1200, 3500), angle=_angle(rng))
         else:
             canvas.put_faceless(self._detail(rng), rng)
             if rng.random() < 0.3:
@@ -257,7 +253,10 @@ def _moved(face: Detection, picture_to_scene: FloatArray, angle: float) -> Label
             width * np.sin(turn) + height * np.cos(turn),
         ]
     )
-    around = np.hypot(width * np.cos(turn), height * np.sin(turn)), np.hypot(width * np.sin(turn), height * np.cos(turn))
+    around = (
+        np.hypot(width * np.cos(turn), height * np.sin(turn)),
+        np.hypot(width * np.sin(turn), height * np.cos(turn)),
+    )
     half = 0.25 * (size + around) * np.sqrt(abs(np.linalg.det(picture_to_scene[:, :2])))
     sure = face.score >= _SURELY and abs(angle) <= _MAX_TURN
     return Label(FACE if sure else DOUBT, np.concatenate([centre - half, centre + half]), landmarks)
@@ -290,7 +289,10 @@ def _overlaps(a_xyxy: npt.NDArray[np.floating], b_xyxy: Sequence[float]) -> bool
 def _part(picture: ImageU8, rng: np.random.Generator) -> ImageU8:
     height, width = picture.shape[:2]
     side = int(rng.uniform(0.25, 1.0) * min(height, width))
-    x, y = int(rng.integers(0, width - side, endpoint=True)), int(rng.integers(0, height - side, endpoint=True))
+    x, y = (
+        int(rng.integers(0, width - side, endpoint=True)),
+        int(rng.integers(0, height - side, endpoint=True)),
+    )
     return picture[y : y + side, x : x + side]
 
 

@@ -14,7 +14,7 @@ Stage 3 trains everything except the codebook, with a random w for each face.
 """
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
 import torch
@@ -51,8 +51,8 @@ Pairs = Iterable[Sequence[Tensor]]
 # Weight of `picture_loss` relative to the PSNR loss in stage 4.
 _PICTURE_SHARE: Final = 0.2
 # Weights in `SharpLoss`.
-_PICTURE_AMONG_SHARP: Final = 0.3
-_CONTRAST: Final = 3.0
+_PICTURE_AMONG_SHARP: Final = 0.2
+_CONTRAST: Final = 1.0
 _MATCHING: Final = 5.0
 # The share of training before the discriminator's verdict counts.
 _CRITIC_ALONE: Final = 0.05
@@ -335,9 +335,7 @@ class SharpLoss:
         self._adversarial = adversarial
         self._options = options
 
-    def __call__(
-        self, output: Tensor, clean: Tensor, corners: Tensor, progress: float
-    ) -> dict[str, Tensor]:
+    def __call__(self, output: Tensor, clean: Tensor, corners: Tensor, progress: float) -> dict[str, Tensor]:
         """The terms for crops (B, 3, S, S) whose corners in the face are (B, 2), in px."""
         real = with_place(clean, corners, self._resolution)
         restored = with_place(output, corners, self._resolution)
@@ -404,17 +402,23 @@ class DetailStage:
             detail = self._detail(seen, face)
         return self._sharp(picture.float() + detail.float(), clean, batch[2], progress)
 
-    @torch.no_grad()
     def score(self, network: CodeFormer) -> float:
-        """How near faces at w = 0 are to the clean ones: PSNR in dB, less 20 for what contrast is missing."""
-        device = self._options.device
-        results = []
-        for degraded, clean, _ in self._validation:
-            picture, truth = _as_layout(degraded.to(device)), clean.to(device)
-            output = network(picture, w=0.0, adain=True)[0]
-            missing = float(contrast_loss(output, truth) / contrast_loss(truth.mean() + 0 * truth, truth))
-            results.append(psnr(output, truth) - 20 * missing)
-        return sum(results) / len(results)
+        """How near faces at w = 0 are to the clean ones, see `sharp_score`."""
+        return sharp_score(
+            lambda face: network(face, w=0.0, adain=True)[0], self._validation, self._options.device
+        )
+
+
+@torch.no_grad()
+def sharp_score(restore: Callable[[Tensor], Tensor], pairs: Pairs, device: torch.device) -> float:
+    """PSNR of restored faces in dB, less 20 times the share of local contrast that is not there."""
+    results = []
+    for degraded, clean, _ in pairs:
+        truth = clean.to(device)
+        output = restore(_as_layout(degraded.to(device))).float()
+        missing = float(contrast_loss(output, truth) / contrast_loss(torch.zeros_like(truth), truth))
+        results.append(psnr(output, truth) - 20 * missing)
+    return sum(results) / len(results)
 
 
 def _advice(network: CodeFormer, degraded: Tensor, corners: Tensor) -> tuple[Tensor, Tensor, Tensor]:
