@@ -174,10 +174,11 @@ def test_hardening_learns_and_leaves_the_statistics(scenes: LabelledScenes, tmp_
 
 
 def test_a_stage_scores_what_it_finds(scenes: LabelledScenes, detector: FaceDetector) -> None:
-    copy, labels = pictures.portrait(), []
-    scene = cv2.resize(copy, (SCENE_SIDE, SCENE_SIDE))
-    for face in detector.detect_at_size(scene[None])[0]:
-        labels.append(Label(FACE, face.box_xyxy.astype(float), face.landmarks_xy.astype(float)))
+    scene = cv2.resize(pictures.portrait(), (SCENE_SIDE, SCENE_SIDE))
+    labels = [
+        Label(FACE, face.box_xyxy.astype(float), face.landmarks_xy.astype(float))
+        for face in detector.detect_at_size(scene[None])[0]
+    ]
     assert labels
     seeing = HardeningStage(build_retinaface("mobile0.25"), [(scene, labels)])
     assert seeing.score(detector.network) == 1

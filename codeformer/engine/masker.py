@@ -88,7 +88,7 @@ class FaceParser:
 
 
 class TemplateMask:
-    """One fixed mask for every aligned face: an ellipse around the FFHQ template's features, higher above them.
+    """One fixed mask for every aligned face: an ellipse around the FFHQ template's features, higher above.
 
     Measured on aligned faces, the lower half ends where the chin does on average. The upper half ends above
     nine foreheads in ten: hair that is restored too is seen less than noise that is left on a forehead.

@@ -129,7 +129,7 @@ MILD: Final = DegradationRange((0.1, 1), "sigma", (1, 1.5), (0, 5), (70, 98))
 
 
 def old_photo(image_bgr: ImageU8, rng: np.random.Generator) -> ImageU8:
-    """A print of a century ago, scanned: grey or toned, faded, with stains, scratches and dust, and not sharp.
+    """A print of a century ago, scanned: grey or toned, faded, with stains, scratches and dust, not sharp.
 
     Args:
         image_bgr: (H, W, 3) uint8 BGR.
@@ -156,7 +156,10 @@ def old_photo(image_bgr: ImageU8, rng: np.random.Generator) -> ImageU8:
         path = np.concatenate([start[None], start + np.cumsum(steps, axis=0)]).round().astype(np.int32)
         shade = rng.uniform(150, 255) if rng.random() < 0.8 else rng.uniform(0, 90)
         thickness = max(1, round(side * rng.uniform(0.001, 0.006)))
-        cv2.polylines(damaged, [path], False, [shade * float(part) for part in paper], thickness, cv2.LINE_AA)
+        colour = [shade * float(part) for part in paper]
+        cv2.polylines(
+            damaged, [path], isClosed=False, color=colour, thickness=thickness, lineType=cv2.LINE_AA
+        )
     for _ in range(int(rng.integers(0, 60))):
         x, y = (int(part) for part in rng.uniform(0, 1, 2) * (width, height))
         radius = max(1, round(side * rng.uniform(0.0005, 0.006)))

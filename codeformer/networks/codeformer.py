@@ -116,8 +116,9 @@ class CodeFormer(nn.Module):
             branch. Not part of the published method: without this branch, a small network needs nearly all of
             its capacity to encode the picture in codes and features.
         correction_channels: channels of that branch.
-        detail_blocks: residual blocks of a branch that adds detail to the corrected input, see `Detail`; w then
-            blends the two, and the generated face only advises that branch. 0 for none. Needs a correction.
+        detail_blocks: residual blocks of a branch that adds detail to the corrected input, see `Detail`; w
+            then blends the two, and the generated face only advises that branch. 0 for none. Needs a
+            correction.
         detail_channels: channels of that branch.
         colour_patch: side in px of the patches whose mean colours the generated face takes from the input
             (or the corrected input), see `take_colours`; 0 to keep its colours. Not part of the published

@@ -1,5 +1,6 @@
-"""Branches of our own for small restorers, which no published network has: what a picture itself can give is taken
-from it, and only the rest is generated.
+"""Branches of small restorers that no published network has.
+
+What a picture itself can give is taken from it, and only the rest is generated.
 """
 
 from typing import Final
@@ -49,10 +50,10 @@ class InputCorrection(nn.Module):
 
 
 class Detail(nn.Module):
-    """What a corrected picture lacks to look sharp, from the features it was corrected with and a generated face.
+    """What a corrected picture lacks to look sharp, from what it was corrected with and a generated face.
 
     Args:
-        seen: channels of those features.
+        seen: channels of the features that the picture was corrected with.
         channels: of the branch.
         blocks: residual blocks.
         norm_groups: see `group_norm`.

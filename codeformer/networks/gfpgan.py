@@ -257,9 +257,9 @@ class GFPGANv1Clean(nn.Module):
         channel_multiplier: of the channels from 64 px up.
         num_mlp: layers of the decoder's mapping network, see `Decoder`.
         narrow: factor of all channels.
-        correction_blocks: residual blocks of a branch that corrects the input, see `InputCorrection`; the rest of
-            the network then restores what that branch makes of it, and what the decoder paints is added to it.
-            0 for no such branch. Not part of the published method: a small decoder cannot paint a whole face.
+        correction_blocks: residual blocks of a branch that corrects the input, see `InputCorrection`; the
+            rest of the network then gets the corrected input, and the decoder's picture is added to it. 0 for
+            no such branch. Not part of the published method: a small decoder cannot paint a whole face.
         correction_channels: channels of that branch.
         norm_groups: groups of its norms, see `group_norm`.
 

@@ -1,5 +1,7 @@
-"""Scores of a detector on held-out pictures: which faces it still finds when they are degraded, and what it takes
-for faces where there are none. All of it is the first look, without `engine.finder`.
+"""Scores of a detector on held-out pictures.
+
+Which faces it still finds when they are degraded, and what it takes for faces where there are none. All of it
+is the first look, without `engine.finder`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -44,8 +46,8 @@ def measure_robustness(
     """Recall of detectors by condition, and their ghosts.
 
     The truth are the faces of at least 40 px that the teacher sees in clean, upright pictures. For what is
-    drawn at random, each face is cut out with its surroundings, scaled to 512 px, and degraded twice, with the
-    same seeds in every run; "smaller" are the whole pictures.
+    drawn at random, each face is cut out with its surroundings, scaled to 512 px, and degraded twice, with
+    the same seeds in every run; "smaller" are the whole pictures.
 
     Args:
         detectors: by name.

@@ -1,7 +1,7 @@
 """Trains a GFPGAN on whole degraded faces, with the losses of `SharpLoss`.
 
-The published network was trained from a StyleGAN2 that knew tens of thousands of faces. A small one starts from
-the correction of a small CodeFormer, which stays as it is, and learns what to paint on top of that.
+The published network was trained from a StyleGAN2 that knew tens of thousands of faces. A small one starts
+from the correction of a small CodeFormer, which stays as it is, and learns what to paint on top of that.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ from codeformer.training.restorer import Pairs, SharpLoss, sharp_score
 
 @torch.no_grad()
 def begin_from_correction(network: GFPGANv1Clean, state: Mapping[str, Tensor]) -> None:
-    """Gives a new network the correction of a CodeFormer, and lets it paint nothing: it returns corrected faces.
+    """Gives a new network the correction of a CodeFormer; it paints nothing and returns corrected faces.
 
     Args:
         network: with a correction of the same size.

@@ -70,7 +70,7 @@ class HardeningStage:
         }
 
     def score(self, network: nn.Module) -> float:
-        """The share of faces found, less one face for each detection that is none, in the validation scenes."""
+        """The share of faces found in the validation scenes, less one for each detection that is none."""
         detector = FaceDetector(network)
         agreement, ghosts = Agreement(), 0
         for scene, labels in self._validation:

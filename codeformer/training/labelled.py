@@ -1,5 +1,7 @@
-"""Labelled training pictures for the detector: what a teacher sees on clean, upright originals, moved along with
-them into scenes that are degraded, grey, small, turned or cut off; and pictures without faces.
+"""Labelled training pictures for the detector.
+
+What a teacher sees in clean, upright originals is moved along with them into scenes that are degraded, grey,
+small, turned or cut off. Some scenes have no faces.
 """
 
 from collections.abc import Mapping, Sequence

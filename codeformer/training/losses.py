@@ -60,8 +60,8 @@ class PatchDiscriminator(nn.Module):
 
     Args:
         channels: of the first layer.
-        knows_place: whether it is also told where in the face each pixel lies, see `with_place`; eyes and cheeks
-            are then not judged alike.
+        knows_place: whether it is also told where in the face each pixel lies, see `with_place`; eyes and
+            cheeks are then not judged alike.
     """
 
     def __init__(self, channels: int = 32, *, knows_place: bool = False) -> None:

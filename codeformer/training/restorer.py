@@ -318,8 +318,8 @@ class CorrectionStage:
 class SharpLoss:
     """How a picture differs from the clean one to the eye: picture, contrast, and what a discriminator sees.
 
-    The discriminator is trained at the same time. The weight of its verdict follows the gradients (Esser et al.,
-    2021), so it needs no tuning.
+    The discriminator is trained at the same time. The weight of its verdict follows the gradients (Esser et
+    al., 2021), so it needs no tuning.
 
     Args:
         options: options of the loop.
@@ -422,7 +422,7 @@ def sharp_score(restore: Callable[[Tensor], Tensor], pairs: Pairs, device: torch
 
 
 def _advice(network: CodeFormer, degraded: Tensor, corners: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The corrected crops, the features they were corrected with, and the generated faces in their colours."""
+    """The corrected crops, the features they were corrected with, and generated faces in their colours."""
     positions = positions_of(network, corners, degraded.shape[2])
     logits, lq_feat, features = network.predict(degraded, positions)
     latent = network.quantize.lookup(logits.argmax(dim=2), lq_feat.shape[2])
