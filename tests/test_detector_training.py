@@ -174,7 +174,7 @@ def test_hardening_learns_and_leaves_the_statistics(scenes: LabelledScenes, tmp_
 
 
 def test_a_stage_scores_what_it_finds(scenes: LabelledScenes, detector: FaceDetector) -> None:
-    scene = cv2.resize(pictures.portrait(), (SCENE_SIDE, SCENE_SIDE))
+    scene = np.asarray(cv2.resize(pictures.portrait(), (SCENE_SIDE, SCENE_SIDE)), np.uint8)
     labels = [
         Label(FACE, face.box_xyxy.astype(float), face.landmarks_xy.astype(float))
         for face in detector.detect_at_size(scene[None])[0]

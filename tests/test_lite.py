@@ -137,7 +137,7 @@ def assert_as_promised(scores: dict[str, dict[str, dict[str, float]]], share: fl
 @pytest.mark.slow
 def test_some_held_out_faces_score_as_documented(lite: Models) -> None:
     files = pictures_in(shared.path_of("faces/test"))[::18]
-    assert_as_promised(measure_restorer(lite.restorers["codeformer"], files), share=0.3)
+    assert_as_promised(measure_restorer(lite.restorers, files), share=0.3)
 
 
 def test_the_training_commands_make_a_set_of_this_size() -> None:

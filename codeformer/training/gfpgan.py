@@ -4,39 +4,36 @@ The published network was trained from a StyleGAN2 that knew tens of thousands o
 from the correction of a small CodeFormer, which stays as it is, and learns what to paint on top of that.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from codeformer.errors import TrainingError
+from codeformer.networks.codeformer import CodeFormer
 from codeformer.networks.gfpgan import GFPGANv1Clean, ToRgb
 from codeformer.training.loop import Options
 from codeformer.training.restorer import Pairs, SharpLoss, sharp_score
 
 
 @torch.no_grad()
-def begin_from_correction(network: GFPGANv1Clean, state: Mapping[str, Tensor]) -> None:
+def begin_from_correction(network: GFPGANv1Clean, codeformer: CodeFormer) -> None:
     """Gives a new network the correction of a CodeFormer; it paints nothing and returns corrected faces.
 
     Args:
         network: with a correction of the same size.
-        state: the tensors of the CodeFormer by name.
+        codeformer: the trained network.
 
     Raises:
         TrainingError: the CodeFormer has no such correction.
     """
-    own: Any = network.correction
-    try:
-        own.load_state_dict(
-            {name.partition(".")[2]: value for name, value in state.items() if name.startswith("correction.")}
-        )
-    except RuntimeError as cause:
+    own, theirs = network.correction, codeformer.correction
+    if own is None or theirs is None or repr(own) != repr(theirs):
         raise TrainingError(
-            f"expected a CodeFormer with the correction of this configuration ({str(cause)[:200]} ...); "
-            "name another --config, or another --run."
-        ) from cause
+            f"expected a CodeFormer with the correction {own}, got one with {theirs}; name another --config, "
+            "or another --run."
+        )
+    own.load_state_dict(theirs.state_dict())
     for module in network.modules():
         if isinstance(module, ToRgb):
             module.modulated_conv.weight.zero_()

@@ -7,7 +7,7 @@ small, turned or cut off. Some scenes have no faces.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import cv2
 import numpy as np
@@ -94,9 +94,9 @@ def faceless_pictures() -> list[ImageU8]:
     return [as_bgr(getattr(skimage.data, name)()) for name in FACELESS]
 
 
-def as_bgr(picture: npt.NDArray[np.generic]) -> ImageU8:
+def as_bgr(picture: npt.NDArray[Any]) -> ImageU8:
     """A picture of scikit-image, in bits, grey or RGB, as (H, W, 3) uint8 BGR."""
-    levels = picture.astype(np.uint8) * 255 if picture.dtype == bool else picture
+    levels: ImageU8 = picture.astype(np.uint8) * np.uint8(255 if picture.dtype == bool else 1)
     code = cv2.COLOR_GRAY2BGR if levels.ndim == 2 else cv2.COLOR_RGB2BGR
     return np.asarray(cv2.cvtColor(levels, code), dtype=np.uint8)
 

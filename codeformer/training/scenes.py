@@ -110,7 +110,7 @@ def choose_placement(
     """
     height, width = picture.shape[:2]
     scale = side / min(height, width)
-    matrix = cv2.getRotationMatrix2D((width / 2, height / 2), angle, scale)
+    matrix: FloatArray = np.asarray(cv2.getRotationMatrix2D((width / 2, height / 2), angle, scale), float)
     reach = np.array([width, height]) * scale
     low, high = np.minimum(0, SCENE_SIDE - reach), np.maximum(0, SCENE_SIDE - reach)
     beyond = overhang * reach.clip(max=SCENE_SIDE)
@@ -118,7 +118,7 @@ def choose_placement(
     matrix[:, 2] += corner + reach / 2 - np.array([width, height]) / 2
     if rng.random() < 0.5:
         matrix = compose(matrix, np.array([[-1.0, 0, width - 1], [0, 1, 0]]))
-    return np.asarray(matrix, dtype=np.float64)
+    return matrix
 
 
 def placed(
