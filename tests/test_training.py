@@ -210,7 +210,7 @@ def test_a_gfpgan_learns_on_top_of_its_correction(options: Options) -> None:
     losses = [float(picture_loss(stage.network(degraded)[0], clean).detach())]
     average = train(stage, Tinted, options, header=SMALL_GFPGAN)
     losses.append(float(picture_loss(average(degraded)[0], clean).detach()))
-    assert losses[1] < 0.8 * losses[0]
+    assert losses[1] < 0.9 * losses[0]
     kept = [torch.equal(value, before[name]) for name, value in stage.network.state_dict().items()]
     named = [name.startswith(("correction.", "stylegan_decoder.noises.")) for name in before]
     assert all(is_kept for is_kept, is_fixed in zip(kept, named, strict=True) if is_fixed)

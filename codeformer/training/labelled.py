@@ -51,6 +51,7 @@ MAX_LABELS: Final = 24
 LABEL_WIDTH: Final = 15
 FACE, DOUBT = 1.0, 2.0
 
+_LETTERS: Final = list("aabcdeefghiijklmnoopqrsttuvwxyzABDEGHKMNRST0123456789&%@()=+-.,:;")
 # What the teacher scores in between may be a face or not.
 _SURELY: Final = 0.8
 _PERHAPS: Final = 0.2
@@ -58,10 +59,10 @@ _PERHAPS: Final = 0.2
 _MAX_TURN: Final = 50.0
 # Nor are those of which less can be seen, or with fewer px of detail across.
 _MIN_VISIBLE: Final = 0.65
-_MIN_DETAIL: Final = 6.0
+_MIN_DETAIL: Final = 3.5
 # Left and right change places in a mirrored picture.
 _MIRRORED: Final = (1, 0, 2, 4, 3)
-_KINDS: Final = ("portrait", "faces", "frame_filling", "detail", "faceless")
+_KINDS: Final = ("portrait", "faces", "crowd", "frame_filling", "detail", "faceless", "writing")
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ class LabelledScenes(Dataset[tuple[Tensor, Tensor]]):
     def scene(self, index: int) -> tuple[ImageU8, list[Label]]:
         """A scene (512, 512, 3) uint8 BGR and its labels."""
         rng = np.random.default_rng((self._seed, index))
-        kind = _KINDS[int(rng.choice(len(_KINDS), p=[0.35, 0.3, 0.1, 0.1, 0.15]))]
+        kind = _KINDS[int(rng.choice(len(_KINDS), p=[0.25, 0.18, 0.17, 0.05, 0.1, 0.1, 0.15]))]
         canvas = _Canvas(background(rng))
         if kind == "portrait":
             side = log_uniform(rng, 150, 1000)
@@ -155,16 +156,21 @@ class LabelledScenes(Dataset[tuple[Tensor, Tensor]]):
                 canvas.put_faceless(self._detail(rng), rng)
             for _ in range(int(rng.integers(1, 8))):
                 canvas.put(*_any(self._faces, rng), rng, side=log_uniform(rng, 28, 420), angle=_angle(rng))
+        elif kind == "crowd":
+            size = log_uniform(rng, 45, 130)
+            for _ in range(int(rng.integers(8, MAX_LABELS))):
+                face_side = size * rng.uniform(0.8, 1.25)
+                canvas.put(*_any(self._faces, rng), rng, side=face_side, angle=rng.normal(0, 8))
         elif kind == "frame_filling":
             side = rng.uniform(450, 800)
             canvas.put(*_any(self._faces, rng), rng, side=side, angle=_angle(rng), overhang=0.05)
         elif kind == "detail":
             # A much enlarged detail: rarely a face, often something that resembles one.
             canvas.put(*_any(self._photographs, rng), rng, side=rng.uniform(1200, 3500), angle=_angle(rng))
-        else:
+        elif kind == "faceless":
             canvas.put_faceless(self._detail(rng), rng)
-            if rng.random() < 0.3:
-                _write(canvas.scene, rng)
+        else:
+            canvas.put_faceless(_writing(rng), rng)
         scene = recoloured(canvas.scene, rng)
         scene, detail = _degraded(scene, rng)
         return scene, [
@@ -298,15 +304,30 @@ def _part(picture: ImageU8, rng: np.random.Generator) -> ImageU8:
     return picture[y : y + side, x : x + side]
 
 
-def _write(scene: ImageU8, rng: np.random.Generator) -> None:
-    """Writes a few lines on a scene."""
-    alphabet = np.array(list("abcdefghijklmnopqrstuvwxyzABDEGHKMNRSTQ0123456789&%@()=+-.,:; "))
-    size, shade = rng.uniform(0.4, 5), float(rng.choice([0, 255])) * rng.uniform(0.7, 1)
-    for row in range(int(rng.integers(1, 12))):
-        text = "".join(rng.choice(alphabet, int(rng.integers(3, 30))))
-        place = int(rng.uniform(-20, 100)), int((row + 1) * 32 * size)
-        font, thickness = int(rng.choice([0, 1, 2, 3, 4, 5, 6, 7])), int(rng.integers(1, 5))
-        cv2.putText(scene, text, place, font, size, (shade, shade, shade), thickness, cv2.LINE_AA)
+def _writing(rng: np.random.Generator) -> ImageU8:
+    """Lines of print or of scrawl on paper, (400, 400, 3) uint8."""
+    side = 400
+    paper, ink = rng.uniform(120, 255), rng.uniform(0, 90)
+    if rng.random() < 0.2:
+        paper, ink = ink, paper
+    sheet = np.full((side, side, 3), paper, np.uint8)
+    colour = [float(np.clip(ink + rng.normal(0, 15), 0, 255)) for _ in range(3)]
+    size, thickness = log_uniform(rng, 0.4, 4), int(rng.integers(1, 6))
+    step = int(34 * size * rng.uniform(0.9, 1.5))
+    for y in range(int(30 * size), side + step, step):
+        if rng.random() < 0.6:
+            words = ("".join(rng.choice(_LETTERS, int(rng.integers(1, 10)))) for _ in range(12))
+            place = int(rng.uniform(-60, 10)), y
+            font = int(rng.integers(0, 8))
+            cv2.putText(sheet, " ".join(words), place, font, size, colour, thickness, cv2.LINE_AA)
+        else:
+            x = np.arange(0, side, max(3.0, 4 * size))
+            heights = y + rng.normal(0, 9 * size, len(x))
+            path = np.stack([x + rng.normal(0, 4 * size, len(x)), heights], axis=1).round().astype(np.int32)
+            for start in range(0, len(path), 7):
+                part = path[start : start + int(rng.integers(3, 7))]
+                cv2.polylines(sheet, [part], False, colour, thickness, cv2.LINE_AA)  # noqa: FBT003
+    return sheet
 
 
 def _degraded(scene: ImageU8, rng: np.random.Generator) -> tuple[ImageU8, float]:
@@ -316,16 +337,16 @@ def _degraded(scene: ImageU8, rng: np.random.Generator) -> tuple[ImageU8, float]
         return scene, 1.0
     if kind < 0.35:
         drawn = MODERATE.sample(rng)
-    elif kind < 0.5:
+    elif kind < 0.55:
         drawn = HEAVY.sample(rng)
-    elif kind < 0.65:
+    elif kind < 0.7:
         return old_photo(scene, rng), 3.0
     else:
         drawn = Degradation(
             blur_kernel=17,
             blur_sigma=rng.uniform(0.3, 3),
             downsampling=log_uniform(rng, 1.5, 12),
-            noise_sigma=rng.uniform(0, 12) if rng.random() < 0.7 else 0.0,
+            noise_sigma=rng.uniform(0, 12) if rng.random() < 0.5 else 0.0,
             jpeg_quality=int(rng.integers(40, 100)),
             enlarged_by="cubic" if rng.random() < 0.3 else "linear",
         )
