@@ -57,8 +57,8 @@ class InputCorrection(nn.Module):
 class Detail(nn.Module):
     """What a corrected picture lacks to look sharp, from what it was corrected with and a generated face.
 
-    As in StyleGAN2, resolution is doubled smoothly, and a fixed noise is added at each: without it, texture comes
-    out as regular lines.
+    As in StyleGAN2, the resolution is doubled smoothly, and a fixed noise is added each time: without it,
+    texture comes out as regular lines.
 
     Args:
         seen: channels of the features that the picture was corrected with.
@@ -81,7 +81,7 @@ class Detail(nn.Module):
         self.register_buffer("noise", torch.randn(1, 1, _NOISE_SIDE, _NOISE_SIDE))
 
     def forward(self, features: Tensor, face: Tensor) -> Tensor:
-        """(B, seen, H / 4, W / 4) and (B, 3, H, W) to (B, 3, H, W), to be added to the corrected picture."""
+        """Features (B, seen, H / 4, W / 4) and a face (B, 3, H, W) to (B, 3, H, W), to be added."""
         known = torch.cat([features, F.pixel_unshuffle(face, CORRECTION_FACTOR).to(features.dtype)], dim=1)
         x = self.norm(self.blocks(self.enter(known)))
         for convolution, loudness in zip(self.grow, self.loudness, strict=True):

@@ -27,7 +27,9 @@ _IN_DOUBT: Final = 0.2
 # Hard negatives for each positive, and at least so many for a scene.
 _NEGATIVES: Final = 7
 _FEWEST_NEGATIVES: Final = 30
+# Landmarks weigh most: faces are aligned by them, and they suffer first.
 _BOX_WEIGHT: Final = 2.0
+_LANDMARK_WEIGHT: Final = 5.0
 # How much of the score a ghost costs, in faces that are not found.
 _GHOST_COST: Final = 1.0
 
@@ -64,7 +66,8 @@ class HardeningStage:
             * F.smooth_l1_loss(ours.boxes[is_face], truth[:, :4], reduction="sum")
             / total
             / 4,
-            "landmarks": F.smooth_l1_loss(ours.landmarks[is_face], truth[:, 4:], reduction="sum")
+            "landmarks": _LANDMARK_WEIGHT
+            * F.smooth_l1_loss(ours.landmarks[is_face], truth[:, 4:], reduction="sum")
             / total
             / 10,
         }
