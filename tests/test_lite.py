@@ -129,6 +129,8 @@ def assert_as_promised(scores: dict[str, dict[str, dict[str, float]]], share: fl
         assert scores[kind][method]["psnr_db"] >= scores[kind]["input"]["psnr_db"] + share * gain_db, kind
     moderate = scores["moderate"]
     assert moderate["w=1.0"]["ssim"] >= moderate["input"]["ssim"] + share * 0.10
+    assert moderate["w=0.0"]["eye_sharpness"] >= 2 / 3
+    assert moderate["w=0.0"]["eye_sharpness"] > moderate["w=0.5"]["eye_sharpness"]
     assert moderate["w=1.0"]["psnr_db"] > moderate["filter"]["psnr_db"]
     assert moderate["w=1.0"]["ssim"] > moderate["filter"]["ssim"]
     assert scores["clean"]["w=1.0"]["psnr_db"] >= 30
