@@ -198,7 +198,8 @@ def test_a_set_without_gfpgan_says_so(tiny_weights: Path, tmp_path: Path) -> Non
         Pipeline.load("lite", "cpu", restorers=("gfpgan-1.3",))
 
 
-def test_the_lite_set_has_a_gfpgan_of_its_own(picture: np.ndarray) -> None:
+def test_the_lite_set_has_a_gfpgan_of_its_own() -> None:
+    picture = pictures.small_portrait()
     lite = Pipeline.load("lite", "cpu", restorers=("codeformer", "gfpgan"), download=False)
     results = [
         lite.restore([picture], recipe=recipe_of(name, 0.5))[0].image_bgr
