@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -773,6 +774,20 @@ def test_numbers_too_large_for_half_precision_are_not_exported(tmp_path: Path) -
         export_network(state, "restorer", tmp_path, "MIT")
     kept = {"average": {"variance": torch.full((2,), 1e6)}, "header": {}}
     assert export_network(kept, "restorer", tmp_path, "MIT")["bytes"] > 0
+
+
+def test_the_page_shows_every_restorer_and_fidelity(tiny_weights: Path, tmp_path: Path) -> None:
+    for folder, picture in (("faces", pictures.portrait()), ("photographs", pictures.plain())):
+        (tmp_path / folder).mkdir()
+        cv2.imwrite(str(tmp_path / folder / f"{folder}.png"), picture)
+    sources = ["--faces", str(tmp_path / "faces"), "--photographs", str(tmp_path / "photographs")]
+    page = tmp_path / "page"
+    assert main(["page", "--weights", str(tiny_weights), *sources, "--to", str(page), "--device", "cpu"]) == 0
+    content = (page / "index.html").read_text()
+    shown = re.findall(r"<td>([^<]*)<a href=\"([^\"]*)\"", content)
+    restored = ["w = 0", "w = 0.5", "w = 1", "gfpgan"]
+    assert [name for name, _ in shown] == ["input", *restored, "original", "input", *restored]
+    assert all(cv2.imread(str(page / file)) is not None for _, file in shown)
 
 
 def test_aligned_faces_lie_on_the_template(detector: FaceDetector, tmp_path: Path) -> None:
