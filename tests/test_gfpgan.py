@@ -194,8 +194,22 @@ def test_a_set_without_gfpgan_says_so(tiny_weights: Path, tmp_path: Path) -> Non
         Pipeline.load(folder, "cpu", restorers=("codeformer", "gfpgan"))
     with pytest.raises(ManifestError, match=r"no weights for gfpgan-1\.3, only for codeformer, gfpgan;"):
         Pipeline.load(tiny_weights, "cpu", restorers=("gfpgan-1.3",))
-    with pytest.raises(ManifestError, match="no weights for gfpgan"):
-        Pipeline.load("lite", "cpu", restorers=("gfpgan",))
+    with pytest.raises(ManifestError, match=r"no weights for gfpgan-1\.3"):
+        Pipeline.load("lite", "cpu", restorers=("gfpgan-1.3",))
+
+
+def test_the_lite_set_has_a_gfpgan_of_its_own() -> None:
+    picture = pictures.small_portrait()
+    lite = Pipeline.load("lite", "cpu", restorers=("codeformer", "gfpgan"), download=False)
+    results = [
+        lite.restore([picture], recipe=recipe_of(name, 0.5))[0].image_bgr
+        for name in ("codeformer", "gfpgan", "codeformer+gfpgan")
+    ]
+    for result in results:
+        assert result.shape == picture.shape
+        assert not np.array_equal(result, picture)
+    assert not np.array_equal(results[0], results[1])
+    assert not np.array_equal(results[0], results[2])
 
 
 def test_another_version_takes_gfpgans_place(

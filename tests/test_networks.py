@@ -9,7 +9,8 @@ from torch import nn
 
 from codeformer.engine.restorer import faces_to_batch
 from codeformer.evaluation.basicsr_compat import has_basicsr, import_basicsr, register_codeformer
-from codeformer.networks.codeformer import CodeFormer, InputCorrection, take_colours
+from codeformer.networks.codeformer import CodeFormer, take_colours
+from codeformer.networks.correction import InputCorrection
 from codeformer.networks.gfpgan import GFPGANv1Clean
 from codeformer.networks.parsenet import FaceParsingNetwork
 from codeformer.networks.retinaface import build_retinaface
@@ -220,6 +221,44 @@ def test_fidelity_blends_the_face_with_the_corrected_input() -> None:
         for w in (0.0, 0.3, 1.0):
             expected = (1 - w) * plain(x, w=w, adain=True)[0] + w * corrected
             torch.testing.assert_close(network(x, w=w, adain=True)[0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_fidelity_takes_detail_from_the_corrected_input() -> None:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"correction_blocks": 1, "correction_channels": 8, "norm_groups": 1}
+    network = CodeFormer(**TINY_CONFIG | sizes | {"connect_list": []}, detail_blocks=1, detail_channels=8)
+    network.eval()
+    assert network.correction is not None
+    assert network.detail is not None
+    x = torch.rand(2, 3, 512, 512, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    fidelities = torch.tensor([0.0, 0.4]).view(2, 1, 1, 1)
+    with torch.inference_mode():
+        sharp, half, corrected = (network(x, w=w, adain=True)[0] for w in (0.0, 0.5, 1.0))
+        torch.testing.assert_close(corrected, network.correction(x))
+        assert (sharp - corrected).abs().mean() > 1e-3
+        torch.testing.assert_close(half, (sharp + corrected) / 2, rtol=1e-4, atol=1e-5)
+        mixed = network(x, w=fidelities, adain=True)[0]
+        torch.testing.assert_close(mixed, sharp.lerp(corrected, fidelities), rtol=1e-4, atol=1e-5)
+        network.detail.noise.zero_()
+        still = network(x, w=0.0, adain=True)[0]
+        torch.testing.assert_close(still, sharp, rtol=0, atol=1e-5)
+        for loudness in network.detail.loudness:
+            loudness.fill_(0.1)
+        torch.testing.assert_close(network(x, w=0.0, adain=True)[0], still)
+    with pytest.raises(ValueError, match="detail_blocks need correction_blocks"):
+        CodeFormer(**TINY_CONFIG, detail_blocks=1)
+
+
+def test_a_gfpgan_adds_to_the_corrected_input() -> None:
+    torch.manual_seed(0)
+    plain = make_tiny_gfpgan(out_size=64)
+    network = make_tiny_gfpgan(out_size=64, correction_blocks=1, correction_channels=8)
+    network.load_state_dict({**network.state_dict(), **plain.state_dict()})
+    assert network.correction is not None
+    x = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.inference_mode():
+        corrected = network.correction(x)
+        torch.testing.assert_close(network(x)[0], corrected + plain(corrected)[0], rtol=1e-4, atol=1e-4)
 
 
 def test_a_colour_cast_is_removed_and_details_are_kept() -> None:

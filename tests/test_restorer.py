@@ -209,5 +209,7 @@ def test_the_template_mask_covers_the_features_and_not_the_corners() -> None:
     assert masks.shape == (2, 512, 512)
     for x, y in ((193, 240), (319, 240), (257, 314), (201, 371), (313, 371)):
         assert masks[0, y, x] > 0.9
+    # A high forehead, without which noise would stay above the brows.
+    assert masks[0, 80, [216, 256, 296]].min() > 0.8
     assert masks[0, [0, 0, -1, -1], [0, -1, 0, -1]].max() == 0
     assert np.abs(np.diff(masks[0], axis=0)).max() < 0.06

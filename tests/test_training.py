@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from codeformer.engine.models import load_models
 from codeformer.errors import InputError, TrainingError
 from codeformer.evaluation.matching import Agreement, box_iou
 from codeformer.imaging.geometry import FFHQ_TEMPLATE_XY, Detection
-from codeformer.networks.codeformer import CodeFormer
+from codeformer.networks.codeformer import FACTS, CodeFormer
+from codeformer.networks.gfpgan import GFPGANv1Clean
 from codeformer.networks.retinaface import build_retinaface
 from codeformer.training import faces
 from codeformer.training.__main__ import CONFIGURATIONS, main
@@ -28,12 +30,23 @@ from codeformer.training.align import aligned_faces
 from codeformer.training.detector import DistillationStage
 from codeformer.training.export import export_network, write_manifest
 from codeformer.training.faces import FacePairs, read_face, read_photograph, split_faces, split_pictures
+from codeformer.training.gfpgan import GfpganStage, begin_from_correction
 from codeformer.training.loop import MuonWithAdamW, Options, digest_of, read_checkpoint, train
-from codeformer.training.losses import code_loss, discriminator_loss, luma, picture_loss, ssim
+from codeformer.training.losses import (
+    code_loss,
+    contrast_loss,
+    discriminator_loss,
+    luma,
+    picture_loss,
+    ssim,
+    with_place,
+)
 from codeformer.training.restorer import (
     AutoencoderStage,
     CodePredictionStage,
     CorrectionStage,
+    DetailStage,
+    SharpLoss,
     TransformationStage,
     positions_of,
     zero_residual_branches,
@@ -88,6 +101,14 @@ def options(tmp_path: Path, device: torch.device) -> Options:
 
 
 CORRECTING: dict[str, Any] = {"correction_blocks": 1, "correction_channels": 16}
+DETAILED: dict[str, Any] = {**CORRECTING, "detail_blocks": 1, "detail_channels": 16}
+SMALL_GFPGAN: dict[str, Any] = {
+    "out_size": 32,
+    "num_style_feat": 8,
+    "num_mlp": 0,
+    "narrow": 1 / 64,
+    "norm_groups": 32,
+} | CORRECTING
 
 
 def small_network(**changes: Any) -> CodeFormer:
@@ -97,9 +118,16 @@ def small_network(**changes: Any) -> CodeFormer:
 
 def make_stage(name: str, options: Options) -> Any:
     validation = [tuple(part[None] for part in Pairs(3)[i]) for i in range(3)]
-    network = small_network(**CORRECTING if name == "correction" else {}).to(options.device)
+    parts = {"correction": CORRECTING, "detail": DETAILED}
+    network = small_network(**parts.get(name, {})).to(options.device)
     if name == "correction":
         return CorrectionStage(network, validation, options)
+    if name == "detail":
+        return DetailStage(network, validation, options, adversarial=0.5)
+    if name == "gfpgan":
+        begun = GFPGANv1Clean(**SMALL_GFPGAN)
+        begin_from_correction(begun, small_network(**CORRECTING))
+        return GfpganStage(begun.to(options.device), validation, options, adversarial=0.5)
     if name == "autoencoder":
         start = torch.stack([Pairs(64)[i][1] for i in range(64)])
         return AutoencoderStage(network, start, validation, options)
@@ -145,6 +173,7 @@ STAGES = (
     ("transform", "muon"),
     ("adversarial", "muon"),
     ("correction", "muon"),
+    ("detail", "muon"),
 )
 
 
@@ -158,9 +187,9 @@ def test_a_stage_learns(name: str, optimiser: Any, options: Options) -> None:
 
     def loss() -> float:
         torch.manual_seed(0)
-        return float(
-            sum(term.detach() for key, term in stage.losses(batch, 0.9).items() if key != "adversarial")
-        )
+        # Without what a discriminator says, which changes its mind.
+        terms = stage.losses(batch, 0.9)
+        return float(sum(terms[key].detach() for key in terms.keys() - {"adversarial", "matching"}))
 
     before = loss()
     average = train(stage, Pairs, options, header=SMALL)
@@ -169,7 +198,27 @@ def test_a_stage_learns(name: str, optimiser: Any, options: Options) -> None:
     assert read_checkpoint(options.checkpoint)["step"] == 40
 
 
-@pytest.mark.parametrize(("name", "optimiser"), STAGES)
+def test_a_gfpgan_learns_on_top_of_its_correction(options: Options) -> None:
+    class Tinted(Pairs):
+        def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
+            degraded, clean, corner = super().__getitem__(index)
+            return degraded, 0.5 * clean + 0.4, corner
+
+    options = dataclasses.replace(options, optimiser="muon", learning_rate=1e-2)
+    stage = make_stage("gfpgan", options)
+    before = {name: value.clone() for name, value in stage.network.state_dict().items()}
+    degraded, clean, _ = (part[None].to(options.device) for part in Tinted(1)[0])
+    losses = [float(picture_loss(stage.network(degraded)[0], clean).detach())]
+    average = train(stage, Tinted, options, header=SMALL_GFPGAN)
+    losses.append(float(picture_loss(average(degraded)[0], clean).detach()))
+    assert losses[1] < 0.9 * losses[0]
+    kept = [torch.equal(value, before[name]) for name, value in stage.network.state_dict().items()]
+    named = [name.startswith(("correction.", "stylegan_decoder.noises.")) for name in before]
+    assert all(is_kept for is_kept, is_fixed in zip(kept, named, strict=True) if is_fixed)
+    assert not all(kept)
+
+
+@pytest.mark.parametrize(("name", "optimiser"), [*STAGES, ("gfpgan", "muon")])
 def test_a_resumed_training_ends_where_an_uninterrupted_one_does(
     name: str, optimiser: Any, options: Options
 ) -> None:
@@ -335,6 +384,61 @@ def test_only_the_correction_is_trained_in_stage_four(options: Options) -> None:
         CorrectionStage(small_network(), [], options)
 
 
+def test_only_the_detail_is_trained_in_stage_five(options: Options) -> None:
+    stage = make_stage("detail", options)
+    before = {name: value.clone() for name, value in stage.network.state_dict().items()}
+    train(stage, Pairs, dataclasses.replace(options, steps=2), header=SMALL)
+    changed = {n for n, value in stage.network.state_dict().items() if not torch.equal(value, before[n])}
+    assert changed
+    assert all(name.startswith("detail.") for name in changed)
+    with pytest.raises(TrainingError, match="detail_blocks"):
+        DetailStage(small_network(**CORRECTING), [], options, adversarial=0.0)
+
+
+def test_a_gfpgan_begins_as_the_correction_of_a_codeformer() -> None:
+    codeformer = small_network(**CORRECTING)
+    torch.manual_seed(1)
+    network = GFPGANv1Clean(**SMALL_GFPGAN)
+    begin_from_correction(network, codeformer)
+    picture = torch.stack([Pairs(2)[index][0] for index in range(2)])
+    with torch.no_grad():
+        torch.testing.assert_close(network(picture)[0], codeformer(picture, w=1.0)[0])
+    with pytest.raises(TrainingError, match="--config"):
+        begin_from_correction(network, small_network())
+
+
+def test_contrast_is_how_much_detail_there_is_not_where() -> None:
+    source = torch.Generator().manual_seed(0)
+    here, there = (0.3 * torch.randn(1, 3, 64, 64, generator=source) for _ in range(2))
+    flat = torch.zeros_like(here)
+    assert float(contrast_loss(here, here)) == 0
+    assert float(contrast_loss(here, there)) < 0.3 * float(contrast_loss(flat, here))
+    assert float(contrast_loss(0.5 * here, here)) == pytest.approx(
+        0.5 * float(contrast_loss(flat, here)), rel=0.1
+    )
+
+
+def test_a_crop_knows_its_place_in_the_face() -> None:
+    planes = with_place(torch.zeros(2, 3, 8, 8), torch.tensor([[0, 8], [24, 0]]), 32)[:, 3:]
+    whole = torch.linspace(-1, 1, 33)[:32]
+    torch.testing.assert_close(planes[0, 0], whole[:8, None].expand(8, 8))
+    torch.testing.assert_close(planes[0, 1], whole[None, 8:16].expand(8, 8))
+    torch.testing.assert_close(planes[1, 0], whole[24:, None].expand(8, 8))
+
+
+def test_the_weight_of_the_discriminator_follows_the_gradients(options: Options) -> None:
+    loss = SharpLoss(options, SIDE, adversarial=0.25)
+    clean = torch.stack([Pairs(4)[index][1] for index in range(4)]).to(options.device)
+    output = (0.9 * clean).requires_grad_()
+    corners = torch.zeros(4, 2, dtype=torch.long, device=options.device)
+    assert "adversarial" not in loss(output, clean, corners, 0.0)
+    terms = loss(output, clean, corners, 0.5)
+    adversarial = terms.pop("adversarial")
+    others = torch.stack(list(terms.values())).sum()
+    norms = [torch.autograd.grad(term, output, retain_graph=True)[0].norm() for term in (adversarial, others)]
+    assert float(norms[0] / norms[1]) == pytest.approx(0.25, rel=1e-3)
+
+
 def test_the_discriminator_loss_is_the_hinge_loss() -> None:
     sure, unsure = torch.full((2, 1, 4, 4), 3.0), torch.zeros(2, 1, 4, 4)
     assert float(discriminator_loss(sure, -sure)) == 0
@@ -458,6 +562,19 @@ def test_a_face_at_the_border_is_cut_off_alike_in_every_crop(corner: tuple[int, 
         assert 20 / 512 <= covered.mean() <= 1 / 3
         sides.add((covered[0].all(), covered[-1].all(), covered[:, 0].all(), covered[:, -1].all()))
     assert len(sides) == 4
+
+
+def test_focused_crops_show_an_eye_or_the_mouth(face_folder: Path) -> None:
+    pairs = FacePairs(sorted(face_folder.iterdir()), 30, seed=4, crop=128, mixture=None, focus=1.0)
+    features = FFHQ_TEMPLATE_XY[[0, 1, 3, 4]]
+    seen = set()
+    for index in range(30):
+        top, left = pairs[index][2].tolist()
+        assert top % 32 == left % 32 == 0
+        inside = (np.abs(features - (left + 64, top + 64)) <= 64).all(axis=1)
+        assert inside.any()
+        seen |= set(inside.nonzero()[0].tolist())
+    assert seen == {0, 1, 2, 3}
 
 
 def test_without_augmentation_faces_come_in_order(face_folder: Path) -> None:
@@ -593,13 +710,14 @@ def test_restorer_scores_compare_with_the_original(tmp_path: Path) -> None:
 
     class Cheat:
         device = CPU
+        facts = FACTS
 
         def restore(self, crops: Tensor, fidelities: Sequence[float]) -> tuple[Tensor, Tensor]:
             [w] = fidelities
             brighter = np.clip(pictures.portrait()[None].astype(int) + round(10 * w), 0, 255)
             return torch.from_numpy(brighter.astype(np.uint8)), all_finite(crops)
 
-    scores = measure_restorer(Cheat(), [tmp_path / "a.png"])  # type: ignore[arg-type]
+    scores = measure_restorer({"codeformer": Cheat()}, [tmp_path / "a.png"])  # type: ignore[dict-item]
     assert scores["clean"]["input"]["psnr_db"] == 100
     assert scores["heavy"]["w=0.0"]["ssim"] == pytest.approx(1)
     # Bright pixels are clipped when 10 levels are added.
@@ -608,7 +726,10 @@ def test_restorer_scores_compare_with_the_original(tmp_path: Path) -> None:
     assert scores["moderate"]["w=1.0"]["colour_shift"] == pytest.approx(10, abs=0.5)
     assert scores["moderate"]["w=1.0"]["psnr_db"] == pytest.approx(20 * np.log10(25.5), abs=0.3)
     assert scores["heavy"]["input"]["psnr_db"] < scores["moderate"]["input"]["psnr_db"] + 5 < 40
-    assert scores == measure_restorer(Cheat(), [tmp_path / "a.png"])  # type: ignore[arg-type]
+    assert scores == measure_restorer({"codeformer": Cheat()}, [tmp_path / "a.png"])  # type: ignore[dict-item]
+    sharp = {method: quality["eye_sharpness"] for method, quality in scores["heavy"].items()}
+    assert sharp["w=0.0"] == pytest.approx(1)
+    assert sharp["blur alone"] < 0.7
 
 
 def test_an_exported_set_can_be_served(tmp_path: Path, detector: FaceDetector) -> None:
@@ -653,6 +774,20 @@ def test_numbers_too_large_for_half_precision_are_not_exported(tmp_path: Path) -
         export_network(state, "restorer", tmp_path, "MIT")
     kept = {"average": {"variance": torch.full((2,), 1e6)}, "header": {}}
     assert export_network(kept, "restorer", tmp_path, "MIT")["bytes"] > 0
+
+
+def test_the_page_shows_every_restorer_and_fidelity(tiny_weights: Path, tmp_path: Path) -> None:
+    for folder, picture in (("faces", pictures.portrait()), ("photographs", pictures.plain())):
+        (tmp_path / folder).mkdir()
+        cv2.imwrite(str(tmp_path / folder / f"{folder}.png"), picture)
+    sources = ["--faces", str(tmp_path / "faces"), "--photographs", str(tmp_path / "photographs")]
+    page = tmp_path / "page"
+    assert main(["page", "--weights", str(tiny_weights), *sources, "--to", str(page), "--device", "cpu"]) == 0
+    content = (page / "index.html").read_text()
+    shown = re.findall(r"<td>([^<]*)<a href=\"([^\"]*)\"", content)
+    restored = ["w = 0", "w = 0.5", "w = 1", "gfpgan"]
+    assert [name for name, _ in shown] == ["input", *restored, "original", "input", *restored]
+    assert all(cv2.imread(str(page / file)) is not None for _, file in shown)
 
 
 def test_aligned_faces_lie_on_the_template(detector: FaceDetector, tmp_path: Path) -> None:
@@ -759,5 +894,5 @@ def test_the_commands_from_faces_to_a_weight_set(
          str(tmp_path / "held_out"), "--teacher", str(teacher), "--output", str(scores), "--device", "cpu"]
     ) == 0  # fmt: skip
     written = json.loads(scores.read_text())
-    assert set(written) == {"weights", "sha256", "machine", "faces", "restorer", "detector"}
+    assert set(written) == {"weights", "sha256", "machine", "faces", "restorer", "detector", "robustness"}
     assert torch.__version__.startswith(written["machine"]["versions"]["torch"])

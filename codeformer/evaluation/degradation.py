@@ -126,3 +126,50 @@ HEAVY: Final = DegradationRange((1, 15), "sigma", (1, 30), (0, 20), (30, 90))
 
 MILD: Final = DegradationRange((0.1, 1), "sigma", (1, 1.5), (0, 5), (70, 98))
 """A picture that hardly needs restoration."""
+
+
+def old_photo(image_bgr: ImageU8, rng: np.random.Generator) -> ImageU8:
+    """A print of a century ago, scanned: grey or toned, faded, with stains, scratches and dust, not sharp.
+
+    Args:
+        image_bgr: (H, W, 3) uint8 BGR.
+        rng: of all choices.
+
+    Returns:
+        A picture of the same size.
+    """
+    height, width = image_bgr.shape[:2]
+    side = min(height, width)
+    tones = cv2.cvtColor(image_bgr, cv2.COLOR_BGR2GRAY).astype(np.float32) / 255
+    tones = tones ** float(np.exp(rng.uniform(-0.5, 0.5)))
+    stains = cv2.resize(
+        rng.uniform(-1, 1, (4, 4)).astype(np.float32), (width, height), interpolation=cv2.INTER_CUBIC
+    )
+    tones = tones * rng.uniform(0.4, 0.9) + rng.uniform(0.02, 0.25) + stains * rng.uniform(0, 0.15)
+    paper = np.array([rng.uniform(0.55, 1), rng.uniform(0.75, 1), 1.0], np.float32)
+    print_bgr = np.clip(tones[:, :, None] * (paper if rng.random() < 0.7 else np.ones(3)) * 255, 0, 255)
+    damaged = print_bgr.astype(np.uint8)
+    for _ in range(int(rng.integers(0, 12))):
+        start, turn = rng.uniform(0, 1, 2) * (width, height), rng.uniform(0, 2 * np.pi)
+        bends = turn + np.cumsum(rng.normal(0, 0.15, 8))
+        steps = np.stack([np.cos(bends), np.sin(bends)], axis=1) * rng.uniform(0.01, 0.12) * side
+        path = np.concatenate([start[None], start + np.cumsum(steps, axis=0)]).round().astype(np.int32)
+        shade = rng.uniform(150, 255) if rng.random() < 0.8 else rng.uniform(0, 90)
+        thickness = max(1, round(side * rng.uniform(0.001, 0.006)))
+        colour = [shade * float(part) for part in paper]
+        cv2.polylines(
+            damaged, [path], isClosed=False, color=colour, thickness=thickness, lineType=cv2.LINE_AA
+        )
+    for _ in range(int(rng.integers(0, 60))):
+        x, y = (int(part) for part in rng.uniform(0, 1, 2) * (width, height))
+        radius = max(1, round(side * rng.uniform(0.0005, 0.006)))
+        cv2.circle(damaged, (x, y), radius, [float(rng.uniform(0, 255))] * 3, -1, cv2.LINE_AA)
+    scan = Degradation(
+        blur_kernel=_KERNEL_SIZE,
+        blur_sigma=side / 512 * rng.uniform(0.5, 3),
+        downsampling=max(1.0, side / 512 * rng.uniform(1, 3.5)),
+        noise_sigma=rng.uniform(3, 20),
+        jpeg_quality=int(rng.integers(30, 90)),
+        enlarged_by="cubic",
+    )
+    return scan.apply(damaged, rng)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from codeformer.networks.correction import Detail, InputCorrection
 from codeformer.networks.facts import RestorerFacts
 from codeformer.networks.vqgan import (
     Codebook,
@@ -19,7 +20,6 @@ from codeformer.networks.vqgan import (
     Generator,
     ResidualBlock,
     conv3x3,
-    group_norm,
     match_statistics,
 )
 
@@ -31,10 +31,8 @@ FACTS: Final = RestorerFacts(
     takes_fidelity=True,
 )
 
-COLOURS: Final = 3
 # Key of the input among the encoder's features, which are keyed by their size; no feature has this size.
 INPUT: Final = 0
-CORRECTION_FACTOR: Final = 4
 
 
 class TransformerLayer(nn.Module):
@@ -74,35 +72,6 @@ class ControllableFeatureTransform(nn.Module):
         residual = generator_feature * self.scale(joint) + self.shift(joint)
         # A w for each face is float32 and would raise half-precision features to it; one number does not.
         return generator_feature + (w * residual).to(generator_feature.dtype)
-
-
-class CorrectionBlock(nn.Module):
-    """A residual block with one norm and two 3 x 3 convolutions; (B, C, H, W) to the same shape."""
-
-    def __init__(self, channels: int, norm_groups: int) -> None:
-        super().__init__()
-        self.norm = group_norm(channels, norm_groups)
-        self.conv1 = conv3x3(channels, channels)
-        self.conv2 = conv3x3(channels, channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv2(F.silu(self.conv1(self.norm(x))))
-
-
-class InputCorrection(nn.Module):
-    """Adds a correction to a picture, computed by residual blocks at a quarter of its resolution."""
-
-    def __init__(self, channels: int, blocks: int, norm_groups: int) -> None:
-        super().__init__()
-        self.enter = conv3x3(COLOURS * CORRECTION_FACTOR**2, channels)
-        self.blocks = nn.Sequential(*(CorrectionBlock(channels, norm_groups) for _ in range(blocks)))
-        self.norm = group_norm(channels, norm_groups)
-        self.leave = conv3x3(channels, COLOURS * CORRECTION_FACTOR**2)
-
-    def forward(self, picture: Tensor) -> Tensor:
-        """(B, 3, H, W) to the same shape."""
-        features = self.blocks(self.enter(F.pixel_unshuffle(picture, CORRECTION_FACTOR)))
-        return picture + F.pixel_shuffle(self.leave(self.norm(features)), CORRECTION_FACTOR)
 
 
 def take_colours(face: Tensor, picture: Tensor, patch: int) -> Tensor:
@@ -147,6 +116,10 @@ class CodeFormer(nn.Module):
             branch. Not part of the published method: without this branch, a small network needs nearly all of
             its capacity to encode the picture in codes and features.
         correction_channels: channels of that branch.
+        detail_blocks: residual blocks of a branch that adds detail to the corrected input, see `Detail`; w
+            then blends the two, and the generated face only advises that branch. 0 for none. Needs a
+            correction.
+        detail_channels: channels of that branch.
         colour_patch: side in px of the patches whose mean colours the generated face takes from the input
             (or the corrected input), see `take_colours`; 0 to keep its colours. Not part of the published
             method: with few codes, the colours of a face are only roughly right.
@@ -169,6 +142,8 @@ class CodeFormer(nn.Module):
         norm_groups: int = 32,
         correction_blocks: int = 0,
         correction_channels: int = 64,
+        detail_blocks: int = 0,
+        detail_channels: int = 64,
         colour_patch: int = 0,
     ) -> None:
         super().__init__()
@@ -189,6 +164,8 @@ class CodeFormer(nn.Module):
             raise ValueError(f"latent_size must be a square number, got {latent_size}.")
         if dim_embd % n_head:
             raise ValueError(f"dim_embd ({dim_embd}) must be a multiple of n_head ({n_head}).")
+        if detail_blocks and not correction_blocks:
+            raise ValueError("detail_blocks need correction_blocks: detail is added to the corrected input.")
         if colour_patch < 0:
             raise ValueError(f"colour_patch must be 0 or more, got {colour_patch}.")
         self.resolution = self.latent_side << (len(channel_multipliers) - 1)
@@ -215,6 +192,11 @@ class CodeFormer(nn.Module):
         self.correction = (
             InputCorrection(correction_channels, correction_blocks, norm_groups)
             if correction_blocks
+            else None
+        )
+        self.detail = (
+            Detail(correction_channels, detail_channels, detail_blocks, norm_groups)
+            if detail_blocks
             else None
         )
         self.colour_patch = colour_patch
@@ -276,12 +258,16 @@ class CodeFormer(nn.Module):
             latent = match_statistics(latent, lq_feat)
         face = self.decode(latent, features, w)
         guided = isinstance(w, Tensor) or w > 0
-        if INPUT not in features or not (guided or self.colour_patch):
+        if INPUT not in features or not (guided or self.colour_patch or self.detail):
             return face
-        picture = features[INPUT] if self.correction is None else self.correction(features[INPUT])
+        if self.correction is None:
+            return take_colours(face, features[INPUT], self.colour_patch)
+        picture, seen = self.correction.with_features(features[INPUT])
         if self.colour_patch:
             face = take_colours(face, picture, self.colour_patch)
-        return face if self.correction is None else face + w * (picture - face)
+        if self.detail is not None:
+            return picture + (1 - w) * self.detail(seen, face)
+        return face + w * (picture - face)
 
     def decode(self, x: Tensor, features: Mapping[int, Tensor], w: float | Tensor) -> Tensor:
         """The generator alone: a latent (B, code_dim, side, side) to faces (B, 3, resolution, resolution)."""

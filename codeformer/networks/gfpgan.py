@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from codeformer.networks.correction import COLOURS, InputCorrection
 from codeformer.networks.facts import RestorerFacts
 from codeformer.networks.vqgan import conv3x3
 
@@ -26,7 +27,6 @@ FACTS: Final = RestorerFacts(
     takes_fidelity=False,
 )
 
-COLOURS: Final = 3
 SMALLEST: Final = 4
 _SLOPE: Final = 0.2
 # StyleGAN2's: as many up to 32 px, from 64 px on so many over the size, times a multiplier.
@@ -257,6 +257,11 @@ class GFPGANv1Clean(nn.Module):
         channel_multiplier: of the channels from 64 px up.
         num_mlp: layers of the decoder's mapping network, see `Decoder`.
         narrow: factor of all channels.
+        correction_blocks: residual blocks of a branch that corrects the input, see `InputCorrection`; the
+            rest of the network then gets the corrected input, and the decoder's picture is added to it. 0 for
+            no such branch. Not part of the published method: a small decoder cannot paint a whole face.
+        correction_channels: channels of that branch.
+        norm_groups: groups of its norms, see `group_norm`.
 
     Raises:
         ValueError: a size is out of range.
@@ -269,6 +274,9 @@ class GFPGANv1Clean(nn.Module):
         channel_multiplier: int = 2,
         num_mlp: int = 8,
         narrow: float = 1.0,
+        correction_blocks: int = 0,
+        correction_channels: int = 64,
+        norm_groups: int = 1,
     ) -> None:
         super().__init__()
         if out_size < 2 * SMALLEST or out_size & (out_size - 1):
@@ -288,6 +296,11 @@ class GFPGANv1Clean(nn.Module):
         unet = {size: channels // 2 for size, channels in channels_of.items()}
         upwards = sizes[1:]
         self.resolution = out_size
+        self.correction = (
+            InputCorrection(correction_channels, correction_blocks, norm_groups)
+            if correction_blocks
+            else None
+        )
         self.conv_body_first = nn.Conv2d(COLOURS, unet[out_size], 1)
         self.conv_body_down = nn.ModuleList(
             ResizingBlock(unet[size], unet[size // 2], 0.5) for size in reversed(upwards)
@@ -312,7 +325,8 @@ class GFPGANv1Clean(nn.Module):
             Faces like `x`, not clamped; and those pictures (B, 3, size, size) from 8 px up, none
             unless asked for.
         """
-        x = leaky_relu(self.conv_body_first(x))
+        corrected = None if self.correction is None else self.correction(x)
+        x = leaky_relu(self.conv_body_first(x if corrected is None else corrected))
         skips = []
         for block in self.conv_body_down:
             x = block(x)
@@ -329,7 +343,8 @@ class GFPGANv1Clean(nn.Module):
             conditions.append((self.condition_scale[level](x), self.condition_shift[level](x)))
             if return_rgb:
                 pictures.append(self.toRGB[level](x))
-        return self.stylegan_decoder(styles, conditions), pictures
+        painted = self.stylegan_decoder(styles, conditions)
+        return painted if corrected is None else painted + corrected, pictures
 
 
 def _condition_layers(channels: int) -> nn.Sequential:

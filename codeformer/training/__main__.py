@@ -1,6 +1,7 @@
 """One command per stage of training; docs/training.md shows them in order."""
 
 import argparse
+import itertools
 import json
 import logging
 import sys
@@ -11,19 +12,23 @@ from typing import Any, Final
 
 import cv2
 import torch
+from torch import nn
 from torch.utils.data import DataLoader
 
 from codeformer.engine.detector import FaceDetector
 from codeformer.engine.devices import available_device
-from codeformer.engine.models import load_models
+from codeformer.engine.models import RESTORERS, load_models
+from codeformer.engine.pipeline import Pipeline
 from codeformer.engine.plan import torch_switches
 from codeformer.errors import CodeFormerError, InputError, TrainingError
 from codeformer.evaluation.machine import describe_machine
 from codeformer.imaging.files import lift_pillow_limits
 from codeformer.imaging.geometry import FACE_SIZE
 from codeformer.networks.codeformer import CodeFormer
+from codeformer.networks.gfpgan import GFPGANv1Clean
 from codeformer.networks.retinaface import build_retinaface
 from codeformer.training.align import aligned_faces
+from codeformer.training.detection_scores import measure_robustness
 from codeformer.training.detector import BACKBONE, DistillationStage, load_teacher
 from codeformer.training.export import copy_network, export_network, write_manifest
 from codeformer.training.faces import (
@@ -36,19 +41,25 @@ from codeformer.training.faces import (
     split_faces,
     split_pictures,
 )
+from codeformer.training.gfpgan import GfpganStage, begin_from_correction
+from codeformer.training.hardening import HardeningStage
+from codeformer.training.labelled import LabelledScenes, faceless_pictures, teacher_labels
 from codeformer.training.loop import Options, digest_of, read_checkpoint, train
+from codeformer.training.page import write_page
 from codeformer.training.restorer import (
     AUTOENCODER_CROP,
     AutoencoderStage,
     CodePredictionStage,
     CorrectionStage,
+    DetailStage,
     Pairs,
     TransformationStage,
     zero_residual_branches,
 )
 from codeformer.training.scenes import Scenes
 from codeformer.training.scores import measure_detector, measure_restorer
-from codeformer.weights.manifest import load_weight_set
+from codeformer.weights.checkpoints import build, load_into
+from codeformer.weights.manifest import WeightSet, load_weight_set
 
 LITE: Final[dict[str, Any]] = {
     "dim_embd": 192,
@@ -60,15 +71,33 @@ LITE: Final[dict[str, Any]] = {
     "channel_multipliers": [1, 2, 6, 6, 12],
     "code_dim": 32,
     "norm_groups": 1,
-    "connect_list": ["64", "128", "256"],
+    "connect_list": [],
     "correction_blocks": 12,
     "correction_channels": 96,
+    "detail_blocks": 3,
+    "detail_channels": 80,
     "colour_patch": 64,
+}
+# The stages that train a network, the last first.
+STAGES_OF: Final = {
+    "restorer": ("detail", "correction", "transform"),
+    "gfpgan": ("gfpgan",),
+    "detector": ("hardened", "detector"),
 }
 START_FACES: Final = 64
 VALIDATION_FACES: Final = 12
+VALIDATION_SCENES: Final = 60
+DETAIL_FOCUS: Final = 0.6
 VALIDATION_SEED: Final = 1_000_003
 CONFIGURATIONS: Final[dict[str, dict[str, Any]]] = {"lite": LITE, "official": {}}
+LITE_GFPGAN: Final[dict[str, Any]] = {
+    "num_style_feat": 32,
+    "num_mlp": 0,
+    "narrow": 0.125,
+    "correction_blocks": 12,
+    "correction_channels": 96,
+}
+GFPGAN_CONFIGURATIONS: Final[dict[str, dict[str, Any]]] = {"lite": LITE_GFPGAN, "official": {}}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -105,16 +134,18 @@ def _parser() -> argparse.ArgumentParser:
         ("codes", _codes, 1000, 2, 1e-3, "stage 2: prediction of codes from degraded faces"),
         ("transform", _transform, 5000, 3, 1e-3, "stage 3: restoration at every fidelity"),
         ("correction", _correction, 10000, 4, 1e-3, "stage 4: the branch that corrects the input"),
+        ("detail", _detail, 2000, 4, 1e-3, "stage 5: the detail that is added at low fidelity"),
+        ("gfpgan", _gfpgan, 2000, 1, 1e-3, "a GFPGAN, on the correction of stage 4 if it is to have one"),
     ):
         stage = commands.add_parser(name, help=text)
         _add_loop_options(stage, steps=steps, batch=batch, rate=rate, optimiser="muon")
         stage.add_argument("--faces", type=Path, required=True, metavar="DIR", help="aligned 512 px faces")
         stage.add_argument(
             "--config",
-            type=_config,
+            type=_gfpgan_config if name == "gfpgan" else _config,
             default="lite",
             metavar="NAME",
-            help=f"{' or '.join(CONFIGURATIONS)}, or a JSON file of CodeFormer's arguments; default: lite",
+            help=f"{' or '.join(CONFIGURATIONS)}, or a JSON file of the network's arguments; default: lite",
         )
         stage.add_argument("--half", action="store_true", help="use bfloat16 where autocast allows it")
         stage.add_argument(
@@ -123,18 +154,19 @@ def _parser() -> argparse.ArgumentParser:
             help="compile the networks: takes minutes, then steps are faster",
         )
         stage.set_defaults(command=command)
-        if name in {"transform", "correction"}:
+        if name in {"transform", "correction", "detail"}:
             side = 256 if name == "transform" else 192
             stage.add_argument(
                 "--crop", type=_crop, default=side, metavar="PX", help=f"side of the crops, default {side}"
             )
-        if name == "transform":
+        if name in {"transform", "detail", "gfpgan"}:
+            weight = 0.0 if name == "transform" else 0.8
             stage.add_argument(
                 "--adversarial",
                 type=float,
-                default=0.0,
+                default=weight,
                 metavar="WEIGHT",
-                help="weight of the adversarial loss",
+                help=f"weight of the adversarial loss, default {weight:g}",
             )
     detector = commands.add_parser(
         "detector", help="train a detector from a trained one of the same architecture"
@@ -146,6 +178,30 @@ def _parser() -> argparse.ArgumentParser:
     detector.add_argument("--photographs", type=Path, required=True, metavar="DIR", help="whole pictures")
     detector.add_argument("--faces", type=Path, required=True, metavar="DIR", help="aligned faces")
     detector.set_defaults(command=_detector)
+
+    harden = commands.add_parser(
+        "harden", help="train a detector further, on degraded pictures and on no faces"
+    )
+    _add_loop_options(harden, steps=2000, batch=4, rate=2e-3, optimiser="muon")
+    harden.add_argument(
+        "--teacher", type=Path, required=True, metavar="FILE", help="RetinaFace mobile0.25 checkpoint"
+    )
+    harden.add_argument("--photographs", type=Path, required=True, metavar="DIR", help="whole pictures")
+    harden.add_argument("--faces", type=Path, required=True, metavar="DIR", help="aligned faces")
+    harden.set_defaults(command=_harden)
+
+    begin = commands.add_parser(
+        "begin", help="make checkpoints of a weight set, for stages that train it further"
+    )
+    begin.add_argument("--run", type=Path, required=True, metavar="DIR", help="where checkpoints are kept")
+    begin.add_argument("--weights", metavar="SET", help="default: CODEFORMER_WEIGHTS, else official")
+    begin.add_argument(
+        "--config",
+        type=_config,
+        metavar="NAME",
+        help="of the restorer, if it is to have other parts; as for the stages. New ones start from zero",
+    )
+    begin.set_defaults(command=_begin)
 
     export = commands.add_parser("export", help="write trained networks to a weight set")
     export.add_argument("--run", type=Path, required=True, metavar="DIR", help="where checkpoints are kept")
@@ -160,9 +216,18 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--faces", type=Path, metavar="DIR", help="aligned faces, to score the restorer")
     evaluate.add_argument("--photographs", type=Path, metavar="DIR", help="to score the detector, with:")
     evaluate.add_argument("--teacher", type=Path, metavar="FILE", help="RetinaFace mobile0.25 checkpoint")
+    evaluate.add_argument("--compared-with", metavar="SET", help="another set, to be scored as well")
     evaluate.add_argument("--device", help="cuda or cpu; default: cuda if there is a GPU")
     evaluate.add_argument("--output", type=Path, metavar="FILE", help="also write the scores as JSON")
     evaluate.set_defaults(command=_evaluate)
+
+    page = commands.add_parser("page", help="write a page of held-out pictures before and after")
+    page.add_argument("--weights", metavar="SET", help="as for evaluate")
+    page.add_argument("--faces", type=Path, required=True, metavar="DIR", help="aligned faces")
+    page.add_argument("--photographs", type=Path, required=True, metavar="DIR", help="whole pictures")
+    page.add_argument("--to", type=Path, required=True, metavar="DIR")
+    page.add_argument("--device", help="cuda or cpu; default: cuda if there is a GPU")
+    page.set_defaults(command=_page)
 
     align = commands.add_parser("align", help="extract aligned faces from photographs")
     align.add_argument("photographs", type=Path, metavar="DIR")
@@ -218,13 +283,23 @@ def _crop(text: str) -> int:
 
 
 def _config(text: str) -> dict[str, Any]:
-    if text in CONFIGURATIONS:
-        return CONFIGURATIONS[text]
+    return _config_of(text, CONFIGURATIONS, CodeFormer)
+
+
+def _gfpgan_config(text: str) -> dict[str, Any]:
+    return _config_of(text, GFPGAN_CONFIGURATIONS, GFPGANv1Clean)
+
+
+def _config_of(
+    text: str, configurations: Mapping[str, dict[str, Any]], network: type[nn.Module]
+) -> dict[str, Any]:
+    if text in configurations:
+        return configurations[text]
     try:
         config = json.loads(Path(text).read_text(encoding="utf-8"))
-        CodeFormer(**config)
+        network(**config)
     except (OSError, ValueError, TypeError) as cause:
-        known = ", ".join(CONFIGURATIONS)
+        known = ", ".join(configurations)
         raise argparse.ArgumentTypeError(f"expected {known} or a usable JSON file: {cause}") from cause
     return dict(config)
 
@@ -317,6 +392,47 @@ def _correction(options: argparse.Namespace) -> None:
     )
 
 
+def _detail(options: argparse.Namespace) -> None:
+    loop = _loop_options(options, "detail", "correction")
+    training, validation = split_faces(options.faces)
+    stage = DetailStage(
+        _network(options, loop, start="correction"),
+        _fixed_pairs(validation, mixture=TRAINING_MIXTURE),
+        loop,
+        adversarial=options.adversarial,
+    )
+    train(
+        stage,
+        lambda count: FacePairs(training, count, options.seed + 5, crop=options.crop, focus=DETAIL_FOCUS),
+        loop,
+        header=options.config,
+    )
+
+
+def _gfpgan(options: argparse.Namespace) -> None:
+    torch.manual_seed(options.seed)
+    network: GFPGANv1Clean = GFPGANv1Clean(**options.config)
+    starts = ["correction"] if network.correction is not None else []
+    loop = _loop_options(options, "gfpgan", *starts)
+    for start in starts:
+        trained = read_checkpoint(options.run / f"{start}.pt")
+        codeformer = CodeFormer(**trained["header"])
+        codeformer.load_state_dict(trained["average"])
+        begin_from_correction(network, codeformer)
+    training, validation = split_faces(options.faces)
+    stage = GfpganStage(
+        network.to(loop.device),
+        _fixed_pairs(validation, mixture=TRAINING_MIXTURE),
+        loop,
+        adversarial=options.adversarial,
+    )
+    judged = options.run / "detail.pt"
+    if judged.exists():
+        # Its discriminator knows already what sharp faces look like.
+        stage.memory.load_state_dict(read_checkpoint(judged)["memory"])
+    train(stage, lambda count: FacePairs(training, count, options.seed + 6), loop, header=options.config)
+
+
 def _detector(options: argparse.Namespace) -> None:
     loop = _loop_options(options, "detector")
     photographs, validation = split_pictures(options.photographs)
@@ -335,15 +451,63 @@ def _detector(options: argparse.Namespace) -> None:
     )
 
 
+def _harden(options: argparse.Namespace) -> None:
+    loop = _loop_options(options, "hardened", "detector")
+    network = _on_device(build_retinaface(BACKBONE), loop.device)
+    network.load_state_dict(read_checkpoint(options.run / "detector.pt")["average"])
+    teacher = FaceDetector(_on_device(load_teacher(options.teacher), loop.device))
+    photographs, held_photographs = split_pictures(options.photographs)
+    faces, held_faces = split_faces(options.faces)
+    faceless = faceless_pictures()
+    held_out = LabelledScenes(
+        teacher_labels(teacher, held_photographs),
+        teacher_labels(teacher, held_faces),
+        faceless,
+        VALIDATION_SCENES,
+        VALIDATION_SEED,
+    )
+    stage = HardeningStage(network, [held_out.scene(index) for index in range(VALIDATION_SCENES)])
+    labels = [teacher_labels(teacher, files) for files in (photographs, faces)]
+    train(
+        stage,
+        lambda count: LabelledScenes(labels[0], labels[1], faceless, count, options.seed + 4),
+        loop,
+        header={"backbone": BACKBONE},
+    )
+
+
+def _begin(options: argparse.Namespace) -> None:
+    options.run.mkdir(parents=True, exist_ok=True)
+    weight_set = load_weight_set(options.weights)
+    detector = build_retinaface(BACKBONE)
+    load_into(detector, weight_set.detector)
+    kept: Any = build("restorer", weight_set.restorer, CodeFormer)
+    load_into(kept, weight_set.restorer)
+    config = options.config or dict(weight_set.restorer.config)
+    restorer = CodeFormer(**config)
+    zero_residual_branches(restorer)
+    state = restorer.state_dict()
+    state |= {name: value for name, value in kept.state_dict().items() if name in state}
+    for stage, average, header in (
+        ("detector", detector.state_dict(), {"backbone": BACKBONE}),
+        ("correction", state, config),
+    ):
+        path = options.run / f"{stage}.pt"
+        if path.exists():
+            raise TrainingError(f"{path}: is there already; name another --run.")
+        begun = {"header": header, "average": average, "recipe": {}, "step": 0, "steps": 0}
+        torch.save(begun, path)
+
+
 def _export(options: argparse.Namespace) -> None:
     options.to.mkdir(parents=True, exist_ok=True)
     entries = {}
-    for role, stages in (("restorer", ("correction", "transform")), ("detector", ("detector",))):
+    for role, stages in STAGES_OF.items():
         found = [path for stage in stages if (path := options.run / f"{stage}.pt").exists()]
+        for later, earlier in itertools.pairwise(found):
+            _check_begun_from(later, read_checkpoint(later), earlier)
         for path in found[:1]:
             checkpoint = read_checkpoint(path)
-            for earlier in found[1:]:
-                _check_begun_from(path, checkpoint, earlier)
             entries[role] = export_network(checkpoint, role, options.to, options.licence)
             print(
                 f"{options.to / entries[role]['file']}: {entries[role]['bytes'] / 1e6:.2f} MB, from step "
@@ -371,32 +535,63 @@ def _evaluate(options: argparse.Namespace) -> None:
         raise InputError("expected --faces, or --photographs with --teacher, or all three.")
     device = available_device(options.device)
     weight_set = load_weight_set(options.weights)
-    models = load_models(weight_set, device)
+    # The rewritten networks compute the same in less time.
+    models = load_models(weight_set, device, _restorers_of(weight_set))
+    other = load_models(load_weight_set(options.compared_with), device) if options.compared_with else None
     scores: dict[str, Any] = {
         "weights": options.weights,
-        "sha256": {name: file.sha256 for name, file in weight_set.files()},
+        "sha256": {
+            file.role: file.sha256
+            for file in (*dict(weight_set.files()).values(), *weight_set.optional.values())
+        },
         "machine": describe_machine(device),
     }
     if options.faces:
         files = pictures_in(options.faces)
         scores["faces"] = len(files)
         with torch_switches(cudnn_benchmark=False):
-            scores["restorer"] = measure_restorer(models.restorers["codeformer"], files)
-        for kind, methods in scores["restorer"].items():
-            for method, quality in methods.items():
-                print(
-                    f"{kind:9} {method:7} PSNR {quality['psnr_db']:6.2f} dB  SSIM {quality['ssim']:.3f}"
-                    f"  colour shift {quality['colour_shift']:.2f}"
-                )
+            # The rewritten networks compute the same in less time.
+            scores["restorer"] = measure_restorer(models.optimized(None).restorers, files)
+            if other is not None:
+                restorers = other.optimized(None).restorers
+                scores["restorer_compared"] = measure_restorer(restorers, files, ("moderate",))
+        for title in ("restorer", "restorer_compared"):
+            for kind, methods in scores.get(title, {}).items():
+                for method, quality in methods.items():
+                    print(
+                        f"{title} {kind:9} {method:7} PSNR {quality['psnr_db']:6.2f} dB  "
+                        f"SSIM {quality['ssim']:.3f}  colour shift {quality['colour_shift']:.2f}  "
+                        f"sharpness of the eyes {quality['eye_sharpness']:.2f}"
+                    )
     if options.photographs and options.teacher:
         teacher = FaceDetector(load_teacher(options.teacher).to(device))
+        photographs = pictures_in(options.photographs)
+        detectors = {"this": models.detector} | ({"compared": other.detector} if other else {})
         with torch_switches(cudnn_benchmark=False):
-            scores["detector"] = measure_detector(models.detector, teacher, pictures_in(options.photographs))
+            scores["detector"] = measure_detector(models.detector, teacher, photographs)
+            held_out = [*photographs, *(pictures_in(options.faces) if options.faces else [])]
+            scores["robustness"] = measure_robustness(detectors, teacher, held_out)
         for name, value in scores["detector"].items():
             print(f"detector {name}: {value:.4g}")
+        for name, result in scores["robustness"]["detectors"].items():
+            shares = ", ".join(f"{kind} {share:.3f}" for kind, share in result["recall"].items())
+            print(f"detector {name}: ghosts {result['ghosts']}, recall {shares}")
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(scores, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _page(options: argparse.Namespace) -> None:
+    weight_set = load_weight_set(options.weights)
+    pipeline = Pipeline.load(
+        weight_set, available_device(options.device), restorers=_restorers_of(weight_set)
+    )
+    print(write_page(pipeline, pictures_in(options.faces), pictures_in(options.photographs), options.to))
+
+
+def _restorers_of(weight_set: WeightSet) -> list[str]:
+    """All restorers of a set, each in its newest version."""
+    return [name for name in RESTORERS if name == "codeformer" or name in weight_set.optional]
 
 
 def _align(options: argparse.Namespace) -> None:

@@ -58,10 +58,10 @@ class DistillationStage:
         # The teacher's norms are constant, so with batch statistics the student could never equal them.
         self.network.train(progress < STATISTICS_SHARE)
         with torch.no_grad():
-            true = _Answer(self._teacher, scenes)
+            true = Answer(self._teacher, scenes)
             score = true.logits.softmax(dim=2)[..., 1]
         own = min(max((progress - GUIDED_SHARE) / (ALONE_SHARE - GUIDED_SHARE), 0.0), 1.0)
-        ours = _Answer(self.network, scenes, true, own)
+        ours = Answer(self.network, scenes, true, own)
         weight = torch.where(score > _LIKELY, score, 0)
         total = weight.sum().clamp(min=1)
         margin = ours.logits[..., 1] - ours.logits[..., 0]
@@ -107,7 +107,7 @@ def load_teacher(path: Path) -> nn.Module:
     return network.requires_grad_(requires_grad=False)
 
 
-class _Answer:
+class Answer:
     """The outputs and intermediate features of a network for a batch of scenes.
 
     Args:
@@ -129,9 +129,7 @@ class _Answer:
         landmarks: offsets (B, A, 10).
     """
 
-    def __init__(
-        self, network: Any, scenes: Tensor, guide: "_Answer | None" = None, own: float = 1.0
-    ) -> None:
+    def __init__(self, network: Any, scenes: Tensor, guide: "Answer | None" = None, own: float = 1.0) -> None:
         theirs = guide or self
 
         def mixed(ours: Tensor, other: Tensor) -> Tensor:

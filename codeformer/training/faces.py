@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from codeformer.errors import ImageError, InputError
 from codeformer.evaluation.degradation import HEAVY, MILD, MODERATE, DegradationRange
 from codeformer.imaging.files import ImageU8, decode_image
-from codeformer.imaging.geometry import BORDER_BGR, FACE_SIZE
+from codeformer.imaging.geometry import BORDER_BGR, FACE_SIZE, FFHQ_TEMPLATE_XY
 
 PICTURE_SUFFIXES: Final = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 # One face in this many is held out for validation.
@@ -64,6 +64,7 @@ class FacePairs(Dataset[tuple[Tensor, Tensor, Tensor]]):
         seed: seed of sampling, augmentation and degradation.
         crop: side of a random crop in px, a multiple of `CROP_GRID`; the whole face by default.
         mixture: degradations to draw from; None for clean inputs.
+        focus: the share of crops that show an eye or the mouth.
         augment: choose faces at random, flip them, move them, change colours and borders; otherwise faces
             come in order and unchanged.
 
@@ -79,6 +80,7 @@ class FacePairs(Dataset[tuple[Tensor, Tensor, Tensor]]):
         *,
         crop: int = FACE_SIZE,
         mixture: Mixture | None = TRAINING_MIXTURE,
+        focus: float = 0.0,
         augment: bool = True,
     ) -> None:
         self._files = list(files)
@@ -86,6 +88,7 @@ class FacePairs(Dataset[tuple[Tensor, Tensor, Tensor]]):
         self._seed = seed
         self._crop = crop
         self._mixture = mixture
+        self._focus = focus
         self._augment = augment
 
     def __len__(self) -> int:
@@ -99,6 +102,8 @@ class FacePairs(Dataset[tuple[Tensor, Tensor, Tensor]]):
             clean = _moved(clean, rng)
         cells = (FACE_SIZE - self._crop) // CROP_GRID
         top, left = (int(start) * CROP_GRID for start in rng.integers(0, cells, 2, endpoint=True))
+        if self._focus and rng.random() < self._focus:
+            top, left = _around_a_feature(rng, self._crop)
         # Degrade only the part of the face that affects the crop.
         first_row, first_column = max(0, top - _MARGIN), max(0, left - _MARGIN)
         beyond = self._crop + _MARGIN
@@ -195,6 +200,14 @@ def to_tensor(face_bgr: ImageU8) -> Tensor:
     """(S, S, 3) uint8 BGR to (3, S, S) float32 RGB in [-1, 1]."""
     rgb = np.ascontiguousarray(face_bgr[:, :, ::-1].transpose(2, 0, 1))
     return torch.from_numpy(rgb).float().div_(127.5).sub_(1.0)
+
+
+def _around_a_feature(rng: np.random.Generator, side: int) -> tuple[int, int]:
+    """The corner of a crop around an eye or a corner of the mouth, not always in its middle."""
+    x, y = FFHQ_TEMPLATE_XY[int(rng.choice([0, 1, 3, 4]))] + rng.uniform(-side / 3, side / 3, 2)
+    corner = np.clip([y - side / 2, x - side / 2], 0, FACE_SIZE - side)
+    top, left = (round(float(start) / CROP_GRID) * CROP_GRID for start in corner)
+    return top, left
 
 
 def _moved(face: ImageU8, rng: np.random.Generator) -> ImageU8:

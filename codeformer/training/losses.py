@@ -1,6 +1,7 @@
 """Losses that do not need a downloaded network. Pictures are (B, 3, S, S) float32 RGB in [-1, 1]."""
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -55,11 +56,17 @@ def ssim(a: Tensor, b: Tensor, window: int = 7) -> Tensor:
 
 
 class PatchDiscriminator(nn.Module):
-    """Distinguishes real from restored patches (Isola et al., 2017): (B, 3, S, S) to (B, 1, S / 8, S / 8)."""
+    """Distinguishes real from restored patches (Isola et al., 2017): (B, 3, S, S) to (B, 1, S / 8, S / 8).
 
-    def __init__(self, channels: int = 32) -> None:
+    Args:
+        channels: of the first layer.
+        knows_place: whether it is also told where in the face each pixel lies, see `with_place`; eyes and
+            cheeks are then not judged alike.
+    """
+
+    def __init__(self, channels: int = 32, *, knows_place: bool = False) -> None:
         super().__init__()
-        widths = (3, channels, 2 * channels, 4 * channels)
+        widths = (5 if knows_place else 3, channels, 2 * channels, 4 * channels)
         layers: list[nn.Module] = []
         for inner, outer in itertools.pairwise(widths):
             layers += [
@@ -71,6 +78,51 @@ class PatchDiscriminator(nn.Module):
     def forward(self, picture: Tensor) -> Tensor:
         verdict: Tensor = self.layers(picture)
         return verdict
+
+    def with_features(self, picture: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The verdict, and the output of each activation before it."""
+        features = []
+        for layer in self.layers:
+            picture = layer(picture)
+            if isinstance(layer, nn.LeakyReLU):
+                features.append(picture)
+        return picture, features
+
+
+def with_place(pictures: Tensor, corners: Tensor, whole: int) -> Tensor:
+    """Crops (B, 3, S, S) with two planes for where their pixels lie in the face, -1 to 1: (B, 5, S, S).
+
+    Args:
+        pictures: the crops.
+        corners: (B, 2), row and column of each crop in the face, in px.
+        whole: side of the face in px.
+    """
+    side = pictures.shape[2]
+    steps = torch.arange(side, device=pictures.device)
+    rows, columns = ((corners[:, axis, None] + steps) * (2 / whole) - 1 for axis in (0, 1))
+    planes = torch.stack(
+        [rows[:, :, None].expand(-1, side, side), columns[:, None, :].expand(-1, side, side)], dim=1
+    )
+    return torch.cat([pictures, planes.to(pictures.dtype)], dim=1)
+
+
+def contrast_loss(output: Tensor, target: Tensor, window: int = 8) -> Tensor:
+    """Absolute error of the local contrast of detail: how much of it there is, not where exactly.
+
+    Single pixels are averaged first, because a regular mesh would be the cheapest contrast.
+    """
+
+    def contrast(picture: Tensor) -> Tensor:
+        tones = F.avg_pool2d(luma(picture), 2)
+        fine = tones - F.avg_pool2d(tones, 5, stride=1, padding=2, count_include_pad=False)
+        return (F.avg_pool2d(fine.square(), window, stride=window // 2) + 1e-5).sqrt()
+
+    return F.l1_loss(contrast(output), contrast(target))
+
+
+def matching_loss(output: Sequence[Tensor], target: Sequence[Tensor]) -> Tensor:
+    """Absolute error of a discriminator's features (Wang et al., pix2pixHD, 2018)."""
+    return torch.stack([F.l1_loss(ours, theirs) for ours, theirs in zip(output, target, strict=True)]).mean()
 
 
 def discriminator_loss(real: Tensor, restored: Tensor) -> Tensor:

@@ -4,6 +4,7 @@
 2. `CodePredictionStage`: encoder and transformer learn to predict the clean face's codes from a degraded one.
 3. `TransformationStage`: the whole network learns to restore faces for every fidelity w.
 4. `CorrectionStage`, not part of the published method: the correction of the input, for small networks.
+5. `DetailStage`, neither: the detail that is added to the corrected input at low w.
 
 Method: Zhou et al., "Towards Robust Blind Face Restoration with Codebook Lookup Transformer" (2022).
 Differences, for short training of small networks: in stage 1, latents are first trained towards principal
@@ -13,7 +14,7 @@ Stage 3 trains everything except the codebook, with a random w for each face.
 """
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
 import torch
@@ -21,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from codeformer.errors import TrainingError
-from codeformer.networks.codeformer import CodeFormer, ControllableFeatureTransform, CorrectionBlock
+from codeformer.networks.codeformer import CodeFormer, ControllableFeatureTransform, take_colours
+from codeformer.networks.correction import CorrectionBlock
 from codeformer.networks.vqgan import (
     ResidualBlock,
     match_statistics,
@@ -31,10 +33,13 @@ from codeformer.training.loop import Options
 from codeformer.training.losses import (
     PatchDiscriminator,
     code_loss,
+    contrast_loss,
     discriminator_loss,
     feature_loss,
+    matching_loss,
     picture_loss,
     psnr_of_each,
+    with_place,
 )
 
 AUTOENCODER_CROP: Final = 256
@@ -45,6 +50,12 @@ Pairs = Iterable[Sequence[Tensor]]
 
 # Weight of `picture_loss` relative to the PSNR loss in stage 4.
 _PICTURE_SHARE: Final = 0.2
+# Weights in `SharpLoss`.
+_PICTURE_AMONG_SHARP: Final = 0.2
+_CONTRAST: Final = 1.0
+_MATCHING: Final = 5.0
+# The share of training before the discriminator's verdict counts.
+_CRITIC_ALONE: Final = 0.05
 _COMMITMENT: Final = 0.25
 _CODEBOOK_DECAY: Final = 0.98
 # An average count below this means that a code was not chosen for about 200 steps.
@@ -65,8 +76,9 @@ def zero_residual_branches(network: CodeFormer) -> None:
         elif isinstance(module, ControllableFeatureTransform):
             _zero(module.scale[2])
             _zero(module.shift[2])
-    if network.correction is not None:
-        _zero(network.correction.leave)
+    for branch in (network.correction, network.detail):
+        if branch is not None:
+            _zero(branch.leave)
 
 
 def _zero(convolution: Any) -> None:
@@ -301,6 +313,123 @@ class CorrectionStage:
             for degraded, clean, _ in self._validation
         ]
         return sum(results) / len(results)
+
+
+class SharpLoss:
+    """How a picture differs from the clean one to the eye: picture, contrast, and what a discriminator sees.
+
+    The discriminator is trained at the same time. The weight of its verdict follows the gradients (Esser et
+    al., 2021), so it needs no tuning.
+
+    Args:
+        options: options of the loop.
+        resolution: side of a whole face in px.
+        adversarial: the verdict's gradient relative to that of the other terms.
+    """
+
+    def __init__(self, options: Options, resolution: int, adversarial: float) -> None:
+        torch.manual_seed(options.seed)
+        self.critic = PatchDiscriminator(knows_place=True).to(options.device)
+        self.optimiser = torch.optim.Adam(self.critic.parameters(), lr=4e-4, betas=(0.5, 0.99))
+        self._resolution = resolution
+        self._adversarial = adversarial
+        self._options = options
+
+    def __call__(self, output: Tensor, clean: Tensor, corners: Tensor, progress: float) -> dict[str, Tensor]:
+        """The terms for crops (B, 3, S, S) whose corners in the face are (B, 2), in px."""
+        real = with_place(clean, corners, self._resolution)
+        restored = with_place(output, corners, self._resolution)
+        self.optimiser.zero_grad(set_to_none=True)
+        with self._options.autocast():
+            verdict, wanted = self.critic.with_features(real)
+            loss = discriminator_loss(verdict.float(), self.critic(restored.detach()).float())
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimiser.step()
+        with self._options.autocast():
+            verdict, features = self.critic.with_features(restored)
+            matching = matching_loss(features, [feature.detach() for feature in wanted])
+        terms = {
+            "picture": _PICTURE_AMONG_SHARP * picture_loss(output, clean),
+            "contrast": _CONTRAST * contrast_loss(output, clean),
+            "matching": _MATCHING * matching.float(),
+        }
+        if progress < _CRITIC_ALONE:
+            return terms
+        adversarial = -verdict.float().mean()
+        others = torch.stack(list(terms.values())).sum()
+        norms = [
+            torch.autograd.grad(term, output, retain_graph=True)[0].norm() for term in (others, adversarial)
+        ]
+        weight = (self._adversarial * norms[0] / norms[1].clamp(min=1e-8)).clamp(max=10).detach()
+        return {**terms, "adversarial": weight * adversarial}
+
+
+class DetailStage:
+    """Stage 5: the detail that is added to the corrected input at w = 0; everything else is frozen.
+
+    Args:
+        network: the network of stage 4, with a detail branch.
+        validation: held-out pairs.
+        options: options of the loop.
+        adversarial: see `SharpLoss`.
+
+    Raises:
+        TrainingError: the configuration has no detail branch.
+    """
+
+    def __init__(
+        self, network: CodeFormer, validation: Pairs, options: Options, *, adversarial: float
+    ) -> None:
+        if network.detail is None:
+            raise TrainingError(
+                "expected a configuration with detail_blocks; without them, there is nothing to train."
+            )
+        self.network = network
+        network.requires_grad_(requires_grad=False)
+        network.detail.requires_grad_(requires_grad=True)
+        self._sharp = SharpLoss(options, network.resolution, adversarial)
+        self.memory = nn.ModuleDict({"critic": self._sharp.critic})
+        self.critics: list[torch.optim.Optimizer] = [self._sharp.optimiser]
+        self._options = options
+        self._detail = options.maybe_compiled(network.detail.forward)
+        self._validation = validation
+
+    def losses(self, batch: Sequence[Tensor], progress: float, /) -> dict[str, Tensor]:
+        degraded, clean = (_as_layout(part) for part in batch[:2])
+        with self._options.autocast():
+            with torch.no_grad():
+                picture, seen, face = _advice(self.network, degraded, batch[2])
+            detail = self._detail(seen, face)
+        return self._sharp(picture.float() + detail.float(), clean, batch[2], progress)
+
+    def score(self, network: CodeFormer) -> float:
+        """How near faces at w = 0 are to the clean ones, see `sharp_score`."""
+        return sharp_score(
+            lambda face: network(face, w=0.0, adain=True)[0], self._validation, self._options.device
+        )
+
+
+@torch.no_grad()
+def sharp_score(restore: Callable[[Tensor], Tensor], pairs: Pairs, device: torch.device) -> float:
+    """PSNR of restored faces in dB, less 20 times the share of local contrast that is not there."""
+    results = []
+    for degraded, clean, _ in pairs:
+        truth = clean.to(device)
+        output = restore(_as_layout(degraded.to(device))).float()
+        missing = float(contrast_loss(output, truth) / contrast_loss(torch.zeros_like(truth), truth))
+        results.append(psnr(output, truth) - 20 * missing)
+    return sum(results) / len(results)
+
+
+def _advice(network: CodeFormer, degraded: Tensor, corners: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The corrected crops, the features they were corrected with, and generated faces in their colours."""
+    positions = positions_of(network, corners, degraded.shape[2])
+    logits, lq_feat, features = network.predict(degraded, positions)
+    latent = network.quantize.lookup(logits.argmax(dim=2), lq_feat.shape[2])
+    face = network.decode(match_statistics(latent, lq_feat.float()), features, 0.0)
+    correction: Any = network.correction
+    picture, seen = correction.with_features(degraded)
+    return picture, seen, take_colours(face, picture, network.colour_patch) if network.colour_patch else face
 
 
 def positions_of(network: CodeFormer, corners: Tensor, side: int) -> Tensor:

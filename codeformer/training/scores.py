@@ -1,7 +1,7 @@
 """Scores of a weight set on held-out pictures, with the same adapters that serve requests."""
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,45 +19,55 @@ from codeformer.imaging.files import ImageU8
 from codeformer.imaging.quality import colour_shift, psnr_db, ssim
 from codeformer.training.faces import read_face, read_photograph
 
-QUALITIES: Final = ("psnr_db", "ssim", "colour_shift")
+QUALITIES: Final = ("psnr_db", "ssim", "colour_shift", "eye_sharpness")
 FIDELITIES: Final = (0.0, 0.5, 1.0)
 MIN_FACE_SIDE: Final = 40.0
 EVALUATION_SEED: Final = 20_000
+KINDS: Final[dict[str, DegradationRange | None]] = {
+    "clean": None,
+    "moderate": MODERATE,
+    "moderate, cubic": MODERATE_CUBIC,
+    "heavy": HEAVY,
+}
+# Rows and columns of both eyes in an aligned face.
+EYES: Final = np.s_[200:280, 140:372]
 
 Restore = Callable[[ImageU8], ImageU8]
 
 
-def measure_restorer(restorer: FaceRestorer, files: Sequence[Path]) -> dict[str, dict[str, dict[str, float]]]:
+def measure_restorer(
+    restorers: Mapping[str, FaceRestorer], files: Sequence[Path], kinds: Collection[str] = tuple(KINDS)
+) -> dict[str, dict[str, dict[str, float]]]:
     """Quality of restored faces for each kind of input, compared with the input and with a simple filter.
 
     Each face is degraded with its own seed, which is the same in every run.
 
     Args:
-        restorer: the adapter to score.
+        restorers: the adapters to score, by name.
         files: aligned 512 px faces.
+        kinds: those of `KINDS` to measure.
 
     Returns:
         For each kind of input ("clean", "moderate", ...) and each method, means over the faces: psnr_db and
-        ssim relative to the original, and colour_shift, the largest absolute difference of a channel's mean
-        from the original's in 8-bit levels. The methods are the restorer ("w=0.0", ...), "input", "filter",
-        and "blur alone": the input without noise and JPEG blocks, as if both had been removed perfectly.
+        ssim relative to the original; colour_shift, the largest absolute difference of a channel's mean
+        from the original's in 8-bit levels; and eye_sharpness relative to the original's. The methods are
+        CodeFormer ("w=0.0", ...), other restorers by their names, "input", "filter", and "blur alone": the
+        input without noise and JPEG blocks, as if both had been removed perfectly.
     """
     methods: dict[str, Restore] = {"input": lambda face: face, "filter": denoise_and_sharpen}
-    for w in FIDELITIES:
-        methods[f"w={w}"] = partial(restore_face, restorer, w)
-    kinds: dict[str, DegradationRange | None] = {
-        "clean": None,
-        "moderate": MODERATE,
-        "moderate, cubic": MODERATE_CUBIC,
-        "heavy": HEAVY,
-    }
+    for name, restorer in restorers.items():
+        if restorer.facts.takes_fidelity:
+            methods |= {f"w={w}": partial(restore_face, restorer, w) for w in FIDELITIES}
+        else:
+            methods[name] = partial(restore_face, restorer, None)
     report = {}
-    for kind, degradation in kinds.items():
-        results: defaultdict[str, list[tuple[float, float, float]]] = defaultdict(list)
+    for kind in kinds:
+        results: defaultdict[str, list[tuple[float, ...]]] = defaultdict(list)
         for index, file in enumerate(files):
             truth = read_face(file)
             rng = np.random.default_rng((EVALUATION_SEED, index))
             degraded = truth
+            degradation = KINDS[kind]
             if degradation is not None:
                 drawn = degradation.sample(rng)
                 degraded = drawn.apply(truth, rng)
@@ -72,7 +82,7 @@ def measure_restorer(restorer: FaceRestorer, files: Sequence[Path]) -> dict[str,
     return report
 
 
-def restore_face(restorer: FaceRestorer, fidelity: float, face_bgr: ImageU8) -> ImageU8:
+def restore_face(restorer: FaceRestorer, fidelity: float | None, face_bgr: ImageU8) -> ImageU8:
     """Restores one aligned face (512, 512, 3) uint8 BGR."""
     crops = torch.from_numpy(face_bgr[None]).to(restorer.device)
     restored: ImageU8 = restorer.restore(crops, [fidelity])[0][0].cpu().numpy()
@@ -121,6 +131,20 @@ def denoise_and_sharpen(face_bgr: ImageU8) -> ImageU8:
     return np.asarray(cv2.addWeighted(smooth, 1.5, blurred, -0.5, 0), dtype=np.uint8)
 
 
-def _compare(result: ImageU8, truth: ImageU8) -> tuple[float, float, float]:
-    """PSNR, SSIM and colour shift, in the order of `QUALITIES`."""
-    return psnr_db(result, truth), ssim(result, truth), colour_shift(result, truth)
+def sharpness(face_bgr: ImageU8) -> float:
+    """The root mean square of the Laplacian of the eyes' luma, of what is coarser than a pixel.
+
+    Noise counts as well: compare denoised faces only.
+
+    Args:
+        face_bgr: an aligned face (512, 512, 3) uint8 BGR.
+    """
+    luma = cv2.cvtColor(face_bgr, cv2.COLOR_BGR2GRAY).astype(np.float32)
+    edges = cv2.Laplacian(cv2.GaussianBlur(luma, (0, 0), 1.0), cv2.CV_32F)[EYES]
+    return float(np.sqrt(np.mean(np.square(edges))))
+
+
+def _compare(result: ImageU8, truth: ImageU8) -> tuple[float, ...]:
+    """In the order of `QUALITIES`."""
+    sharp = sharpness(result) / max(sharpness(truth), 1e-6)
+    return psnr_db(result, truth), ssim(result, truth), colour_shift(result, truth), sharp

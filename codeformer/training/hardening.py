@@ -1,0 +1,156 @@
+"""Trains a detector further, on degraded pictures with a teacher's answers for the clean ones.
+
+The loss is that of RetinaFace (Deng et al., 2020): cross-entropy of the anchors that lie on faces and of the
+hardest others, smooth absolute error of boxes and landmarks. Batch norms keep their statistics.
+"""
+
+from collections.abc import Sequence
+from typing import Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from codeformer.engine.detector import FaceDetector, anchors_for
+from codeformer.evaluation.matching import Agreement
+from codeformer.imaging.files import ImageU8
+from codeformer.imaging.geometry import Detection
+from codeformer.networks.retinaface import VARIANCES
+from codeformer.training.detector import Answer
+from codeformer.training.labelled import DOUBT, FACE, Label
+from codeformer.training.scenes import SCENE_SIDE
+
+# An anchor lies on a face if they overlap this much; so does the best one for each face.
+_ON_FACE: Final = 0.35
+# Anchors that overlap a doubtful face this much are not taught.
+_IN_DOUBT: Final = 0.2
+# Hard negatives for each positive, and at least so many for a scene.
+_NEGATIVES: Final = 7
+_FEWEST_NEGATIVES: Final = 30
+# Landmarks weigh most: faces are aligned by them, and they suffer first.
+_BOX_WEIGHT: Final = 2.0
+_LANDMARK_WEIGHT: Final = 5.0
+# How much of the score a ghost costs, in faces that are not found.
+_GHOST_COST: Final = 1.0
+
+
+class HardeningStage:
+    """Trains `network` on the scenes of `LabelledScenes`.
+
+    Args:
+        network: a trained RetinaFace mobile0.25.
+        validation: scenes (512, 512, 3) uint8 BGR with their labels.
+    """
+
+    def __init__(self, network: nn.Module, validation: Sequence[tuple[ImageU8, Sequence[Label]]]) -> None:
+        self.network = network.eval().requires_grad_(requires_grad=True)
+        self.memory = nn.ModuleDict()
+        self.critics: list[torch.optim.Optimizer] = []
+        self._validation = validation
+
+    def losses(self, batch: Sequence[Tensor], _progress: float, /) -> dict[str, Tensor]:
+        scenes = batch[0].contiguous(memory_format=torch.channels_last)
+        ours = Answer(self.network, scenes)
+        logits = ours.logits.log_softmax(dim=2)
+        anchors = anchors_for(scenes.shape[2], scenes.shape[3], scenes.device)
+        goals = [match(anchors * SCENE_SIDE, rows) for rows in batch[1]]
+        chosen = torch.stack([goal.face for goal in goals])
+        is_face = chosen >= 0
+        surprise = -torch.where(is_face, logits[..., 1], logits[..., 0])
+        counted = is_face | _hardest(surprise.detach(), is_face, torch.stack([g.doubtful for g in goals]))
+        total = is_face.sum().clamp(min=1)
+        truth = torch.cat([goal.offsets for goal in goals])
+        return {
+            "scores": (surprise * counted).sum() / total.clamp(min=len(scenes)),
+            "boxes": _BOX_WEIGHT
+            * F.smooth_l1_loss(ours.boxes[is_face], truth[:, :4], reduction="sum")
+            / total
+            / 4,
+            "landmarks": _LANDMARK_WEIGHT
+            * F.smooth_l1_loss(ours.landmarks[is_face], truth[:, 4:], reduction="sum")
+            / total
+            / 10,
+        }
+
+    def score(self, network: nn.Module) -> float:
+        """The share of faces found in the validation scenes, less one for each detection that is none."""
+        detector = FaceDetector(network)
+        agreement, ghosts = Agreement(), 0
+        for scene, labels in self._validation:
+            [found] = detector.detect_at_size(scene[None])
+            faces = [_as_detection(label) for label in labels if label.kind == FACE]
+            anything = [_as_detection(label) for label in labels]
+            agreement.add(found, faces, min_side=0)
+            others = Agreement()
+            others.add(found, anything, min_side=0)
+            ghosts += others.found - others.confirmed
+        return agreement.recall - _GHOST_COST * ghosts / max(1, agreement.expected)
+
+
+class Goals:
+    """What the anchors of a scene are taught.
+
+    Attributes:
+        face: for each anchor the row of its label, -1 for none, (A,) int64.
+        doubtful: anchors that are not taught, (A,) bool.
+        offsets: for the anchors with a face, in order, box and landmark offsets (P, 14).
+    """
+
+    def __init__(self, face: Tensor, doubtful: Tensor, offsets: Tensor) -> None:
+        self.face = face
+        self.doubtful = doubtful
+        self.offsets = offsets
+
+
+def match(anchors: Tensor, labels: Tensor) -> Goals:
+    """Matches the anchors of a scene with its labels.
+
+    Args:
+        anchors: (A, 4) centre x, centre y, width, height in px.
+        labels: (L, 15), see `LabelledScenes`.
+    """
+    kinds = labels[:, 0]
+    overlaps = _overlaps(_corners(anchors), labels[:, 1:5])
+    doubtful = (overlaps * (kinds == DOUBT)).amax(dim=1) > _IN_DOUBT
+    overlaps = overlaps * (kinds == FACE)
+    best, face = overlaps.max(dim=1)
+    face = torch.where(best >= _ON_FACE, face, -1)
+    for row in (kinds == FACE).nonzero().flatten().tolist():
+        # The best anchor of each face is always its own.
+        face[overlaps[:, row].argmax()] = row
+    own = anchors[face >= 0]
+    chosen = labels[face[face >= 0]]
+    centres = (chosen[:, 1:3] + chosen[:, 3:5]) / 2
+    sizes = (chosen[:, 3:5] - chosen[:, 1:3]).clamp(min=1)
+    points = chosen[:, 5:].view(-1, 5, 2)
+    offsets = [
+        (centres - own[:, :2]) / own[:, 2:] / VARIANCES[0],
+        (sizes / own[:, 2:]).log() / VARIANCES[1],
+        ((points - own[:, None, :2]) / own[:, None, 2:] / VARIANCES[0]).flatten(1),
+    ]
+    return Goals(face, doubtful & (face < 0), torch.cat(offsets, dim=1))
+
+
+def _hardest(surprise: Tensor, is_face: Tensor, doubtful: Tensor) -> Tensor:
+    """The anchors without a face, of each scene, that the network is most wrong about; (B, A) bool."""
+    surprise = surprise.masked_fill(is_face | doubtful, -1.0)
+    counts = (_NEGATIVES * is_face.sum(dim=1)).clamp(min=_FEWEST_NEGATIVES)
+    ranks = surprise.argsort(dim=1, descending=True).argsort(dim=1)
+    return (ranks < counts[:, None]) & (surprise >= 0)
+
+
+def _corners(anchors: Tensor) -> Tensor:
+    return torch.cat([anchors[:, :2] - anchors[:, 2:] / 2, anchors[:, :2] + anchors[:, 2:] / 2], dim=1)
+
+
+def _overlaps(anchors_xyxy: Tensor, boxes_xyxy: Tensor) -> Tensor:
+    """Intersection over union of (A, 4) and (L, 4), as (A, L); 0 for boxes without area."""
+    low = torch.maximum(anchors_xyxy[:, None, :2], boxes_xyxy[None, :, :2])
+    high = torch.minimum(anchors_xyxy[:, None, 2:], boxes_xyxy[None, :, 2:])
+    shared = (high - low).clamp(min=0).prod(dim=2)
+    areas = [(corners[:, 2:] - corners[:, :2]).prod(dim=1) for corners in (anchors_xyxy, boxes_xyxy)]
+    return shared / (areas[0][:, None] + areas[1] - shared).clamp(min=1e-6)
+
+
+def _as_detection(label: Label) -> Detection:
+    return Detection(label.box_xyxy.astype("float32"), 1.0, label.landmarks_xy.astype("float32"))

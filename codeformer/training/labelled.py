@@ -1,0 +1,353 @@
+"""Labelled training pictures for the detector.
+
+What a teacher sees in clean, upright originals is moved along with them into scenes that are degraded, grey,
+small, turned or cut off. Some scenes have no faces.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+import skimage.data
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from codeformer.engine.detector import FaceDetector, resize_for_detection
+from codeformer.evaluation.degradation import HEAVY, MODERATE, Degradation, old_photo
+from codeformer.imaging.files import ImageU8
+from codeformer.imaging.geometry import Detection, FloatArray, transform_points
+from codeformer.networks.retinaface import MEAN_BGR
+from codeformer.training.scenes import (
+    SCENE_SIDE,
+    background,
+    choose_placement,
+    log_uniform,
+    placed,
+    read_picture,
+    recoloured,
+)
+
+# What ships with scikit-image under CC0 or in the public domain and shows no face of a person; a cat's does
+# not count. Its other such pictures are kept aside for `scores.FACELESS`.
+FACELESS: Final = (
+    "brick",
+    "cell",
+    "chelsea",
+    "clock",
+    "coffee",
+    "grass",
+    "horse",
+    "hubble_deep_field",
+    "microaneurysms",
+)
+# At most so many labels in a scene, with zeros after the last.
+MAX_LABELS: Final = 24
+# The columns of a label: the kind, the box's corners, five landmarks.
+LABEL_WIDTH: Final = 15
+FACE, DOUBT = 1.0, 2.0
+
+_LETTERS: Final = list("aabcdeefghiijklmnoopqrsttuvwxyzABDEGHKMNRST0123456789&%@()=+-.,:;")
+# What the teacher scores in between may be a face or not.
+_SURELY: Final = 0.8
+_PERHAPS: Final = 0.2
+# Faces turned further are neither taught nor counted as mistakes.
+_MAX_TURN: Final = 50.0
+# Nor are those of which less can be seen, or with fewer px of detail across.
+_MIN_VISIBLE: Final = 0.65
+_MIN_DETAIL: Final = 3.5
+# Left and right change places in a mirrored picture.
+_MIRRORED: Final = (1, 0, 2, 4, 3)
+_KINDS: Final = ("portrait", "faces", "crowd", "frame_filling", "detail", "faceless", "writing")
+
+
+@dataclass(frozen=True)
+class Label:
+    """A face in a scene, or what may be one.
+
+    Attributes:
+        kind: FACE or DOUBT.
+        box_xyxy: in px of the scene.
+        landmarks_xy: (5, 2), likewise.
+    """
+
+    kind: float
+    box_xyxy: FloatArray
+    landmarks_xy: FloatArray
+
+
+def teacher_labels(teacher: FaceDetector, files: Sequence[Path]) -> dict[Path, list[Detection]]:
+    """What the teacher sees in each picture as it is, in its pixels, doubtful faces included."""
+    labels = {}
+    for file in files:
+        copy, scale = resize_for_detection(read_picture(file))
+        [found] = teacher.detect_at_size(copy[None], score_threshold=_PERHAPS)
+        labels[file] = [face.in_original(scale) for face in found]
+    return labels
+
+
+def faceless_pictures() -> list[ImageU8]:
+    """The pictures of `FACELESS`, (H, W, 3) uint8 BGR."""
+    return [as_bgr(getattr(skimage.data, name)()) for name in FACELESS]
+
+
+def as_bgr(picture: npt.NDArray[Any]) -> ImageU8:
+    """A picture of scikit-image, in bits, grey or RGB, as (H, W, 3) uint8 BGR."""
+    levels: ImageU8 = picture.astype(np.uint8) * np.uint8(255 if picture.dtype == bool else 1)
+    code = cv2.COLOR_GRAY2BGR if levels.ndim == 2 else cv2.COLOR_RGB2BGR
+    return np.asarray(cv2.cvtColor(levels, code), dtype=np.uint8)
+
+
+class LabelledScenes(Dataset[tuple[Tensor, Tensor]]):
+    """Inputs of the detector's network, (3, 512, 512) float32 BGR minus the channel means, with their labels.
+
+    The labels are (MAX_LABELS, LABEL_WIDTH) float32; rows of zeros mean nothing. Item `i` depends only on
+    `seed` and `i`.
+
+    Args:
+        photographs: labels of whole pictures, see `teacher_labels`.
+        faces: labels of aligned faces.
+        faceless: pictures without faces, (H, W, 3) uint8 BGR.
+        length: number of scenes.
+        seed: seed of all random numbers.
+    """
+
+    def __init__(
+        self,
+        photographs: Mapping[Path, Sequence[Detection]],
+        faces: Mapping[Path, Sequence[Detection]],
+        faceless: Sequence[ImageU8],
+        length: int,
+        seed: int,
+    ) -> None:
+        self._photographs = list(photographs.items())
+        self._faces = list(faces.items())
+        self._faceless = list(faceless)
+        self._length = length
+        self._seed = seed
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        scene, labels = self.scene(index)
+        planes = torch.from_numpy(np.ascontiguousarray(scene.transpose(2, 0, 1))).float()
+        rows = torch.zeros(MAX_LABELS, LABEL_WIDTH)
+        for row, label in zip(rows, labels, strict=False):
+            row[0] = label.kind
+            row[1:5] = torch.from_numpy(label.box_xyxy)
+            row[5:] = torch.from_numpy(label.landmarks_xy).flatten()
+        return planes - torch.tensor(MEAN_BGR).view(3, 1, 1), rows
+
+    def scene(self, index: int) -> tuple[ImageU8, list[Label]]:
+        """A scene (512, 512, 3) uint8 BGR and its labels."""
+        rng = np.random.default_rng((self._seed, index))
+        kind = _KINDS[int(rng.choice(len(_KINDS), p=[0.25, 0.18, 0.17, 0.05, 0.1, 0.1, 0.15]))]
+        canvas = _Canvas(background(rng))
+        if kind == "portrait":
+            side = log_uniform(rng, 150, 1000)
+            canvas.put(*_any(self._photographs, rng), rng, side=side, angle=_angle(rng))
+        elif kind == "faces":
+            if rng.random() < 0.4:
+                canvas.put_faceless(self._detail(rng), rng)
+            for _ in range(int(rng.integers(1, 8))):
+                canvas.put(*_any(self._faces, rng), rng, side=log_uniform(rng, 28, 420), angle=_angle(rng))
+        elif kind == "crowd":
+            size = log_uniform(rng, 45, 130)
+            for _ in range(int(rng.integers(8, MAX_LABELS))):
+                face_side = size * rng.uniform(0.8, 1.25)
+                canvas.put(*_any(self._faces, rng), rng, side=face_side, angle=rng.normal(0, 8))
+        elif kind == "frame_filling":
+            side = rng.uniform(450, 800)
+            canvas.put(*_any(self._faces, rng), rng, side=side, angle=_angle(rng), overhang=0.05)
+        elif kind == "detail":
+            # A much enlarged detail: rarely a face, often something that resembles one.
+            canvas.put(*_any(self._photographs, rng), rng, side=rng.uniform(1200, 3500), angle=_angle(rng))
+        elif kind == "faceless":
+            canvas.put_faceless(self._detail(rng), rng)
+        else:
+            canvas.put_faceless(_writing(rng), rng)
+        scene = recoloured(canvas.scene, rng)
+        scene, detail = _degraded(scene, rng)
+        return scene, [
+            label if _shorter_side(label) >= _MIN_DETAIL * detail else Label(DOUBT, *_place(label))
+            for label in canvas.labels
+        ]
+
+    def _detail(self, rng: np.random.Generator) -> ImageU8:
+        """A part of a picture without faces, or of a photograph's area that holds none."""
+        if rng.random() < 0.5:
+            picture = self._faceless[int(rng.integers(len(self._faceless)))]
+            return _part(picture, rng)
+        picture, faces = _any(self._photographs, rng)
+        for _ in range(10):
+            height, width = picture.shape[:2]
+            side = rng.uniform(0.15, 0.6) * min(height, width)
+            x, y = rng.uniform(0, width - side), rng.uniform(0, height - side)
+            if not any(_overlaps(face.box_xyxy, (x, y, x + side, y + side)) for face in faces):
+                return picture[int(y) : int(y + side), int(x) : int(x + side)]
+        return _part(self._faceless[int(rng.integers(len(self._faceless)))], rng)
+
+
+class _Canvas:
+    """A scene in the making, with the faces that were put into it."""
+
+    def __init__(self, ground: ImageU8) -> None:
+        self.scene = ground
+        self.labels: list[Label] = []
+
+    def put(
+        self,
+        picture: ImageU8,
+        faces: Sequence[Detection],
+        rng: np.random.Generator,
+        *,
+        side: float,
+        angle: float,
+        overhang: float = 0.15,
+    ) -> None:
+        """Places a picture and its faces."""
+        matrix = choose_placement(picture, rng, side=side, angle=angle, overhang=overhang)
+        self.scene, covered = placed(picture, self.scene, matrix)
+        self._hide(covered)
+        moved = [_moved(face, matrix, angle) for face in faces]
+        self.labels += [label for face in moved if (label := _as_visible(face, self._frame())) is not None]
+
+    def put_faceless(self, picture: ImageU8, rng: np.random.Generator) -> None:
+        """Places a picture without faces, so that it fills most of the scene."""
+        side = rng.uniform(300, 1400)
+        matrix = choose_placement(picture, rng, side=side, angle=rng.uniform(-180, 180))
+        self.scene, covered = placed(picture, self.scene, matrix)
+        self._hide(covered)
+
+    def _hide(self, covered: npt.NDArray[np.bool_]) -> None:
+        kept = [_as_visible(label, ~covered) for label in self.labels]
+        self.labels = [label for label in kept if label is not None]
+
+    def _frame(self) -> npt.NDArray[np.bool_]:
+        return np.ones((SCENE_SIDE, SCENE_SIDE), bool)
+
+
+def _any(
+    pictures: Sequence[tuple[Path, Sequence[Detection]]], rng: np.random.Generator
+) -> tuple[ImageU8, Sequence[Detection]]:
+    file, faces = pictures[int(rng.integers(len(pictures)))]
+    return read_picture(file), faces
+
+
+def _angle(rng: np.random.Generator) -> float:
+    kind = rng.random()
+    if kind < 0.65:
+        return float(rng.normal(0, 10))
+    return float(rng.uniform(-_MAX_TURN, _MAX_TURN) if kind < 0.9 else rng.uniform(-180, 180))
+
+
+def _moved(face: Detection, picture_to_scene: FloatArray, angle: float) -> Label:
+    landmarks = transform_points(picture_to_scene, face.landmarks_xy)
+    if np.linalg.det(picture_to_scene[:, :2]) < 0:
+        landmarks = landmarks[list(_MIRRORED)]
+    corners = np.asarray(face.box_xyxy, dtype=np.float64).reshape(2, 2)
+    [centre] = transform_points(picture_to_scene, corners.mean(axis=0, keepdims=True))
+    # A turned box grows somewhat towards the one around its corners: a face is rounder than its box.
+    turn = np.radians(min(abs(angle), 90.0))
+    width, height = corners[1] - corners[0]
+    size = np.array(
+        [
+            width * np.cos(turn) + height * np.sin(turn),
+            width * np.sin(turn) + height * np.cos(turn),
+        ]
+    )
+    around = (
+        np.hypot(width * np.cos(turn), height * np.sin(turn)),
+        np.hypot(width * np.sin(turn), height * np.cos(turn)),
+    )
+    half = 0.25 * (size + around) * np.sqrt(abs(np.linalg.det(picture_to_scene[:, :2])))
+    sure = face.score >= _SURELY and abs(angle) <= _MAX_TURN
+    return Label(FACE if sure else DOUBT, np.concatenate([centre - half, centre + half]), landmarks)
+
+
+def _as_visible(label: Label, shown: npt.NDArray[np.bool_]) -> Label | None:
+    """A label where only a part of the scene is shown: as it is, in doubt, or none."""
+    x1, y1, x2, y2 = (round(float(edge)) for edge in label.box_xyxy)
+    area = max(1, (x2 - x1) * (y2 - y1))
+    share = shown[max(0, y1) : max(0, y2), max(0, x1) : max(0, x2)].sum() / area
+    if share >= _MIN_VISIBLE:
+        return label
+    return Label(DOUBT, *_place(label)) if share > 0.1 else None
+
+
+def _place(label: Label) -> tuple[FloatArray, FloatArray]:
+    return label.box_xyxy, label.landmarks_xy
+
+
+def _shorter_side(label: Label) -> float:
+    return float((label.box_xyxy[2:] - label.box_xyxy[:2]).min())
+
+
+def _overlaps(a_xyxy: npt.NDArray[np.floating], b_xyxy: Sequence[float]) -> bool:
+    return bool(
+        a_xyxy[0] < b_xyxy[2] and b_xyxy[0] < a_xyxy[2] and a_xyxy[1] < b_xyxy[3] and b_xyxy[1] < a_xyxy[3]
+    )
+
+
+def _part(picture: ImageU8, rng: np.random.Generator) -> ImageU8:
+    height, width = picture.shape[:2]
+    side = int(rng.uniform(0.25, 1.0) * min(height, width))
+    x, y = (
+        int(rng.integers(0, width - side, endpoint=True)),
+        int(rng.integers(0, height - side, endpoint=True)),
+    )
+    return picture[y : y + side, x : x + side]
+
+
+def _writing(rng: np.random.Generator) -> ImageU8:
+    """Lines of print or of scrawl on paper, (400, 400, 3) uint8."""
+    side = 400
+    paper, ink = rng.uniform(120, 255), rng.uniform(0, 90)
+    if rng.random() < 0.2:
+        paper, ink = ink, paper
+    sheet = np.full((side, side, 3), paper, np.uint8)
+    colour = [float(np.clip(ink + rng.normal(0, 15), 0, 255)) for _ in range(3)]
+    size, thickness = log_uniform(rng, 0.4, 4), int(rng.integers(1, 6))
+    step = int(34 * size * rng.uniform(0.9, 1.5))
+    for y in range(int(30 * size), side + step, step):
+        if rng.random() < 0.6:
+            words = ("".join(rng.choice(_LETTERS, int(rng.integers(1, 10)))) for _ in range(12))
+            place = int(rng.uniform(-60, 10)), y
+            font = int(rng.integers(0, 8))
+            cv2.putText(sheet, " ".join(words), place, font, size, colour, thickness, cv2.LINE_AA)
+        else:
+            x = np.arange(0, side, max(3.0, 4 * size))
+            heights = y + rng.normal(0, 9 * size, len(x))
+            path = np.stack([x + rng.normal(0, 4 * size, len(x)), heights], axis=1).round().astype(np.int32)
+            for start in range(0, len(path), 7):
+                part = path[start : start + int(rng.integers(3, 7))]
+                cv2.polylines(sheet, [part], False, colour, thickness, cv2.LINE_AA)  # noqa: FBT003
+    return sheet
+
+
+def _degraded(scene: ImageU8, rng: np.random.Generator) -> tuple[ImageU8, float]:
+    """A degraded scene, and the width in px of the smallest detail that is left."""
+    kind = rng.random()
+    if kind < 0.25:
+        return scene, 1.0
+    if kind < 0.35:
+        drawn = MODERATE.sample(rng)
+    elif kind < 0.55:
+        drawn = HEAVY.sample(rng)
+    elif kind < 0.7:
+        return old_photo(scene, rng), 3.0
+    else:
+        drawn = Degradation(
+            blur_kernel=17,
+            blur_sigma=rng.uniform(0.3, 3),
+            downsampling=log_uniform(rng, 1.5, 12),
+            noise_sigma=rng.uniform(0, 12) if rng.random() < 0.5 else 0.0,
+            jpeg_quality=int(rng.integers(40, 100)),
+            enlarged_by="cubic" if rng.random() < 0.3 else "linear",
+        )
+    return drawn.apply(scene, rng), max(drawn.downsampling, drawn.blur_sigma)
