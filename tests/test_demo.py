@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shutil
 import socket
 import threading
 import time
@@ -16,6 +17,7 @@ import requests
 import torch
 import uvicorn
 
+from codeformer.cli.demo import _restorers as restorers_of_page
 from codeformer.cli.main import main
 from codeformer.demo.app import Demo
 from codeformer.demo.shelf import GoneError, Shelf
@@ -340,6 +342,21 @@ def test_the_page_offers_what_is_loaded_and_says_how_to_get_the_rest(page: Page,
     for chain in ("codeformer", "gfpgan", "codeformer+gfpgan", "gfpgan+codeformer"):
         # In both parts of the page.
         assert text.count(f'value="{chain}"') == 2
+
+
+def test_the_page_loads_the_restorers_that_are_there(
+    tiny_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CODEFORMER_RESTORERS", raising=False)
+    folder = tmp_path / "set"
+    shutil.copytree(tiny_weights, folder)
+    weight_set = load_weight_set(folder)
+    assert restorers_of_page(weight_set) == ["codeformer", "gfpgan"]
+    weight_set.optional["gfpgan"].path.unlink()
+    older = ["gfpgan-1.3"] if "gfpgan-1.3" in weight_set.optional else []
+    assert restorers_of_page(weight_set) == ["codeformer", *older]
+    monkeypatch.setenv("CODEFORMER_RESTORERS", "codeformer")
+    assert restorers_of_page(weight_set) is None
 
 
 def test_photos_go_when_a_tab_is_closed(page: Page) -> None:

@@ -8,6 +8,7 @@ import socket
 from codeformer.cli.arguments import add_command, add_networks, load_pipeline
 from codeformer.cli.extras import check_installed
 from codeformer.errors import InputError
+from codeformer.weights.manifest import WeightSet, load_weight_set
 
 _HOST = "127.0.0.1"
 _DEFAULT_PORT = 8080
@@ -38,12 +39,12 @@ def _demo(options: argparse.Namespace) -> int:
     from codeformer.demo.app import Demo
     from codeformer.demo.views import Setup
     from codeformer.limits import Limits
-    from codeformer.weights.manifest import load_weight_set
 
     with _listening(options.port) as listener:
         limits = Limits.from_environment()
-        pipeline = load_pipeline(options)
-        setup = Setup.of(load_weight_set(options.weights), pipeline.device)
+        weight_set = load_weight_set(options.weights)
+        pipeline = load_pipeline(options, _restorers(weight_set))
+        setup = Setup.of(weight_set, pipeline.device)
         demo = Demo(pipeline, setup, limits)
         demo.warm_up()
         config = uvicorn.Config(
@@ -58,6 +59,17 @@ def _demo(options: argparse.Namespace) -> int:
             uvicorn.Server(config).run(sockets=[listener])
         demo.close()
     return 0
+
+
+def _restorers(weight_set: WeightSet) -> list[str] | None:
+    """What CODEFORMER_RESTORERS says, if anything; else CodeFormer, and what is there of other restorers."""
+    if os.environ.get("CODEFORMER_RESTORERS", "").strip():
+        return None
+    found: dict[str, str] = {}
+    for role, file in weight_set.optional.items():
+        if file.path.exists():
+            found.setdefault(role.partition("-")[0], role)
+    return ["codeformer", *found.values()]
 
 
 def _listening(port: int) -> socket.socket:
