@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from codeformer.cli.arguments import add_command, add_networks, load_pipeline, shown
+from codeformer.cli.arguments import add_command, add_networks, is_progress_shown, load_pipeline, shown
 from codeformer.cli.extras import check_installed
 from codeformer.errors import CodeFormerError, ImageError, InputError
 from codeformer.options import RESTORER_CHOICES, RUNTIME_PROFILES, STABILITY_MODES
@@ -92,7 +92,8 @@ def _compare(options: argparse.Namespace) -> int:
             raise result
         return result
 
-    with tqdm(total=len(photos) * runs_of(variants, options.repeats), desc="comparing", unit="run") as bar:
+    runs = len(photos) * runs_of(variants, options.repeats)
+    with tqdm(total=runs, desc="comparing", unit="run", disable=not is_progress_shown()) as bar:
 
         def count(_: int) -> None:
             bar.update()
