@@ -24,7 +24,7 @@ PROGRAMS: Final = {
     "load": "How many requests a second, how long does each take, how busy is the device, with many clients?",
     "stages": "Where does the time go, and how far is each stage from the hardware's limit?",
     "parts": "What does each part of a request cost, what a start, what gains each rewriting of a network?",
-    "peers": "How fast is our GFPGAN compared with the published one, as another package computes it?",
+    "peers": "How fast and exact are our networks, compared with the same ones as other packages run them?",
     "quality": "How good are the pictures, and what does a faster profile change in them?",
     "faces": "Which faces are found, what is mistaken for one, and what does the second look cost?",
     "soak": "Does a server stay sound over many requests, bad and cancelled ones included?",

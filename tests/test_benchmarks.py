@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -28,7 +29,7 @@ from skimage.metrics import peak_signal_noise_ratio
 
 from benchmarks import options, runner
 from benchmarks.measure import Samples, Summary, interleave, rotated, timings_of
-from benchmarks.programs import faces, full_size, parts, quality, requests, soak, stages
+from benchmarks.programs import faces, full_size, parts, peers, quality, requests, soak, stages
 from benchmarks.results import PRICES, PROGRAMS, Device, Prices, read_model
 from benchmarks.runner import TOOLS, main, read_report, run
 from benchmarks.server import Answer, as_input, check_port, running_server
@@ -40,12 +41,13 @@ from codeformer.evaluation import metrics
 from codeformer.imaging import quality as image_quality
 from codeformer.imaging.files import encode_jpeg
 from codeformer.imaging.geometry import FFHQ_TEMPLATE_XY, crop_face, estimate_similarity
+from codeformer.networks.codeformer import CodeFormer
 from codeformer.networks.gfpgan import GFPGANv1Clean
 from codeformer.networks.retinaface import build_retinaface
 from codeformer.weights.manifest import load_weight_set
 from data.make_pictures import LANDMARKS_XY, draw, encode, plan
 from tests import pictures
-from tests.conftest import CPU, TINY_GFPGAN_CONFIG
+from tests.conftest import CPU, TINY_CONFIG, TINY_GFPGAN_CONFIG
 from tests.shared import ROOT
 
 COMMITTED = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
@@ -605,6 +607,93 @@ def test_operations_are_counted_as_arithmetic_says() -> None:
     convolution = torch.nn.Conv2d(8, 16, 3, padding=1, bias=False)
     counted = stages.gflop_of(lambda: convolution(torch.zeros(1, 8, 32, 32)))
     assert counted == pytest.approx(2 * 9 * 8 * 16 * 32 * 32 / 1e9)
+
+
+# Peers.
+
+
+FAKE_PEER = """
+import json, sys, time
+print(json.dumps({"version": "fake 1"}), flush=True)
+for number, line in enumerate(sys.stdin):
+    if number == int(sys.argv[1]):
+        sys.exit(7)
+    if path := json.loads(line)["save"]:
+        open(path, "w").write("saved")
+    print(json.dumps({"ms": 10.0 * number}), flush=True)
+"""
+
+
+def test_a_worker_answers_in_turn_and_its_death_is_told(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", FAKE_PEER, "2"]
+    with peers.Worker.started(command, tmp_path / "log") as worker:
+        assert worker.version == "fake 1"
+        assert worker.run(tmp_path / "saved") == 0
+        assert (tmp_path / "saved").read_text() == "saved"
+        assert worker.run() == 10
+        for _ in range(2):
+            with pytest.raises(BenchmarkError, match=r"ended with status 7"):
+                worker.run()
+    with (
+        pytest.raises(BenchmarkError, match=r"ended with status 3"),
+        peers.Worker.started([sys.executable, "-c", "raise SystemExit(3)"], tmp_path / "log"),
+    ):
+        pytest.fail("it has started")
+    with peers.Worker.started([sys.executable, "-c", FAKE_PEER, "9"], tmp_path / "log") as worker:
+        process = worker.process
+    assert process.returncode is not None
+
+
+@pytest.mark.slow
+def test_peers_that_die_or_are_missing_are_rows_with_a_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(full_size.NETWORKS, "restorer", partial(CodeFormer, **TINY_CONFIG))
+    monkeypatch.setattr(
+        peers,
+        "measure_ceilings",
+        lambda *_: stages.Ceilings(gflops={"float32": 10.0}, host_copy_gbytes_per_s=2.0),
+    )
+    monkeypatch.setattr(peers, "cpu_multiplies_bfloat16", lambda: True)
+    commands = peers.command_of
+
+    def command_of(form: str, files: Path, given: Any) -> list[str]:
+        # Dies in the second round that counts.
+        fake = [sys.executable, "-c", FAKE_PEER, "3"]
+        return fake if form == "spandrel" else commands(form, files, given)
+
+    monkeypatch.setattr(peers, "command_of", command_of)
+    arguments = [
+        "--networks",
+        "restorer",
+        "--environments",
+        tmp_path / "none",
+        "--threads",
+        1,
+        "--repeats",
+        2,
+    ]
+    status, result = measured("peers", *arguments, output=tmp_path / "peers.json")
+    assert status == 0
+    rows = result.rows["restorer"]
+    assert rows["spandrel"].left_out == "ended with status 7."
+    assert rows["spandrel"].ms is None
+    assert "not exported: no environment" in rows["onnxruntime"].left_out
+    published, rewritten, half = (rows[name] for name in ("published", "rewritten", "rewritten bfloat16"))
+    assert published.version.startswith("torch 2.")
+    assert published.to_first is None
+    assert rewritten.to_first.count == published.ms.count == 2
+    # Rounding errors, and more of them in half precision.
+    assert 0 < published.largest_deviation < 1e-3
+    assert 0 < rewritten.largest_deviation < 1e-2
+    assert rewritten.mean_deviation < half.mean_deviation < half.largest_deviation
+    assert published.equal_choices == 1
+    limit = result.limits["restorer"]
+    assert limit.arithmetic_ms == pytest.approx(limit.gflop * 100, rel=1e-2)
+    assert limit.traffic_ms == pytest.approx(limit.gbytes * 500, rel=1e-2)
+    assert limit.gbytes > 0.05
+    longest_ms = max(limit.arithmetic_ms, limit.traffic_ms)
+    assert published.times_limit == pytest.approx(published.ms.p50 / longest_ms, rel=0.05)
 
 
 # Quality.
