@@ -34,12 +34,12 @@ from benchmarks.measure import Amount, Call, Model, Positive, Samples, Summary, 
 from benchmarks.measure import timings_of as timed
 from benchmarks.peer_worker import outputs_of
 from benchmarks.programs.full_size import NETWORKS, random_network
-from benchmarks.programs.parts import input_of
 from benchmarks.programs.stages import Ceilings, gflop_of, measure_ceilings
 from benchmarks.results import RepeatedReport, header_of
 from benchmarks.server import ROOT
 from codeformer.engine.precision import cpu_multiplies_bfloat16
 from codeformer.errors import BenchmarkError
+from codeformer.imaging.geometry import FACE_SIZE
 from codeformer.networks.inference import for_inference
 
 _CPU: Final = torch.device("cpu")
@@ -209,7 +209,7 @@ def command_of(form: str, files: Path, options: Options) -> list[str]:
 
 def _prepare(network: Network, files: Path, ceilings: Ceilings) -> Limit:
     """Writes the files that workers load, and counts the network's least work."""
-    ours, x = random_network(network, _CPU), input_of(network, _CPU)
+    ours, x = random_network(network, _CPU), torch.randn(1, 3, FACE_SIZE, FACE_SIZE)
     np.save(files / "input.npy", x.numpy())
     torch.save((NETWORKS[network], ours.state_dict()), files / "network.pt")
     save_file(ours.state_dict(), files / "network.safetensors")
