@@ -94,7 +94,8 @@ class Rig:
 
     Attributes:
         sizes: of batches.
-        found: what the section that runs has found so far; a section that fails leaves it.
+        crops: eight aligned faces, (8, 512, 512, 3) uint8 BGR.
+        times: what the section that runs has found so far, like `facts`; a section that fails leaves it.
     """
 
     def __init__(self, options: Options, loaded: opt.Loaded) -> None:
@@ -130,23 +131,20 @@ class Rig:
         with torch_switches(cudnn_benchmark=True):
             safe = codes_of(self.models, self.crops[:1])
             for name, models in variants.items():
-                self.facts[f"{name}: share of codes as in safe mode"] = float(
-                    (codes_of(models, self.crops[:1]) == safe).double().mean()
-                )
+                equal = (codes_of(models, self.crops[:1]) == safe).double().mean()
+                self.facts[f"{name}: share of codes as in safe mode"] = float(equal)
         for size in sizes:
             for w in fidelities:
+                what = f"{size} faces, w {w:g}"
                 calls = {name: partial(self.restored, models, size, w) for name, models in variants.items()}
                 with torch_switches(cudnn_benchmark=True):
                     expected, *others = [call().short() for call in calls.values()]
                 for name, faces in zip(list(calls)[1:], others, strict=True):
                     levels = (faces - expected).abs().float()
-                    self.facts[f"{size} faces, w {w:g}, {name}: largest difference, levels"] = float(
-                        levels.max()
-                    )
-                    self.facts[f"{size} faces, w {w:g}, {name}: mean difference, levels"] = float(
-                        levels.mean()
-                    )
-                self.compare(f"{size} faces, w {w:g}", calls)
+                    label = f"{what}, {name}"
+                    self.facts[f"{label}: largest difference, levels"] = float(levels.max())
+                    self.facts[f"{label}: mean difference, levels"] = float(levels.mean())
+                self.compare(what, calls)
 
     def restored(self, models: Models, size: int, w: float) -> torch.Tensor:
         restorer = models.restorers["codeformer"]
