@@ -23,10 +23,11 @@ PROGRAMS: Final = {
     "single_image": "Which configuration answers one picture fastest, cold and warm?",
     "load": "How many requests a second, how long does each take, how busy is the device, with many clients?",
     "stages": "Where does the time go, and how far is each stage from the hardware's limit?",
-    "parts": "What does each part of a request cost, what a start, what gains each rewriting of a network?",
-    "peers": "How fast is our GFPGAN compared with the published one, as another package computes it?",
+    "parts": "What does each part of a request cost, and what a start?",
+    "peers": "How fast and exact are our networks, compared with the same ones as other packages run them?",
     "quality": "How good are the pictures, and what does a faster profile change in them?",
     "faces": "Which faces are found, what is mistaken for one, and what does the second look cost?",
+    "gpu": "Does everything work on this GPU, is it right, and how fast is it?",
     "soak": "Does a server stay sound over many requests, bad and cancelled ones included?",
 }
 

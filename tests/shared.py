@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDER = ROOT.parent / "shared"
+# A GPU machine may have them elsewhere: `python -m benchmarks gpu --goldens`.
+FOLDER = Path(os.environ.get("CODEFORMER_REFERENCES") or ROOT.parent / "shared")
 
 
 def path_of(relative: str) -> Path:

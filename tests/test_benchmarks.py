@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -28,7 +29,8 @@ from skimage.metrics import peak_signal_noise_ratio
 
 from benchmarks import options, runner
 from benchmarks.measure import Samples, Summary, interleave, rotated, timings_of
-from benchmarks.programs import faces, full_size, parts, quality, requests, soak, stages
+from benchmarks.peer_worker import outputs_of
+from benchmarks.programs import faces, full_size, gpu, peers, quality, requests, soak, stages
 from benchmarks.results import PRICES, PROGRAMS, Device, Prices, read_model
 from benchmarks.runner import TOOLS, main, read_report, run
 from benchmarks.server import Answer, as_input, check_port, running_server
@@ -40,12 +42,13 @@ from codeformer.evaluation import metrics
 from codeformer.imaging import quality as image_quality
 from codeformer.imaging.files import encode_jpeg
 from codeformer.imaging.geometry import FFHQ_TEMPLATE_XY, crop_face, estimate_similarity
+from codeformer.networks.codeformer import CodeFormer
 from codeformer.networks.gfpgan import GFPGANv1Clean
-from codeformer.networks.retinaface import build_retinaface
+from codeformer.networks.inference import for_inference
 from codeformer.weights.manifest import load_weight_set
 from data.make_pictures import LANDMARKS_XY, draw, encode, plan
 from tests import pictures
-from tests.conftest import CPU, TINY_GFPGAN_CONFIG
+from tests.conftest import CPU, TINY_CONFIG, TINY_GFPGAN_CONFIG
 from tests.shared import ROOT
 
 COMMITTED = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
@@ -565,26 +568,6 @@ def test_parts_are_compared_with_upstreams_way(tiny_weights: Path, tmp_path: Pat
     assert upstreams.to_first.p50 == pytest.approx(upstreams.ms.p50 / ours.ms.p50, rel=0.5)
 
 
-@pytest.mark.parametrize(
-    ("build", "side"),
-    [
-        (lambda: build_retinaface("mobile0.25"), 96),
-        (lambda: GFPGANv1Clean(out_size=64, **TINY_GFPGAN_CONFIG), 64),
-    ],
-    ids=["detector", "gfpgan"],
-)
-@torch.inference_mode()
-def test_the_forms_of_a_network_compute_the_same(build: Any, side: int) -> None:
-    torch.manual_seed(0)
-    calls = parts.forms_of(build().eval(), torch.rand(1, 3, side, side) * 2 - 1)
-    expected = calls.pop("as published")()[0]
-    half, channels_last, rewritten, rewritten_half = (call()[0] for call in calls.values())
-    torch.testing.assert_close(channels_last, expected, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(rewritten, expected, rtol=1e-4, atol=1e-4)
-    for rounded in (half, rewritten_half):
-        assert 1e-5 < float((rounded.float() - expected).norm() / expected.norm()) < 0.05
-
-
 @torch.inference_mode()
 def test_official_sizes_keep_the_sets_answers(tiny_weights: Path) -> None:
     models = load_models(load_weight_set(tiny_weights), CPU)
@@ -605,6 +588,167 @@ def test_operations_are_counted_as_arithmetic_says() -> None:
     convolution = torch.nn.Conv2d(8, 16, 3, padding=1, bias=False)
     counted = stages.gflop_of(lambda: convolution(torch.zeros(1, 8, 32, 32)))
     assert counted == pytest.approx(2 * 9 * 8 * 16 * 32 * 32 / 1e9)
+
+
+# Peers.
+
+
+FAKE_PEER = """
+import json, sys, time
+print(json.dumps({"version": "fake 1"}), flush=True)
+for number, line in enumerate(sys.stdin):
+    if number == int(sys.argv[1]):
+        sys.exit(7)
+    if path := json.loads(line)["save"]:
+        open(path, "w").write("saved")
+    print(json.dumps({"ms": 10.0 * number}), flush=True)
+"""
+
+
+def test_a_worker_answers_in_turn_and_its_death_is_told(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", FAKE_PEER, "2"]
+    with peers.Worker.started(command, tmp_path / "log") as worker:
+        assert worker.version == "fake 1"
+        assert worker.run(tmp_path / "saved") == 0
+        assert (tmp_path / "saved").read_text() == "saved"
+        assert worker.run() == 10
+        for _ in range(2):
+            with pytest.raises(BenchmarkError, match=r"ended with status 7"):
+                worker.run()
+    with (
+        pytest.raises(BenchmarkError, match=r"ended with status 3"),
+        peers.Worker.started([sys.executable, "-c", "raise SystemExit(3)"], tmp_path / "log"),
+    ):
+        pytest.fail("it has started")
+    with peers.Worker.started([sys.executable, "-c", FAKE_PEER, "9"], tmp_path / "log") as worker:
+        process = worker.process
+    assert process.returncode is not None
+
+
+@pytest.mark.slow
+def test_peers_that_die_or_are_missing_are_rows_with_a_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(full_size.NETWORKS, "restorer", partial(CodeFormer, **TINY_CONFIG))
+    monkeypatch.setattr(
+        peers,
+        "measure_ceilings",
+        lambda *_: stages.Ceilings(gflops={"float32": 10.0}, host_copy_gbytes_per_s=2.0),
+    )
+    monkeypatch.setattr(peers, "cpu_multiplies_bfloat16", lambda: True)
+    commands = peers.command_of
+
+    def command_of(form: str, files: Path, given: Any) -> list[str]:
+        # Dies in the second round that counts.
+        fake = [sys.executable, "-c", FAKE_PEER, "3"]
+        return fake if form == "spandrel" else commands(form, files, given)
+
+    monkeypatch.setattr(peers, "command_of", command_of)
+    arguments = [
+        "--networks",
+        "restorer",
+        "--environments",
+        tmp_path / "none",
+        "--threads",
+        1,
+        "--repeats",
+        2,
+    ]
+    status, result = measured("peers", *arguments, output=tmp_path / "peers.json")
+    assert status == 0
+    rows = result.rows["restorer"]
+    assert rows["spandrel"].left_out == "ended with status 7."
+    assert rows["spandrel"].ms is None
+    assert "not exported: no environment" in rows["onnxruntime"].left_out
+    published, rewritten, half = (rows[name] for name in ("published", "rewritten", "rewritten bfloat16"))
+    assert published.version.startswith("torch 2.")
+    assert published.to_first is None
+    assert rewritten.to_first.count == published.ms.count == 2
+    # Rounding errors, and more of them in half precision.
+    assert 0 < published.largest_deviation < 1e-3
+    assert 0 < rewritten.largest_deviation < 1e-2
+    assert rewritten.mean_deviation < half.mean_deviation < half.largest_deviation
+    assert published.equal_choices == 1
+    limit = result.limits["restorer"]
+    assert limit.arithmetic_ms == pytest.approx(limit.gflop * 100, rel=1e-2)
+    assert limit.traffic_ms == pytest.approx(limit.gbytes * 500, rel=1e-2)
+    assert limit.gbytes > 0.05
+    longest_ms = max(limit.arithmetic_ms, limit.traffic_ms)
+    assert published.times_limit == pytest.approx(published.ms.p50 / longest_ms, rel=0.05)
+
+
+@torch.inference_mode()
+def test_the_forms_of_a_network_compute_the_same() -> None:
+    network = GFPGANv1Clean(out_size=64, **TINY_GFPGAN_CONFIG).eval()
+    x = torch.rand(1, 3, 64, 64) * 2 - 1
+    expected = network(x)[0]
+    forms = [(network, None), (for_inference(network), None), (for_inference(network), torch.bfloat16)]
+    published, rewritten, half = (outputs_of(form, dtype)(x)["output"] for form, dtype in forms)
+    assert torch.equal(published, expected)
+    torch.testing.assert_close(rewritten, expected, rtol=1e-4, atol=1e-4)
+    assert half.dtype == torch.float32
+    assert 1e-5 < float((half - expected).norm() / expected.norm()) < 0.05
+
+
+# A GPU.
+
+
+@pytest.mark.slow
+def test_what_a_gpu_is_to_show_runs_in_small_on_a_cpu(tiny_weights: Path, tmp_path: Path) -> None:
+    names = ["setup", "graphs", "predecessor", "layouts", "sizes", "shortages"]
+    arguments = ["--weights", tiny_weights, "--device", "cpu", "--repeats", 1, "--only", *names]
+    status, result = measured("gpu", *arguments, output=tmp_path / "gpu.json")
+    assert status == 0
+    assert "nothing ran on a GPU" in result.ran_on
+    outcomes = {name: section.outcome for name, section in result.sections.items()}
+    assert outcomes == dict.fromkeys(names, "done") | {"shortages": "not run: needs a GPU"}
+    for section, variant in (("graphs", "compiled (eager backend)"), ("layouts", "channels_last")):
+        facts = result.facts[section]
+        assert facts[f"{variant}: share of codes as in safe mode"] == 1
+        # Another order of additions.
+        assert 0 <= facts[f"1 faces, w 0.5, {variant}: mean difference, levels"] < 0.05
+        assert result.times[section][f"2 faces, w 0.5, {variant}"].to_first.count == 1
+    assert result.facts["setup"]["max_speed/optimized/none, first request, s"] > 0
+    assert set(result.times["predecessor"]) == {"1 faces, predecessor", "1 faces, ours"}
+    assert result.times["sizes"]["second visit of 3 sizes"].ms.count == 3
+    html = (tmp_path / "gpu.html").read_text()
+    assert "nothing ran on a GPU" in html
+    assert html.count("<h2>") == 1
+
+
+def test_a_section_that_fails_or_takes_too_long_is_a_result(
+    blind_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(rig: gpu.Rig) -> None:
+        rig.facts["found before"] = 1
+        raise RuntimeError("CUDA error: an illegal memory access")
+
+    def slow(rig: gpu.Rig) -> None:
+        with contextlib.suppress(OSError):
+            time.sleep(60)
+
+    def fine(rig: gpu.Rig) -> None:
+        rig.facts["found"] = True
+
+    sections = (("broken", broken, 0.5, False), ("slow", slow, 0.01, False), ("fine", fine, 0.5, False))
+    monkeypatch.setattr(gpu, "SECTIONS", (*sections, ("elsewhere", broken, 0.5, True)))
+    arguments = ["--weights", blind_weights, "--device", "cpu", "--budget-s", 50]
+    handler, started = signal.getsignal(signal.SIGALRM), time.monotonic()
+    status, result = measured("gpu", *arguments, output=tmp_path / "gpu.json")
+    assert time.monotonic() - started < 30
+    assert status == 1
+    outcomes = {name: section.outcome for name, section in result.sections.items()}
+    assert outcomes["broken"] == "RuntimeError: CUDA error: an illegal memory access"
+    assert "OverTimeError" in outcomes["slow"]
+    assert (outcomes["fine"], outcomes["elsewhere"]) == ("done", "not run: needs a GPU")
+    assert (result.facts["broken"], result.facts["fine"]) == ({"found before": 1}, {"found": True})
+    assert [problem.partition(":")[0] for problem in result.problems()] == ["broken", "slow"]
+    assert "illegal memory access" in capsys.readouterr().err
+    # pytest's own time limit is in force again.
+    assert signal.getsignal(signal.SIGALRM) is handler
+    assert signal.getitimer(signal.ITIMER_REAL)[0] > 0
+    assert main(["gpu", "--only", "poem", "--output", str(tmp_path / "x.json")]) == 1
+    assert "--only poem: expected some of broken, slow" in capsys.readouterr().err
 
 
 # Quality.
