@@ -107,7 +107,7 @@ def test_a_machine_with_weights_can_restore_and_the_screen_says_so(
     assert len(screen.splitlines()) < 25
     for text in (
         "fast computes in float32",
-        "lite (chosen): restorer, detector verified",
+        "lite (chosen): restorer, detector, gfpgan verified",
         "can be restored here",
     ):
         assert text in screen
@@ -137,10 +137,15 @@ def test_files_that_lack_are_a_problem_with_its_remedy(
 
 
 def test_restorers_of_the_environment_have_to_be_there(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_weights: Path
 ) -> None:
     monkeypatch.setenv("CODEFORMER_RESTORERS", "codeformer,gfpgan")
-    code, found = ask("--weights", "lite", capsys=capsys)
+    weights = tmp_path / "without"
+    shutil.copytree(tiny_weights, weights)
+    manifest = json.loads((weights / "manifest.json").read_text())
+    del manifest["gfpgan"]
+    (weights / "manifest.json").write_text(json.dumps(manifest))
+    code, found = ask("--weights", str(weights), capsys=capsys)
     assert code == 1
     assert "no weights for gfpgan" in found["problems"][0]
 

@@ -100,7 +100,9 @@ def test_restoring_commutes_with_turning(detector: FaceDetector, turns: int) -> 
     error = np.abs(result.image_bgr.astype(int) - expected)
     # The crop is sampled along rotated axes.
     assert error[changed].mean() < 1.5, error[changed].mean()
-    assert error[~changed].max() <= 2
+    # A mask begins a pixel earlier or later where its crop is sampled along other axes.
+    assert error[~changed].max() <= 8
+    assert (error[~changed] > 2).sum() < 20
 
 
 @pytest.mark.parametrize("angle", [-35.0, 25.0, 40.0])
