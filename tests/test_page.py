@@ -294,7 +294,7 @@ def test_everything_has_a_name_and_is_reached_by_keyboard(page: Page) -> None:
         if reached[-1] == "button primary download":
             break
     assert reached == [
-        *("tab-restore", "photos", "restorer", "hint", "fidelity", "strength", "more", "again"),
+        *("tab-restore", "photos", "restorer", "fidelity", "strength", "more", "again"),
         # Of the photo: the slider, its face, the boxes.
         *("remove", "slide", "check", "check boxes-shown", "button primary download"),
     ]
