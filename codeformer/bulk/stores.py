@@ -327,6 +327,7 @@ def _open_system(scheme: str, authority: str, query: str) -> tuple[Any, str]:
     options = "&".join(filter(None, (query, _DEFAULT_QUERY.get(scheme, ""))))
     try:
         system, base = fs.FileSystem.from_uri(f"{scheme}://{authority}" + (f"?{options}" if options else ""))
+    # For an address that it cannot parse, and for a kind of store that it was built without.
     except (arrow.ArrowInvalid, arrow.ArrowNotImplementedError) as cause:
         raise BulkError(
             f"{scheme}://{authority}: expected the address of a folder, a file or a bucket that pyarrow "

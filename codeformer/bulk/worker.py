@@ -249,12 +249,12 @@ class Worker:
                         flight.land(keep)
                 while flight.writing:
                     flight.land(keep)
-            except BaseException:
+            finally:
+                # Left after a failure or Ctrl-C: what is being written is recorded, what waits is not begun.
                 files.shutdown(wait=True, cancel_futures=True)
                 for future in flight.writing:
                     if not future.cancelled() and future.exception() is None:
                         keep(future.result())
-                raise
 
     def _decoded(
         self, tasks: Sequence[_Task], files: ThreadPoolExecutor, flight: "_Flight", stop: threading.Event
