@@ -27,9 +27,11 @@ _IN_DOUBT: Final = 0.2
 # Hard negatives for each positive, and at least so many for a scene.
 _NEGATIVES: Final = 7
 _FEWEST_NEGATIVES: Final = 30
-# Landmarks weigh most: faces are aligned by them, and they suffer first.
+# Landmarks weigh most: faces are aligned by them, and they suffer first. Their errors count linearly down to a
+# hundredth of an anchor, since squares would let the small ones be.
 _BOX_WEIGHT: Final = 2.0
-_LANDMARK_WEIGHT: Final = 5.0
+_LANDMARK_WEIGHT: Final = 3.0
+_LANDMARK_BETA: Final = 0.1
 # How much of the score a ghost costs, in faces that are not found.
 _GHOST_COST: Final = 1.0
 
@@ -67,7 +69,9 @@ class HardeningStage:
             / total
             / 4,
             "landmarks": _LANDMARK_WEIGHT
-            * F.smooth_l1_loss(ours.landmarks[is_face], truth[:, 4:], reduction="sum")
+            * F.smooth_l1_loss(
+                ours.landmarks[is_face], truth[:, 4:], reduction="sum", beta=_LANDMARK_BETA
+            )
             / total
             / 10,
         }

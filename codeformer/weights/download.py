@@ -172,12 +172,18 @@ def _download(
         try:
             _transfer(source, partial, have, file.size_bytes, bar, timeout_s)
         except requests.RequestException as cause:
-            raise _SourceFailedError(f"{type(cause).__name__}: {cause}", final=False) from cause
+            raise _SourceFailedError(_reason(cause), final=False) from cause
     digest = _sha256_of(partial)
     if digest != file.sha256:
         # It is unknown which bytes are wrong, so all are discarded.
         partial.unlink()
         raise _SourceFailedError(f"delivered a file with sha256 {digest}", final=have == 0)
+
+
+def _reason(failure: BaseException) -> str:
+    """What the system said, from under the wrappers of requests and urllib3, which repeat the address."""
+    inner = failure.__cause__ or failure.__context__
+    return _reason(inner) if inner else f"{type(failure).__name__}: {failure}"
 
 
 def _transfer(
