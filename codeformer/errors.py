@@ -188,8 +188,8 @@ class DownloadError(WeightsError):
         super().__init__(
             f"Weight file {path}: expected {expected}, but no source delivered it:{tried}\n"
             "Check the network and try again (a partial download is resumed), or put the file there by other "
-            "means; it is verified before use. The weight set lite comes with the project and needs no network "
-            "(--weights lite, or CODEFORMER_WEIGHTS=lite)."
+            "means; it is verified before use. The weight set lite comes with the project and needs no "
+            "network (--weights lite, or CODEFORMER_WEIGHTS=lite)."
         )
 
 

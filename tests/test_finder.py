@@ -199,6 +199,65 @@ def face_at(x: float, y: float, size: float = 1.0, landmarks_xy: np.ndarray = FF
     return Detection(np.array(box, np.float32), 0.9, landmarks.astype(np.float32))
 
 
+def fainter(face: Detection) -> Detection:
+    return Detection(face.box_xyxy, face.score - 0.1, face.landmarks_xy)
+
+
+class UpsideDown(FirstLookDetector):
+    """Sees other faces in the picture turned by half, whose left upper corner is white before that.
+
+    Args:
+        first: the first look's answer.
+        turned: faces in the turned picture of 1000 px.
+        again: for each time that detections are looked at again, the answers by the number of the view.
+    """
+
+    def __init__(
+        self,
+        first: Sequence[Detection],
+        turned: Sequence[Detection],
+        again: Sequence[dict[int, Detection]],
+    ) -> None:
+        super().__init__(first)
+        self._turned, self._again = turned, list(again)
+
+    def detect_at_size(self, batch_bgr: np.ndarray, *, score_threshold: float = 0.8) -> list[list[Detection]]:
+        if len(batch_bgr) > 1:
+            answers = self._again.pop(0)
+            return [[answers[number]] if number in answers else [] for number in range(len(batch_bgr))]
+        side = batch_bgr.shape[1]
+        is_turned = batch_bgr[0, -2, -2].min() == 255
+        return [[face.in_original(1000 / side) for face in self._turned] if is_turned else []]
+
+
+def find_in_marked_picture(detector: FaceDetector) -> FoundFaces:
+    picture = np.zeros((1000, 1000, 3), np.uint8)
+    picture[:20, :20] = 255
+    [found] = FaceFinder(detector).find([WorkingCopy(picture, 1.0)])
+    return found
+
+
+def test_small_faces_that_no_view_confirms_are_kept_in_the_orientation_of_the_others() -> None:
+    on_its_side = FFHQ_TEMPLATE_XY[:, ::-1] * [1, -1] + [0, 512]
+    faces = [face_at(300, 300, 0.22), face_at(700, 500, 0.2), face_at(500, 200, 0.2, on_its_side)]
+    # The view of 256 px around the first, in the same orientation.
+    detector = UpsideDown([], faces, [{2: face_at(128, 128, 0.27)}])
+    found = find_in_marked_picture(detector)
+    assert (found.ghosts, found.skipped) == (0, [])
+    for face, expected in zip(found.faces, faces[:2], strict=True):
+        assert offset(face.landmarks_xy, turned_points(expected.landmarks_xy, 2, (1000, 1000))) < 0.05
+
+
+def test_an_upright_detection_across_the_chin_of_a_face_upside_down_is_no_face() -> None:
+    ghost, face = face_at(500, 530, 0.2), face_at(499, 499, 0.2)
+    # A view has two or three times the side of the box, 64 px; turned by half, it has the face further down.
+    quick = {0: fainter(face_at(64, 64, 0.2)), 2: face_at(64, 94, 0.2)}
+    thorough = {0: fainter(face_at(128, 128, 0.267)), 2: face_at(128, 168, 0.267)}
+    detector = UpsideDown([ghost], [face], [quick, thorough, {2: face_at(128, 128, 0.267)}])
+    [found] = find_in_marked_picture(detector).faces
+    assert offset(found.landmarks_xy, turned_points(face.landmarks_xy, 2, (1000, 1000))) < 0.1
+
+
 def test_a_detection_that_no_view_confirms_is_kept_only_if_small_in_a_large_picture() -> None:
     picture = np.zeros((1000, 1000, 3), np.uint8)
     small, large = face_at(300, 300, 0.2), face_at(600, 600)

@@ -49,6 +49,7 @@ _MARGIN: Final = 0.65
 # for small faces seen in one orientation, in shorter sides of the picture: landmarks are no finer than that.
 _SAME_CENTRE: Final = 0.25
 _SAME_BOX: Final = 0.4
+_SAME_BOX_TURNED: Final = 0.2
 _SAME_POSE: Final = 0.35
 _FINEST: Final = 0.0125
 
@@ -114,6 +115,11 @@ class _Candidate:
     def rank(self) -> float:
         """To choose among detections at one place."""
         return self.value - _LARGE_COST * self.is_large
+
+    @property
+    def is_plausible(self) -> bool:
+        """Whether it deviates no more from an upright face, in its orientation, than most faces do."""
+        return self.value == self.detection.score
 
 
 def is_second_look_on(environment: Mapping[str, str] = os.environ) -> bool:
@@ -185,6 +191,7 @@ class _SecondLook:
         # More detections than there may be faces: what holds for the best of them holds for the others.
         others = found[len(first) :]
         unseen_others = 0 if 2 * len(faces) >= len(first) else len(others)
+        turned: list[_Candidate] = []
         if len(faces) < len(first) or not faces:
             framed = self._search(0, _MARGIN)
             turned = [candidate for turns in (1, 2, 3) for candidate in self._search(turns)]
@@ -193,8 +200,15 @@ class _SecondLook:
         faces = self._placed_well(faces)
 
         # People in a picture mostly have one orientation: a small face that no view shows well is taken for
-        # upright where all others are.
+        # one in the orientation that all others have.
         has_others, all_upright = bool(faces), all(face.turns == 0 for face in faces)
+        if len({face.turns for face in faces}) == 1:
+            like_others = [
+                one
+                for one in turned
+                if one.turns == faces[0].turns and one.is_plausible and not self._is_detail(one)
+            ]
+            faces += self._best(like_others, faces)
         skipped: list[tuple[Detection, str]] = []
         ghosts = unseen_others
         for one, verdict in zip(first, verdicts, strict=True):
@@ -204,7 +218,7 @@ class _SecondLook:
                 ghosts += 1
             elif (
                 not self._is_detail(one)
-                and _is_plausible(one.detection)
+                and one.is_plausible
                 and all_upright
                 and (has_others or verdict is _Verdict.UNSEEN)
             ):
@@ -338,7 +352,7 @@ class _SecondLook:
 def _verdict(
     candidate: _Candidate, views: Iterable[_Candidate], shorter_side: int, seen: float = _SEEN
 ) -> _Verdict:
-    near = [view for view in views if view.detection.score >= seen and _is_at(view, [candidate])]
+    near = [view for view in views if view.detection.score >= seen and _competes(view, candidate)]
     if not near:
         return _Verdict.UNSEEN
     best = max(near, key=lambda view: view.value)
@@ -355,6 +369,13 @@ def _verdict(
         is_between = candidate.value >= best.value - _BETWEEN_TURNS
         agrees = is_between and _offset(one, other) < _SAME_POSE * _eyes(one, other)
     return _Verdict.CONFIRMED if agrees else _Verdict.OTHER_POSE
+
+
+def _competes(view: _Candidate, candidate: _Candidate) -> bool:
+    """Whether both cannot be faces; two that overlap are hardly in different orientations."""
+    if view.turns != candidate.turns and _overlap(view.detection, candidate.detection) > _SAME_BOX_TURNED:
+        return True
+    return _is_same_place(view.detection, candidate.detection)
 
 
 def _offset(one: Detection, other: Detection) -> float:
@@ -435,11 +456,6 @@ def _pose(detection: Detection) -> tuple[float, float, float]:
     eyes = float(abs(factor) * abs(template[1] - template[0]))
     residual = float(np.sqrt((abs(landmarks - factor * template) ** 2).mean()))
     return float(np.degrees(np.angle(factor))), residual / max(eyes, 1e-6), eyes
-
-
-def _is_plausible(detection: Detection) -> bool:
-    tilt, residual, _ = _pose(detection)
-    return abs(tilt) <= _USUAL_TILT and residual <= _USUAL_RESIDUAL
 
 
 def _value(detection: Detection) -> float:

@@ -27,8 +27,8 @@ _IN_DOUBT: Final = 0.2
 # Hard negatives for each positive, and at least so many for a scene.
 _NEGATIVES: Final = 7
 _FEWEST_NEGATIVES: Final = 30
-# Landmarks weigh most: faces are aligned by them, and they suffer first. Their errors count linearly down to a
-# hundredth of an anchor, since squares would let the small ones be.
+# Landmarks weigh most: faces are aligned by them, and they suffer first. Their errors count linearly down
+# to a hundredth of an anchor, since squares would let the small ones be.
 _BOX_WEIGHT: Final = 2.0
 _LANDMARK_WEIGHT: Final = 3.0
 _LANDMARK_BETA: Final = 0.1
@@ -69,9 +69,7 @@ class HardeningStage:
             / total
             / 4,
             "landmarks": _LANDMARK_WEIGHT
-            * F.smooth_l1_loss(
-                ours.landmarks[is_face], truth[:, 4:], reduction="sum", beta=_LANDMARK_BETA
-            )
+            * F.smooth_l1_loss(ours.landmarks[is_face], truth[:, 4:], reduction="sum", beta=_LANDMARK_BETA)
             / total
             / 10,
         }
