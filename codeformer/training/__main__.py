@@ -42,7 +42,7 @@ from codeformer.training.faces import (
     split_pictures,
 )
 from codeformer.training.gfpgan import GfpganStage, begin_from_correction
-from codeformer.training.hardening import HardeningStage
+from codeformer.training.hardening import HardeningStage, blended
 from codeformer.training.labelled import LabelledScenes, faceless_pictures, teacher_labels
 from codeformer.training.loop import Options, digest_of, read_checkpoint, train
 from codeformer.training.page import write_page
@@ -508,6 +508,9 @@ def _export(options: argparse.Namespace) -> None:
             _check_begun_from(later, read_checkpoint(later), earlier)
         for path in found[:1]:
             checkpoint = read_checkpoint(path)
+            if path.stem == "hardened":
+                before = read_checkpoint(options.run / "detector.pt")["average"]
+                checkpoint["average"] = blended(before, checkpoint["average"])
             entries[role] = export_network(checkpoint, role, options.to, options.licence)
             print(
                 f"{options.to / entries[role]['file']}: {entries[role]['bytes'] / 1e6:.2f} MB, from step "
