@@ -15,8 +15,8 @@ Report = Callable[[Path, str], None]
 
 # Files of macOS, Windows and other systems, in addition to names that begin with a dot.
 _HIDDEN: Final = frozenset(
-    {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx", "$recycle.bin"}
-    | {"system volume information", "@eadir"}
+    {"thumbs.db", "thumbs.db:encryptable", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "picasa.ini"}
+    | {"icon\r", "__macosx", "$recycle.bin", "system volume information", "@eadir", "#recycle"}
 )
 
 
