@@ -481,6 +481,13 @@ def test_every_other_16_bit_tiff_is_scaled_from_both_bytes(options: dict[str, An
     np.testing.assert_array_equal(decode_image(grey), np.full((30, 40, 3), expected[0, 0, 2]))
 
 
+def test_what_opencv_cannot_decode_it_does_not_complain_of(capfd: pytest.CaptureFixture[str]) -> None:
+    samples = gradient().astype(np.uint16) * 257
+    decoded = decode_image(tiff(samples, photometric="rgb", compression="lzma"))
+    assert_pictures_close(decoded, gradient()[:, :, ::-1], mean=0, within=0)
+    assert capfd.readouterr().err == ""
+
+
 def test_grey_tiffs_with_alpha_are_put_on_white_or_refused_by_name() -> None:
     half = np.tile(np.array([64, 128], np.uint8), (4, 4, 1))
     grey = decode_image(tiff(half, photometric="minisblack", extrasamples=["assocalpha"]))
