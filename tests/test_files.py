@@ -704,6 +704,26 @@ def test_a_jpeg_that_lacks_more_is_damaged(encoding: str) -> None:
                 decode_image(whole[:cut] + tail)
 
 
+def test_a_marker_of_noise_does_not_make_a_jpeg_decode_without_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    whole = save(Image.fromarray(gradient(200, 300)), "JPEG", restart_marker_rows=1)
+    # Seems to begin a segment that is longer than the rest of the file.
+    damaged = whole[:-300] + b"\xff\xe5\xff\xf0" + whole[-300:-2]
+    opened = 0
+    really = Image.open
+
+    def count(*arguments: Any, **options: Any) -> Any:
+        nonlocal opened
+        opened += 1
+        return really(*arguments, **options)
+
+    monkeypatch.setattr(Image, "open", count)
+    with pytest.raises(ImageError, match="damaged or cut short"):
+        decode_image(damaged)
+    assert opened <= 7
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_missing_data_is_detected_in_a_white_picture(seed: int) -> None:
     noise = np.random.default_rng(seed).normal(0, 1 + seed, (60, 203, 3))

@@ -122,7 +122,7 @@ def refusal_reason(path: Path) -> str | None:
         kind = kind_of(stream)
         if kind is not None:
             return kind.refusal
-        return f"{UNKNOWN}." if stream.seek(0, os.SEEK_END) else "the file is empty."
+        return f"{UNKNOWN}." if stream.seek(0, os.SEEK_END) else "the file is empty; use an intact copy."
 
 
 def _is_folder(path: Path) -> bool:

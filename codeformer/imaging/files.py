@@ -203,7 +203,7 @@ def encode_result(
 
 def _pixels_of(data: bytes, index: int | None, limits: Limits, *, keep: bool) -> _Pixels:
     if not data:
-        raise ImageError("the file is empty.", index)
+        raise ImageError("the file is empty; use an intact copy.", index)
     kind = kind_of(io.BytesIO(data))
     if kind is not None and kind.refusal is not None:
         raise ImageError(kind.refusal, index)
