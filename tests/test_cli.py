@@ -4,6 +4,8 @@ import argparse
 import errno
 import io
 import json
+import logging
+import logging.handlers
 import os
 import shlex
 import shutil
@@ -151,7 +153,15 @@ def test_an_empty_folder_and_a_missing_photo(tmp_path: Path, capsys: pytest.Capt
 def test_an_output_that_is_a_file(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "out").write_text("a file")
     assert main(["restore", str(folder), "-o", str(tmp_path / "out")]) == 1
-    assert "--output" in capsys.readouterr().err
+    assert "out: cannot be written (it is a file; name a folder)." in capsys.readouterr().err
+
+
+def test_an_output_whose_name_is_too_long(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / ("o" * 300)
+    assert main(["restore", str(folder), "-o", str(output)]) == 1
+    assert f"error: --output {output}: cannot be read (File name too long)." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -460,6 +470,8 @@ def test_photos_in_a_folder_are_recognised_by_their_content(
     put(album / "_f.TIFF", 30, ".tiff")
     for hidden in ("._a.jfif", ".DS_Store", "Thumbs.db", "desktop.ini", ".hidden.jpg", ".cache/x.jpg"):
         put(album / hidden, 40)
+    for hidden in ("ehthumbs_vista.db", "Thumbs.db:encryptable", "Picasa.ini", "__MACOSX/._a.jpg"):
+        put(album / hidden, 40)
     (album / "raw.jpg").write_bytes(b"FUJIFILMCCD-RAW 0201" + bytes(99))
     (album / "notes.jpg").write_text("words")
     (album / "empty.jpg").touch()
@@ -531,9 +543,9 @@ def test_a_file_of_another_origin_is_replaced_only_with_overwrite(tmp_path: Path
     assert restore(photo, "-o", other.parent) == 0
     assert restore(photo, "-o", other.parent) == 0
     assert heights(other.parent) == {"x.jpg": 50, "x_2.jpg": 20}
-    (other.parent / "x_2.jpg").unlink()
     assert restore(photo, "-o", other.parent, "--overwrite") == 0
-    assert heights(other.parent) == {"x.jpg": 20}
+    assert heights(other.parent) == {"x.jpg": 20, "x_2.jpg": 20}
+    (other.parent / "x_2.jpg").unlink()
     # The result of another photo is not replaced even then.
     assert restore(put(tmp_path / "C" / "x.png", 21), "-o", other.parent, "--overwrite") == 0
     assert heights(other.parent) == {"x.jpg": 20, "x_2.jpg": 21}
@@ -704,10 +716,22 @@ def test_local_errors_name_the_file_and_do_not_mention_sending(
     assert f"failed: {cut}: the file is damaged or cut short" in said
     assert f"failed: {good}: restore failed on face 2: OutOfMemoryError" in said
     assert "send" not in said.lower()
-    # Only log lines may count pictures; the messages of the command line name the file.
-    told = [line for line in said.replace("\r", "\n").splitlines() if "failed" in line]
-    assert len(told) >= 3
-    assert not any("image 1" in line.lower() for line in told)
+    assert "image 1" not in said.lower()
+
+
+def test_log_lines_name_the_photo_and_not_its_number(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    photo = put(tmp_path / "photo.jpg", 20, ".jpg")
+    photo.write_bytes(photo.read_bytes()[:-2])
+    logging.getLogger().addHandler(seen := logging.handlers.BufferingHandler(100))
+    try:
+        assert restore(photo, "-o", tmp_path / "out") == 0
+    finally:
+        logging.getLogger().removeHandler(seen)
+    assert f"{photo}: lacks its end marker, but no rows are missing" in [
+        record.getMessage() for record in seen.buffer
+    ]
 
 
 def test_a_missing_photo_is_reported_before_networks_are_loaded(
@@ -777,6 +801,31 @@ def test_nothing_partial_is_left_however_a_run_ends(
     ends = {KeyboardInterrupt: 130, BrokenPipeError: 1, PermissionError: 1}
     assert restore(put(tmp_path / "a.png", 20), "-o", tmp_path / "out", "--compare") == ends[failure]
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_ctrl_c_within_an_import_ends_the_process_whatever_the_import_makes_of_it(tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text(
+        "import time\nprint('importing', flush=True)\n"
+        "try:\n    time.sleep(100)\nexcept KeyboardInterrupt:\n    pass\n"
+    )
+    code = (
+        "import codeformer.cli.main as cli, codeformer.__main__ as entry\n"
+        "cli.main = lambda: __import__('slow') and 0\n"
+        "raise SystemExit(entry.start())"
+    )
+    run = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert run.stdout is not None
+    assert run.stdout.readline() == "importing\n"
+    run.send_signal(signal.SIGINT)
+    _, said = run.communicate(timeout=100)
+    assert (run.returncode, said) == (130, "stopped.\n")
 
 
 def start(*arguments: object, **options: Any) -> "subprocess.Popen[str]":

@@ -306,10 +306,12 @@ def test_the_command_writes_a_page(
         (["--price", "1"], "price: expected an amount per hour"),
         (["--fidelities", "2"], "codeformer_fidelity: expected a number from 0"),
         (["--clean", "notes.txt"], "notes.txt: not a picture that can be read here"),
+        (["--clean", "gone.png"], "gone.png: the file cannot be read (No such file or directory)"),
+        (["--clean", "x" * 300], f"{'x' * 300}: the file cannot be read (File name too long)"),
         (["-o", "missing/page.html"], "it cannot be written (No such file or directory)"),
     ],
 )
-def test_the_command_says_what_is_wrong(
+def test_the_command_says_what_is_wrong_before_networks_are_loaded(
     photos: list[str],
     more: list[str],
     message: str,
@@ -319,6 +321,7 @@ def test_the_command_says_what_is_wrong(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Pipeline, "load", None)
     (tmp_path / "notes.txt").write_text("no photo")
     before = (tmp_path / "photo.png").read_bytes()
     assert main(["compare", *photos, str(tiny_weights), "--fidelities", "1", *more]) == 1

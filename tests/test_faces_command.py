@@ -162,9 +162,9 @@ def test_a_full_disk_ends_the_run_and_lists_nothing_that_is_not_there(
         return write(path, data)
 
     monkeypatch.setattr(Path, "write_bytes", fill)
-    monkeypatch.setattr("codeformer.cli.main._discard_output", lambda: None)
     output = tmp_path / "out"
     assert run(*photos, "-o", output) == 1
-    assert os.strerror(errno.ENOSPC) in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"error: --output {output}: expected room for the crops, got: {os.strerror(errno.ENOSPC)};" in said
     assert [line["source"] for line in lines_of(output)] == [str(photos[0])]
     assert {path.name for path in output.iterdir()} == {"faces.jsonl", "a_1_crop.png", "a_1_restored.png"}

@@ -19,6 +19,7 @@ from codeformer.imaging.files import (
     decode_photo,
     encode_jpeg,
     encode_result,
+    size_of,
 )
 from codeformer.limits import Limits
 from codeformer.options import DEFAULT_QUALITY, Output
@@ -480,6 +481,13 @@ def test_every_other_16_bit_tiff_is_scaled_from_both_bytes(options: dict[str, An
     np.testing.assert_array_equal(decode_image(grey), np.full((30, 40, 3), expected[0, 0, 2]))
 
 
+def test_what_opencv_cannot_decode_it_does_not_complain_of(capfd: pytest.CaptureFixture[str]) -> None:
+    samples = gradient().astype(np.uint16) * 257
+    decoded = decode_image(tiff(samples, photometric="rgb", compression="lzma"))
+    assert_pictures_close(decoded, gradient()[:, :, ::-1], mean=0, within=0)
+    assert capfd.readouterr().err == ""
+
+
 def test_grey_tiffs_with_alpha_are_put_on_white_or_refused_by_name() -> None:
     half = np.tile(np.array([64, 128], np.uint8), (4, 4, 1))
     grey = decode_image(tiff(half, photometric="minisblack", extrasamples=["assocalpha"]))
@@ -531,6 +539,25 @@ def test_a_photo_with_damaged_exif_data_is_accepted() -> None:
         assert decoded.shape in {(40, 60, 3), (60, 40, 3)}
 
 
+def bmp_with_masks(
+    masks: tuple[int, int, int, int], alpha: np.ndarray, *, bits: int, header_bytes: int, compression: int = 3
+) -> bytes:
+    """A BMP of `gradient` whose red, green, blue and alpha lie behind masks; rows go from top to bottom."""
+    rgba = np.dstack([gradient(30, 41), alpha]).astype(np.uint32)
+    pixels = np.zeros((30, 41), np.uint32)
+    for channel, mask in enumerate(masks):
+        if mask:
+            lowest = mask & -mask
+            pixels |= np.rint(rgba[:, :, channel] / 255 * (mask // lowest)).astype(np.uint32) * lowest
+    rows = pixels.astype(f"<u{bits // 8}")
+    body = b"".join(row.tobytes().ljust(-(-41 * bits // 32) * 4, b"\0") for row in rows)
+    header = struct.pack("<IiiHHIIiiII", header_bytes, 41, -30, 1, bits, compression, 0, 2835, 2835, 0, 0)
+    header += struct.pack("<4I", *masks)[: 12 if compression == 3 and header_bytes < 56 else 16]
+    header = header.ljust(header_bytes, b"\0")
+    start = 14 + len(header)
+    return struct.pack("<2sIHHI", b"BM", start + len(body), 0, 0, start) + header + body
+
+
 SEEDS = {
     "jpeg": save(Image.fromarray(gradient()), "JPEG"),
     "cmyk": save(Image.new("CMYK", (30, 20)), "JPEG"),
@@ -539,6 +566,7 @@ SEEDS = {
     "16 bit": cv2.imencode(".png", gradient().astype(np.uint16) * 257)[1].tobytes(),
     "webp": save(Image.fromarray(gradient()), "WEBP"),
     "bmp": save(Image.fromarray(gradient()), "BMP"),
+    "masked bmp": bmp_with_masks((0xF00, 0xF0, 0xF, 0xF000), np.zeros((30, 41)), bits=16, header_bytes=108),
     "tiff": save(Image.fromarray(gradient()), "TIFF", compression="tiff_lzw"),
     "16 bit tiff": cv2.imencode(".tiff", gradient().astype(np.uint16) * 257)[1].tobytes(),
 }
@@ -589,7 +617,10 @@ PNG = save(Image.fromarray(gradient(200, 300)), "PNG")
         (b"<html><body>404</body></html>", "not a picture"),
         (b"%PDF-1.7", "not a picture"),
         (JPEG[:2000], "damaged or cut short"),
-        (JPEG[:20], "not a picture"),
+        (JPEG[:20], "damaged or cut short"),
+        (PNG[:40], "damaged or cut short"),
+        (save(Image.fromarray(gradient()), "GIF")[:20], "damaged or cut short"),
+        (save(Image.fromarray(gradient()), "BMP")[:40], "damaged or cut short"),
         (PNG[: len(PNG) // 2], "damaged or cut short"),
         (PNG[:300] + b"\x00" * 100 + PNG[400:], "damaged or cut short"),
         (png_header(60_000, 60_000), "pixels"),
@@ -673,6 +704,26 @@ def test_a_jpeg_that_lacks_more_is_damaged(encoding: str) -> None:
                 decode_image(whole[:cut] + tail)
 
 
+def test_a_marker_of_noise_does_not_make_a_jpeg_decode_without_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    whole = save(Image.fromarray(gradient(200, 300)), "JPEG", restart_marker_rows=1)
+    # Seems to begin a segment that is longer than the rest of the file.
+    damaged = whole[:-300] + b"\xff\xe5\xff\xf0" + whole[-300:-2]
+    opened = 0
+    really = Image.open
+
+    def count(*arguments: Any, **options: Any) -> Any:
+        nonlocal opened
+        opened += 1
+        return really(*arguments, **options)
+
+    monkeypatch.setattr(Image, "open", count)
+    with pytest.raises(ImageError, match="damaged or cut short"):
+        decode_image(damaged)
+    assert opened <= 7
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_missing_data_is_detected_in_a_white_picture(seed: int) -> None:
     noise = np.random.default_rng(seed).normal(0, 1 + seed, (60, 203, 3))
@@ -707,6 +758,70 @@ def test_a_bmp_whose_alpha_is_zero_everywhere_is_opaque(header_bytes: int) -> No
     np.testing.assert_array_equal(decode_image(bmp_with_alpha(255, header_bytes)), gradient()[:, :, ::-1])
     half = decode_image(bmp_with_alpha(128, header_bytes))
     assert_pictures_close(half, (gradient()[:, :, ::-1] * 0.5 + 127.5).astype(np.uint8), mean=1, within=2)
+
+
+# Opaque on the left side.
+LEFT = np.where(np.arange(41) < 20, np.full((30, 41), 255), 0)
+
+
+def on_white(columns: int) -> np.ndarray:
+    """`gradient` in BGR order, of which so many columns are opaque."""
+    expected = gradient(30, 41)[:, :, ::-1].copy()
+    expected[:, columns:] = 255
+    return expected
+
+
+MASKS = {
+    "A1R5G5B5": (16, (0x7C00, 0x3E0, 0x1F, 0x8000)),
+    "A4R4G4B4": (16, (0xF00, 0xF0, 0xF, 0xF000)),
+    "R4G4B4A4": (16, (0xF000, 0xF00, 0xF0, 0xF)),
+    "R5G6B5": (16, (0xF800, 0x7E0, 0x1F, 0)),
+    "A2R10G10B10": (32, (0x3FF00000, 0xFFC00, 0x3FF, 0xC0000000)),
+    "X8B8G8R8": (32, (0xFF, 0xFF00, 0xFF0000, 0)),
+    "A8B8G8R8": (32, (0xFF, 0xFF00, 0xFF0000, 0xFF000000)),
+}
+
+
+@pytest.mark.parametrize("header_bytes", [56, 108, 124])
+@pytest.mark.parametrize("layout", MASKS)
+def test_a_bmp_is_read_whatever_its_masks_and_its_alpha_is_applied(layout: str, header_bytes: int) -> None:
+    bits, masks = MASKS[layout]
+    within = 1 + max(128 // (mask // (mask & -mask)) for mask in masks[:3])
+    for alpha, opaque in ((np.zeros((30, 41)), 41), (np.full((30, 41), 255), 41), (LEFT, 20)):
+        data = bmp_with_masks(masks, alpha, bits=bits, header_bytes=header_bytes)
+        expected = on_white(opaque if masks[3] else 41)
+        assert_pictures_close(decode_image(data), expected, mean=within, within=within)
+        assert size_of(data) == (41, 30)
+
+
+def test_masks_behind_a_short_bmp_header() -> None:
+    masks = MASKS["A4R4G4B4"][1]
+    # Three masks: what would be alpha is nothing. Four: with the compression that says so.
+    opaque = bmp_with_masks(masks, LEFT, bits=16, header_bytes=40)
+    assert_pictures_close(decode_image(opaque), on_white(41), mean=10, within=10)
+    four = bmp_with_masks(masks, LEFT, bits=16, header_bytes=40, compression=6)
+    assert_pictures_close(decode_image(four), on_white(20), mean=10, within=10)
+
+
+def test_an_unusable_bmp_with_masks_is_named_as_what_it_is() -> None:
+    data = bmp_with_masks(MASKS["A4R4G4B4"][1], np.zeros((30, 41)), bits=16, header_bytes=108)
+    with pytest.raises(ImageError, match="damaged or cut short"):
+        decode_image(data[:-2])
+    with pytest.raises(ImageError, match="at most 1,000 pixels, got 41 x 30 px"):
+        decode_image(data, 1, Limits(max_megapixels=0.001))
+    # An embedded JPEG.
+    with pytest.raises(ImageError, match=r"unsupported samples \(of this BMP\); convert"):
+        decode_image(data[:30] + struct.pack("<I", 4) + data[34:])
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+def test_a_tiff_that_was_cut_short_is_not_called_unsupported() -> None:
+    # Here the directory lies behind the pixels, as most programs write it.
+    whole = save(Image.fromarray(gradient(200, 300)), "TIFF", compression="tiff_lzw")
+    assert int.from_bytes(whole[4:8], "little") > len(whole) / 2
+    for length in (4, 8, 20, len(whole) // 2, int.from_bytes(whole[4:8], "little") + 30):
+        with pytest.raises(ImageError, match="damaged or cut short"):
+            decode_image(whole[:length])
 
 
 def void_alpha(mode: str) -> Image.Image:

@@ -77,6 +77,7 @@ def _compare(options: argparse.Namespace) -> int:
     from codeformer.weights.manifest import load_weight_set
 
     _check(options)
+    _check_files(options)
     price = Price.parse(options.price) if options.price else None
     variants = variants_of(options.restorers, options.fidelities)
     limits = Limits.from_environment()
@@ -105,7 +106,7 @@ def _compare(options: argparse.Namespace) -> int:
     try:
         options.output.write_text(render_file(part), encoding="utf-8")
     except OSError as cause:
-        raise InputError(f"{shown(options.output)}: it cannot be written ({cause.strerror}).") from cause
+        raise _unwritable(options.output, cause) from cause
     recipes, pictures = len(variants), len(photos)
     print(
         f"{shown(options.output)}: {recipes} recipe{'s' * (recipes != 1)} "
@@ -126,6 +127,31 @@ def _check(options: argparse.Namespace) -> None:
         )
     if options.repeats < 1:
         raise InputError(f"--repeats: expected a number from 1, got {options.repeats}.")
+
+
+def _check_files(options: argparse.Namespace) -> None:
+    """What can be told of files by their heads, before weights are fetched and networks loaded."""
+    from codeformer.cli.photos import refusal_reason
+
+    for path in (*options.photos, *options.clean):
+        try:
+            reason = refusal_reason(path)
+        except OSError as cause:
+            reason = f"the file cannot be read ({cause.strerror})."
+        if reason is not None:
+            raise InputError(f"{shown(path)}: {reason}")
+    try:
+        # Creates no page, and changes none that is there.
+        with options.output.open("ab") as page:
+            is_new = page.tell() == 0
+        if is_new:
+            options.output.unlink()
+    except OSError as cause:
+        raise _unwritable(options.output, cause) from cause
+
+
+def _unwritable(page: Path, cause: OSError) -> InputError:
+    return InputError(f"{shown(page)}: it cannot be written ({cause.strerror}).")
 
 
 def _read(paths: Sequence[Path], cleans: Sequence[Path], limits: "Limits") -> "list[Photo]":

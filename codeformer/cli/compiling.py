@@ -3,7 +3,8 @@
 import argparse
 from pathlib import Path
 
-from codeformer.cli.arguments import add_command, add_networks, load_pipeline
+from codeformer.cli.arguments import add_command, add_networks, load_pipeline, shown
+from codeformer.errors import InputError
 from codeformer.options import COMPILE_CACHE_VARIABLE
 
 
@@ -25,6 +26,10 @@ def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
 def _compile(options: argparse.Namespace) -> int:
     from codeformer.serving.compile_cache import fill_compile_cache
 
+    try:
+        options.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as cause:
+        raise InputError(f"{shown(options.folder)}: cannot be written ({cause.strerror}).") from cause
     fill_compile_cache(load_pipeline(options), options.folder)
     print(f"{options.folder}: start servers with {COMPILE_CACHE_VARIABLE}={options.folder.resolve()}")
     return 0

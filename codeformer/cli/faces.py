@@ -86,7 +86,10 @@ def _faces(options: argparse.Namespace) -> int:
                         lines = folder.write(photo, _restored(pipeline, photo, asked, limits))
                     except (CodeFormerError, OSError) as failure:
                         if isinstance(failure, OSError) and failure.errno in _FULL:
-                            raise
+                            raise InputError(
+                                f"--output {shown(options.output)}: expected room for the crops, got: "
+                                f"{failure.strerror}; free space there."
+                            ) from failure
                         reason = failure.local if isinstance(failure, CodeFormerError) else str(failure)
                         report.fail(photo.path, reason)
                         lines = [_line(photo, "failed", reason=reason)]

@@ -15,8 +15,8 @@ Report = Callable[[Path, str], None]
 
 # Files of macOS, Windows and other systems, in addition to names that begin with a dot.
 _HIDDEN: Final = frozenset(
-    {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx", "$recycle.bin"}
-    | {"system volume information", "@eadir"}
+    {"thumbs.db", "thumbs.db:encryptable", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "picasa.ini"}
+    | {"icon\r", "__macosx", "$recycle.bin", "system volume information", "@eadir", "#recycle"}
 )
 
 
@@ -122,7 +122,7 @@ def refusal_reason(path: Path) -> str | None:
         kind = kind_of(stream)
         if kind is not None:
             return kind.refusal
-        return f"{UNKNOWN}." if stream.seek(0, os.SEEK_END) else "the file is empty."
+        return f"{UNKNOWN}." if stream.seek(0, os.SEEK_END) else "the file is empty; use an intact copy."
 
 
 def _is_folder(path: Path) -> bool:

@@ -7,6 +7,7 @@ import contextlib
 import json
 import logging
 import math
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 ItemT = TypeVar("ItemT")
 
 _TIMING: Final = "timing."
+# Photos are restored one by one, so that their number tells nothing.
+_NUMBER: Final = re.compile(r"\bimage 1\b:? ?")
 
 
 class Report:
@@ -121,7 +124,7 @@ def progress(items: Sequence[ItemT], *, quiet: bool) -> Iterator[ItemT]:
 
 @contextlib.contextmanager
 def photo_in_log() -> Iterator[Callable[[Path], None]]:
-    """Prefixes each log line with the name of the current photo; yields a function that sets it."""
+    """Names the current photo in each log line, in place of its number; yields a function that sets it."""
     from tqdm.contrib.logging import logging_redirect_tqdm
 
     name = ""
@@ -134,7 +137,7 @@ def photo_in_log() -> Iterator[Callable[[Path], None]]:
         if not hasattr(record, "photo"):
             # The filter runs once per handler; the prefix is added only once.
             record.photo = name
-            record.msg, record.args = f"{name}: {record.getMessage()}", ()
+            record.msg, record.args = f"{name}: {_NUMBER.sub('', record.getMessage())}", ()
         return True
 
     with logging_redirect_tqdm():

@@ -12,6 +12,7 @@ from itertools import count
 from pathlib import Path
 from typing import Final
 
+from codeformer.cli.arguments import shown
 from codeformer.cli.marks import Role, marked, read_mark
 from codeformer.cli.photos import Photo
 from codeformer.errors import DiskFullError, InputError
@@ -39,7 +40,8 @@ class ResultFolder:
             replaced.
 
     Raises:
-        InputError: a result would overwrite a file in the folder of a photo that may be an original.
+        InputError: a result would overwrite a file in the folder of a photo that may be an original, or the
+            output folder cannot be read.
     """
 
     def __init__(
@@ -64,7 +66,13 @@ class ResultFolder:
         # First choice: photos that have an earlier result; second: photos whose own name equals the result's.
         for numbers_of in (self._earlier_numbers, self._own_number, lambda _: count(1)):
             for photo in photos:
-                if photo not in self._files and (files := self._choose(photo, numbers_of(photo))):
+                try:
+                    files = None if photo in self._files else self._choose(photo, numbers_of(photo))
+                except OSError as cause:
+                    raise InputError(
+                        f"--output {shown(folder)}: cannot be read ({cause.strerror})."
+                    ) from cause
+                if files:
                     self._files[photo] = files
                     self._reserved.update(map(_key, files))
 
@@ -89,7 +97,8 @@ class ResultFolder:
                 pass
         except OSError as cause:
             _raise_if_full(self._folder, cause)
-            raise InputError(f"--output {self._folder}: cannot be written ({cause.strerror}).") from cause
+            reason = "it is a file; name a folder" if self._folder.is_file() else cause.strerror
+            raise InputError(f"--output {shown(self._folder)}: cannot be written ({reason}).") from cause
 
     def write(self, photo: Photo, *files: bytes) -> Path:
         """Writes a photo's result, and its comparison if there is one: complete files or none.
@@ -135,7 +144,10 @@ class ResultFolder:
         return self._files[photo]
 
     def _earlier_numbers(self, photo: Photo) -> list[int]:
-        """The number of this photo's result from an earlier run, if there is one."""
+        """The number of this photo's result from an earlier run, if there is one.
+
+        Or 1, if a file of another origin has that name and is to be overwritten now.
+        """
         numbers = self._numbers_in(self._folder / photo.folder)
         stem = _folded(photo.path.stem)
         # A shortened name is a prefix of the photo's name.
@@ -144,7 +156,9 @@ class ResultFolder:
         for number in sorted({1} | candidates):
             actual = self._actual(self._named(photo, number)[0])
             if actual is not None and self._is_own(photo, actual, "result"):
-                return [number]
+                first = self._named(photo, 1)
+                is_overwritten = self._actual(first[0]) is not None and self._are_free(photo, first)
+                return [1 if is_overwritten else number]
         return []
 
     def _own_number(self, photo: Photo) -> list[int]:
@@ -159,7 +173,8 @@ class ResultFolder:
             for file in files:
                 if self._may_be_original(file):
                     raise InputError(
-                        f"--output {self._folder}: {file} would be overwritten; choose another folder."
+                        f"--output {shown(self._folder)}: {shown(file)} would be overwritten; choose another "
+                        "folder."
                     )
         return None
 

@@ -13,7 +13,7 @@ import cv2
 from PIL import Image, ImageCms, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
 from codeformer.errors import ImageError
-from codeformer.imaging import boxes, colours, jpeg, tiff
+from codeformer.imaging import bmp, boxes, colours, jpeg, tiff
 from codeformer.imaging.arrays import (
     DECODER_ERRORS,
     MAX_ASPECT_RATIO,
@@ -203,7 +203,7 @@ def encode_result(
 
 def _pixels_of(data: bytes, index: int | None, limits: Limits, *, keep: bool) -> _Pixels:
     if not data:
-        raise ImageError("the file is empty.", index)
+        raise ImageError("the file is empty; use an intact copy.", index)
     kind = kind_of(io.BytesIO(data))
     if kind is not None and kind.refusal is not None:
         raise ImageError(kind.refusal, index)
@@ -215,6 +215,9 @@ def _pixels_of(data: bytes, index: int | None, limits: Limits, *, keep: bool) ->
     try:
         if kind is not None and kind.name == HEIC:
             return _decode_heic(data, index, limits, keep=keep)
+        if masks := bmp.masks_of(data):
+            check_size(*bmp.size_of(data), index, limits)
+            data = bmp.with_usual_masks(data, masks)
         return _decode(_with_main_first(data), index, limits, keep=keep)
     except ImageError:
         raise
@@ -290,6 +293,8 @@ def size_of(data: bytes) -> tuple[int, int]:
         if kind is not None and kind.name == HEIC:
             header = HeifFile(data).header
             return header.width, header.height
+        if bmp.masks_of(data):
+            return bmp.size_of(data)
         with Image.open(io.BytesIO(_with_main_first(data)), formats=FORMATS) as picture:
             return picture.size
     except (MemoryError, Image.DecompressionBombError, *DECODER_ERRORS):
@@ -305,9 +310,9 @@ def _frames_of(picture: Image.Image, data: bytes) -> int:
 
 def _unidentified(cause: Exception, data: bytes, kind: Kind | None, index: int | None) -> ImageError:
     """Why Pillow does not recognise a file."""
-    if data.startswith(tiff.MAGIC):
+    if data.startswith(tiff.MAGIC) and not tiff.Directories(io.BytesIO(data)).is_cut:
         return unsupported("of this TIFF", index)
-    if kind is not None and kind.name == AVIF:
+    if kind is not None:
         return _damaged(cause, index)
     # The file may come from an address that the client cannot read itself.
     operator_logger.warning("image %s: the data begins with %r", index or "", data[:12])
@@ -315,6 +320,8 @@ def _unidentified(cause: Exception, data: bytes, kind: Kind | None, index: int |
 
 
 def _damaged(cause: BaseException, index: int | None) -> ImageError:
+    if str(cause).startswith("Unsupported BMP"):
+        return unsupported("of this BMP", index)
     # The decoder's message may quote the file, such as the name of a broken PNG chunk.
     operator_logger.warning("image %s: the decoder found %r", index or "", cause)
     return ImageError("the file is damaged or cut short; use an intact copy.", index)

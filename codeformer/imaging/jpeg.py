@@ -84,20 +84,25 @@ def with_end(data: bytes) -> bytes | None:
                 # With a precision above 0, a later scan has to add the low bits.
                 refined = missing.get(component, set())
                 missing[component] = refined | sent if precision & 0x0F else refined - sent
-    if not missing or any(missing.values()):
+    end = bytes([0xFF, END])
+    # A marker of noise in a damaged scan may hide what follows it.
+    if not missing or any(missing.values()) or not _has_end(picture + end):
         return None
     tails = list(_FILLINGS)
     if restarts:
         # A decoder skips everything up to the next restart marker, so append that marker as well.
         due = bytes([0xFF, 0xD0 + _restarts_in(picture, last_scan) % 8])
         tails += [due + filling for filling in _FILLINGS[1:]]
-    end = bytes([0xFF, END])
     try:
         if len({_pixels_of(picture + tail + end) for tail in tails}) > 1:
             return None
     except (OSError, SyntaxError, ValueError):
         return None
     return picture + end
+
+
+def _has_end(data: bytes) -> bool:
+    return any(marker == END for marker, _ in segments(data))
 
 
 def _without_padding(data: bytes) -> bytes:

@@ -17,6 +17,9 @@ from codeformer.imaging.metadata import orientation_of
 logger = logging.getLogger(__name__)
 
 _TIFF_BITS_PER_SAMPLE: Final = 258
+_TIFF_COMPRESSION: Final = 259
+# LZMA and Zstandard. OpenCV would complain on standard error, also of a picture that Pillow reads.
+_UNKNOWN_TO_OPENCV: Final = frozenset({34925, 50000})
 _TIFF_EXTRA_SAMPLES: Final = 338
 PREMULTIPLIED_ALPHA: Final = 1
 _STRAIGHT_ALPHA: Final = 2
@@ -112,6 +115,8 @@ def _decode_16_bit(picture: Image.Image, data: bytes) -> ImageU8 | None:
 
     None if OpenCV cannot decode it; then Pillow's high byte is used.
     """
+    if picture.format == "TIFF" and _UNKNOWN_TO_OPENCV.intersection(_tiff_tag(picture, _TIFF_COMPRESSION)):
+        return None
     decoded = _decode_with_opencv(data)
     if decoded is None or decoded.dtype != np.uint16:
         return None

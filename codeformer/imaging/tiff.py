@@ -38,6 +38,25 @@ _COMPRESSION_NAMES: Final = {
     50002: "JPEG XL", 52546: "JPEG XL",
 }  # fmt: skip
 
+# Bytes of a value, by its type.
+_BYTES: Final = {
+    1: 1,
+    2: 1,
+    3: 2,
+    4: 4,
+    5: 8,
+    6: 1,
+    7: 1,
+    8: 2,
+    9: 4,
+    10: 8,
+    11: 4,
+    12: 8,
+    13: 4,
+    16: 8,
+    17: 8,
+    18: 8,
+}
 _INTEGERS: Final = {1: "B", 3: "H", 4: "I", 13: "I", 16: "Q", 18: "Q"}
 # Further directories, entries and values are ignored.
 _MAX_DIRECTORIES: Final = 256
@@ -88,10 +107,16 @@ class Directories:
 
     Args:
         stream: the file; parts of it are read.
+
+    Attributes:
+        pages: the images of the file.
+        is_cut: whether there is no image, or a directory, or a value of one, ends beyond the end of the file.
     """
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
+        self._length = stream.seek(0, io.SEEK_END)
+        self.is_cut = False
         head = self._read(0, 16)
         self._order = "<" if head.startswith(b"II") else ">"
         self._is_big = 43 in head[2:4]
@@ -100,6 +125,7 @@ class Directories:
         self._seen: set[int] = set()
         first = self._number("Q", head[8:16]) if self._is_big else self._number("I", head[4:8])
         self.pages = list(self._chain(first))
+        self.is_cut |= not self.pages
 
     @property
     def is_raw(self) -> bool:
@@ -153,12 +179,16 @@ class Directories:
         count = min(self._number(count_code, self._read(offset, head_bytes)), _MAX_ENTRIES)
         entries = self._read(offset + head_bytes, count * entry_bytes)
         tags: dict[int, tuple[int, ...]] = {}
+        code = "Q" if self._is_big else "I"
         for at in range(0, len(entries) - entry_bytes + 1, entry_bytes):
             tag, kind = struct.unpack_from(f"{self._order}HH", entries, at)
+            values, place = struct.unpack_from(f"{self._order}2{code}", entries, at + 4)
+            size = values * _BYTES.get(kind, 0)
+            self.is_cut |= size > struct.calcsize(code) and place + size > self._length
             if tag in _WANTED and kind in _INTEGERS:
                 tags[tag] = self._values(_INTEGERS[kind], entries[at + 4 : at + entry_bytes])
-        code = "Q" if self._is_big else "I"
         following = self._read(offset + head_bytes + len(entries), struct.calcsize(code))
+        self.is_cut |= len(following) < struct.calcsize(code)
         return Directory(offset, tags), self._number(code, following)
 
     def _values(self, code: str, entry: bytes) -> tuple[int, ...]:

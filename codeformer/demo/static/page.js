@@ -277,7 +277,7 @@ class Card {
 
   showNotes(result) {
     const notes = [];
-    if (!result.faces.length) notes.push("No face to restore was found; the photo is unchanged.");
+    if (!result.faces.length) notes.push("No face to restore was found; the photo was only encoded anew.");
     const reasons = new Map();
     for (const reason of result.skipped) reasons.set(reason, (reasons.get(reason) ?? 0) + 1);
     for (const [reason, count] of reasons) notes.push(`Not restored: ${faces(count)} (${reason}).`);
