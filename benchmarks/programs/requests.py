@@ -5,6 +5,7 @@ and images, where the server spent its time, and what failed. Profiles take turn
 Without pictures of your own it measures those of data/, and makes the missing ones first.
 """
 
+import math
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -86,6 +87,7 @@ class Options(opt.Serving):
     concurrency: int = Field(1, ge=1, description="clients that send requests at the same time")
     warmup: opt.Warmup = 1
     repeats: opt.Repeats = 3
+    budget_s: opt.Budget = None
 
     @model_validator(mode="after")
     def _check_source(self) -> Self:
@@ -118,6 +120,7 @@ class Sent:
 
 def measure(options: Options) -> Result:
     check_port(options.port)
+    ends = time.monotonic() + (options.budget_s or math.inf)
     header = options.header()
     configurations = options.configurations()
     files = options.images or opt.benchmark_pictures(options.image_dir or opt.DATA)
@@ -138,6 +141,10 @@ def measure(options: Options) -> Result:
 
         print(f"server ready after {server.setup_s:.1f} s ({server.kind}); {len(files)} images")
         for turn in range(rounds):
+            # One that counts, in any case.
+            if turn > options.warmup and time.monotonic() > ends:
+                rounds = turn
+                break
             for answers in sent.values():
                 answers.append([])
             if options.concurrency > 1:
@@ -155,6 +162,7 @@ def measure(options: Options) -> Result:
     return Result.of(
         header,
         options,
+        repeats=rounds - options.warmup,
         images=[_described(file) for file in files],
         setup_s=round(server.setup_s, 3),
         profiles={
