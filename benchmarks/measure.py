@@ -122,10 +122,10 @@ def interleave(
     From the moment `ends` of `time.monotonic` on, no further round begins but the first of either kind.
     """
     samples = {name: Samples() for name in calls}
-    for _ in _in_time(warmup, ends):
+    for _ in rounds_in_time(warmup, ends):
         for call in calls.values():
             call()
-    for turn in _in_time(repeats, ends):
+    for turn in rounds_in_time(repeats, ends):
         for name in rotated(list(calls), turn):
             elapsed_ms, result = time_call(calls[name], device)
             samples[name].times_ms.append(elapsed_ms)
@@ -133,14 +133,15 @@ def interleave(
     return samples
 
 
-def _in_time(rounds: int, ends: float) -> Iterator[int]:
+def rounds_in_time(rounds: int, ends: float) -> Iterator[int]:
+    """Numbers of rounds, of which only the first may begin from the moment `ends` of `time.monotonic` on."""
     return itertools.takewhile(lambda number: not number or time.monotonic() < ends, range(rounds))
 
 
 class Shares:
     """For works that share a time, the moment of `time.monotonic` at which each has to end.
 
-    Each has an equal part of what those before it have left; None once the time is over.
+    Each has an equal part of what those before it have left; None where that is less than the quickest took.
 
     Args:
         ends: when the last one has to.
@@ -152,9 +153,16 @@ class Shares:
         self._count = count
 
     def __iter__(self) -> Iterator[float | None]:
+        quickest = 0.0
         for number in range(self._count):
             now = time.monotonic()
-            yield None if now >= self._ends else now + (self._ends - now) / (self._count - number)
+            left = self._ends - now
+            if left <= quickest:
+                yield None
+                continue
+            yield now + left / (self._count - number)
+            took = time.monotonic() - now
+            quickest = min(quickest or took, took)
 
 
 def timings_of(samples: Mapping[str, Samples]) -> dict[str, Timing]:

@@ -107,11 +107,11 @@ def test_works_share_what_those_before_them_have_left(monkeypatch: pytest.Monkey
     clock = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     ends = []
-    # Of 90 s: one that is quick, one that takes too long, and one that comes too late.
-    for end, took in zip(Shares(190, 4), (10, 50, 40, 0), strict=True):
+    # Of 90 s: one that is quick, one that takes too long, and two for which too little is left.
+    for end, took in zip(Shares(190, 5), (10, 50, 21, 0, 0), strict=True):
         ends.append(end)
         clock[0] += took
-    assert ends == [100 + 90 / 4, 110 + 80 / 3, 160 + 30 / 2, None]
+    assert ends == [100 + 90 / 5, 110 + 80 / 4, 160 + 30 / 3, None, None]
     assert list(Shares(math.inf, 2)) == [math.inf] * 2
 
 

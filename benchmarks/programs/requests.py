@@ -28,6 +28,7 @@ from benchmarks.measure import (
     Summary,
     ratio_of_pairs,
     rotated,
+    rounds_in_time,
     stage_times,
 )
 from benchmarks.results import Configuration, ServedReport
@@ -131,7 +132,7 @@ def measure(options: Options) -> Result:
         files[start : start + options.batch_size] for start in range(0, len(files), options.batch_size)
     ]
     sent: dict[str, list[list[Sent]]] = {name: [] for name in configurations}
-    rounds = options.warmup + options.repeats
+    rounds: Counter[str] = Counter()
     walls_ms: dict[str, list[float]] = {name: [] for name in configurations}
     with options.start() as server:
 
@@ -140,36 +141,36 @@ def measure(options: Options) -> Result:
             return Sent(batch, server.predict(inputs, options.timeout_sec).without_pictures())
 
         print(f"server ready after {server.setup_s:.1f} s ({server.kind}); {len(files)} images")
-        for turn in range(rounds):
-            # One that counts, in any case.
-            if turn > options.warmup and time.monotonic() > ends:
-                rounds = turn
-                break
-            for answers in sent.values():
-                answers.append([])
-            if options.concurrency > 1:
-                for name in rotated(list(sent), turn):
-                    started = time.perf_counter()
-                    with ThreadPoolExecutor(options.concurrency) as clients:
-                        sent[name][-1] += clients.map(partial(send, name), batches)
-                    walls_ms[name].append((time.perf_counter() - started) * 1e3)
-            else:
-                for number, batch in enumerate(batches):
-                    # In turns within a round, too: the first to see a picture pays for its size.
-                    for name in rotated(list(sent), turn + number):
-                        sent[name][-1].append(send(name, batch))
-            print(f"{'warm-up' if turn < options.warmup else 'measured'}: round {turn + 1} of {rounds}")
+        for kind, most in (("warm-up", options.warmup), ("measured", options.repeats)):
+            for number in rounds_in_time(most, ends):
+                turn = rounds.total()
+                for answers in sent.values():
+                    answers.append([])
+                if options.concurrency > 1:
+                    for name in rotated(list(sent), turn):
+                        started = time.perf_counter()
+                        with ThreadPoolExecutor(options.concurrency) as clients:
+                            sent[name][-1] += clients.map(partial(send, name), batches)
+                        walls_ms[name].append((time.perf_counter() - started) * 1e3)
+                else:
+                    for place, batch in enumerate(batches):
+                        # In turns within a round, too: the first to see a picture pays for its size.
+                        for name in rotated(list(sent), turn + place):
+                            sent[name][-1].append(send(name, batch))
+                rounds[kind] += 1
+                print(f"{kind}: round {number + 1} of {most}")
     return Result.of(
         header,
         options,
-        repeats=rounds - options.warmup,
+        warmup=rounds["warm-up"],
+        repeats=rounds["measured"],
         images=[_described(file) for file in files],
         setup_s=round(server.setup_s, 3),
         profiles={
-            name: profile_of(configurations[name], answers, options.warmup, walls_ms[name])
+            name: profile_of(configurations[name], answers, rounds["warm-up"], walls_ms[name])
             for name, answers in sent.items()
         },
-        ratios_to_first=ratios({name: answers[options.warmup :] for name, answers in sent.items()}),
+        ratios_to_first=ratios({name: answers[rounds["warm-up"] :] for name, answers in sent.items()}),
     )
 
 
