@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.gpu import sections, shortages
 from benchmarks.gpu.rig import NotRunError, Options, Rig
-from benchmarks.gpu.worker import Answer, is_sound, run_section
+from benchmarks.gpu.worker import Answer, is_sound, run_section, said_by_gpu
 from benchmarks.programs import gpu
 from benchmarks.runner import main
 from codeformer.engine.device_pixels import paste_face
@@ -205,6 +205,10 @@ def test_a_section_that_fails_or_takes_too_long_is_an_answer(rig: Any) -> None:
         with contextlib.suppress(OSError):
             time.sleep(60)
 
+    def too_much(rig: Any) -> None:
+        rig.compare("1 face", {"quick": lambda: None}, time.monotonic() + 9)
+        rig.compare("8 faces", {"slow": lambda: time.sleep(60)}, time.monotonic() + 9)
+
     def short(rig: Any) -> None:
         rig.left_out += ["7 faces", "6 faces"]
 
@@ -212,14 +216,17 @@ def test_a_section_that_fails_or_takes_too_long_is_an_answer(rig: Any) -> None:
         raise NotRunError("not run: needs a GPU")
 
     handler, started = signal.getsignal(signal.SIGALRM), time.monotonic()
-    answers = [run_section(section, rig, 0.2) for section in (broken, slow, short, elsewhere)]
+    answers = [run_section(section, rig, 0.2) for section in (broken, slow, short, elsewhere, too_much)]
     assert time.monotonic() - started < 30
     assert [answer.section.outcome for answer in answers] == [
         "RuntimeError: CUDA error: an illegal memory access",
         "OverTimeError: its 0 s were over",
         "cut short",
         "not run: needs a GPU",
+        "cut short",
     ]
+    assert answers[4].section.left_out == "8 faces (its 0 s were over)"
+    assert set(answers[4].rows) == {"1 face, quick"}
     assert answers[0].facts == {"found before": 1}
     assert answers[2].section.left_out == "7 faces; 6 faces"
     assert all(answer.is_sound for answer in answers)
@@ -236,6 +243,30 @@ def test_a_gpu_that_answers_with_errors_is_not_sound(monkeypatch: pytest.MonkeyP
     assert is_sound(CPU)
     monkeypatch.setattr(torch, "ones", fail)
     assert not is_sound(CPU)
+
+
+NVIDIA_SMI = """#!/bin/sh
+case "$*" in
+*--id=GPU-{known}*) echo "1980 MHz, 2619 MHz, 45"; exit;;
+*--id*) echo "No devices were found"; exit 6;;
+esac
+printf '345 MHz, 2619 MHz, 30\\n210 MHz, 2619 MHz, 28\\n'
+"""
+
+
+@pytest.mark.parametrize(("known", "clock"), [("0a1b", "1980 MHz"), ("other", "345 MHz")])
+def test_clocks_are_those_of_the_gpu_that_is_used(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, known: str, clock: str
+) -> None:
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text(NVIDIA_SMI.format(known=known))
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="0a1b"))
+    said = said_by_gpu(torch.device("cuda", 0), "clocks.sm,clocks.mem,temperature.gpu")
+    assert said.split(", ")[0] == clock
+    assert "\n" not in said
+    assert said_by_gpu(CPU, "clocks.sm") == ""
 
 
 def test_what_there_is_no_time_for_is_named(rig: Any) -> None:

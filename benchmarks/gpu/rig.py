@@ -66,6 +66,7 @@ class Rig:
         sizes: of batches, the most telling ones first; of numbers of faces, too.
         crops: eight aligned faces, (8, 512, 512, 3) uint8 BGR.
         ends: the moment of `time.monotonic` from which on the section begins nothing more.
+        at_work: which comparison runs.
         rows: what the section has found so far, like `facts`; one that fails leaves it.
         left_out: what it had no time for.
     """
@@ -93,6 +94,7 @@ class Rig:
         self.rows: dict[str, Row] = {}
         self.facts: dict[str, Fact] = {}
         self.left_out: list[str] = []
+        self.at_work = ""
 
     @property
     def is_over(self) -> bool:
@@ -111,6 +113,7 @@ class Rig:
 
     def compare(self, what: str, calls: Mapping[str, Call], ends: float) -> dict[str, Row]:
         """Rows of calls in turns; if their answers are tensors, with the deviation from the first one's."""
+        self.at_work = what
         with torch.inference_mode(), torch_switches(cudnn_benchmark=True):
             repeats = self.options.repeats
             samples = interleave(calls, self.device, warmup=2, repeats=repeats, ends=ends)

@@ -74,6 +74,9 @@ def run_section(section: Callable[[Rig], None], rig: Rig, budget_s: float) -> An
         with deadline(budget_s):
             section(rig)
         outcome = "cut short" if rig.left_out else "done"
+    except OverTimeError as reason:
+        rig.left_out.append(f"{rig.at_work or 'the rest'} ({reason})")
+        outcome = "cut short" if rig.rows or rig.facts else in_words(reason)
     except NotRunError as reason:
         outcome = str(reason)
     except Exception as failure:  # noqa: BLE001  (whatever it is, the other sections are to run)
@@ -106,8 +109,11 @@ def said_by_gpu(device: torch.device, facts: str) -> str:
     """What nvidia-smi says of a GPU; nothing where there is none, or no nvidia-smi."""
     if device.type != "cuda":
         return ""
+    query = (f"--query-gpu={facts}", "--format=csv,noheader")
     identity = f"--id=GPU-{torch.cuda.get_device_properties(device).uuid}"
-    return output_of("nvidia-smi", identity, f"--query-gpu={facts}", "--format=csv,noheader")
+    # In a container it may go by another name.
+    said = output_of("nvidia-smi", identity, *query) or output_of("nvidia-smi", *query)
+    return said.partition("\n")[0]
 
 
 @contextmanager

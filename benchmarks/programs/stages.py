@@ -133,7 +133,10 @@ class Result(RepeatedReport):
         return self.failures
 
 
-def measure(options: Options) -> Result:
+def measure(
+    options: Options, note: Callable[[str, Case, Mapping[str, Stage]], None] = lambda *_: None
+) -> Result:
+    """The result; each case is also noted as soon as it is known, by label and with its stages."""
     requests = [
         Request(faces=faces, width=width, height=height, batch_size=batch_size)
         for faces, (width, height), batch_size in product(options.faces, options.sizes, options.batch_sizes)
@@ -188,6 +191,7 @@ def measure(options: Options) -> Result:
                     total=total,
                     peak_memory_mib=peaks_mib[name],
                 )
+                note(label, cases[label], stages[label])
             print(f"measured {request}")
     return Result.of(
         loaded.header,
