@@ -5,10 +5,12 @@ quartiles. Configurations that are compared take turns, so that a slow minute of
 them, and are compared round by round: the ratio of two medians hides what the ratios of pairs show.
 """
 
+import itertools
+import math
 import os
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -113,19 +115,54 @@ def time_call(call: Call, device: torch.device) -> tuple[float, Any]:
 
 
 def interleave(
-    calls: Mapping[str, Call], device: torch.device, *, warmup: int, repeats: int
+    calls: Mapping[str, Call], device: torch.device, *, warmup: int, repeats: int, ends: float = math.inf
 ) -> dict[str, Samples]:
-    """Times calls in turns: `warmup` rounds that do not count, then `repeats`, each begun by another call."""
+    """Times calls in turns: `warmup` rounds that do not count, then `repeats`, each begun by another call.
+
+    From the moment `ends` of `time.monotonic` on, no further round begins but the first of either kind.
+    """
     samples = {name: Samples() for name in calls}
-    for _ in range(warmup):
+    for _ in rounds_in_time(warmup, ends):
         for call in calls.values():
             call()
-    for turn in range(repeats):
+    for turn in rounds_in_time(repeats, ends):
         for name in rotated(list(calls), turn):
             elapsed_ms, result = time_call(calls[name], device)
             samples[name].times_ms.append(elapsed_ms)
             samples[name].results.append(result)
     return samples
+
+
+def rounds_in_time(rounds: int, ends: float) -> Iterator[int]:
+    """Numbers of rounds, of which only the first may begin from the moment `ends` of `time.monotonic` on."""
+    return itertools.takewhile(lambda number: not number or time.monotonic() < ends, range(rounds))
+
+
+class Shares:
+    """For works that share a time, the moment of `time.monotonic` at which each has to end.
+
+    Each has an equal part of what those before it have left; None where that is less than the quickest took.
+
+    Args:
+        ends: when the last one has to.
+        count: of works.
+    """
+
+    def __init__(self, ends: float, count: int) -> None:
+        self._ends = ends
+        self._count = count
+
+    def __iter__(self) -> Iterator[float | None]:
+        quickest = 0.0
+        for number in range(self._count):
+            now = time.monotonic()
+            left = self._ends - now
+            if left <= quickest:
+                yield None
+                continue
+            yield now + left / (self._count - number)
+            took = time.monotonic() - now
+            quickest = min(quickest or took, took)
 
 
 def timings_of(samples: Mapping[str, Samples]) -> dict[str, Timing]:

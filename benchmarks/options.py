@@ -47,6 +47,7 @@ DEFAULT_CASES: Final = ("baseline/safe", "fast/optimized/none", "max_speed/optim
 Port = Annotated[int, Field(ge=0, description="a free one; 0: the system chooses (not with cog)")]
 Warmup = Annotated[int, Field(ge=0, description="rounds before those that count")]
 Repeats = Annotated[int, Field(ge=1, description="rounds that count")]
+Budget = Annotated[float | None, Field(gt=0, description="in seconds; what does not fit in is left out")]
 Fidelity = Annotated[float, Field(ge=0, le=1)]
 Cases = Annotated[
     tuple[str, ...], Field(description=f"names, or patterns such as 'fast/*', of {', '.join(CASES)}")

@@ -6,11 +6,9 @@ the outputs to PATH as .npz if there is one, and is answered by {"ms": ...}. Wha
 answered by {"error": ...}, and ends the process.
 """
 
-import contextlib
 import importlib
 import importlib.metadata
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -18,6 +16,8 @@ from pathlib import Path
 from typing import IO, Any, Final
 
 import numpy as np
+
+from benchmarks.worker import answers
 
 # Takes the input (1, 3, H, W) float32; gives the outputs by name.
 Run = Callable[[Any], Mapping[str, Any]]
@@ -191,7 +191,5 @@ def main(form: str, files: Path, threads: int, answers: IO[str]) -> None:
 
 
 if __name__ == "__main__":
-    # What the packages print is no answer.
-    with os.fdopen(os.dup(1), "w", encoding="utf-8") as own, contextlib.redirect_stdout(sys.stderr):
-        os.dup2(2, 1)
+    with answers() as own:
         main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), own)

@@ -3,6 +3,7 @@
 import contextlib
 import http.server
 import json
+import math
 import re
 import shlex
 import shutil
@@ -28,13 +29,14 @@ import torch
 from skimage.metrics import peak_signal_noise_ratio
 
 from benchmarks import options, runner
-from benchmarks.measure import Samples, Summary, interleave, rotated, timings_of
+from benchmarks.measure import Samples, Shares, Summary, interleave, rotated, timings_of
 from benchmarks.peer_worker import outputs_of
-from benchmarks.programs import faces, full_size, gpu, peers, quality, requests, soak, stages
+from benchmarks.programs import faces, full_size, peers, quality, requests, soak, stages
 from benchmarks.results import PRICES, PROGRAMS, Device, Prices, read_model
 from benchmarks.runner import TOOLS, main, read_report, run
 from benchmarks.server import Answer, as_input, check_port, running_server
 from benchmarks.views import as_text
+from benchmarks.worker import Worker
 from codeformer.engine.masker import FaceParser
 from codeformer.engine.models import load_models
 from codeformer.errors import BenchmarkError
@@ -88,6 +90,29 @@ def test_compared_calls_take_turns_and_each_begins_a_round() -> None:
     slept = interleave({"nap": nap}, CPU, warmup=0, repeats=1)["nap"]
     assert slept.times_ms[0] >= 50
     assert slept.results == ["done"]
+
+
+def test_rounds_end_with_their_time_and_one_of_each_kind_is_run_in_any_case() -> None:
+    order: list[str] = []
+    calls = {name: lambda name=name: order.append(name) for name in "ab"}
+    samples = interleave(calls, CPU, warmup=3, repeats=9, ends=time.monotonic() - 1)
+    assert "".join(order) == "ab" + "ab"
+    assert len(samples["b"].times_ms) == 1
+    ends = time.monotonic() + 0.5
+    naps = interleave({"nap": lambda: time.sleep(0.2)}, CPU, warmup=0, repeats=99, ends=ends)
+    assert len(naps["nap"].times_ms) == 3
+
+
+def test_works_share_what_those_before_them_have_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    ends = []
+    # Of 90 s: one that is quick, one that takes too long, and two for which too little is left.
+    for end, took in zip(Shares(190, 5), (10, 50, 21, 0, 0), strict=True):
+        ends.append(end)
+        clock[0] += took
+    assert ends == [100 + 90 / 5, 110 + 80 / 4, 160 + 30 / 3, None, None]
+    assert list(Shares(math.inf, 2)) == [math.inf] * 2
 
 
 def test_calls_are_compared_round_by_round() -> None:
@@ -606,23 +631,44 @@ for number, line in enumerate(sys.stdin):
 
 
 def test_a_worker_answers_in_turn_and_its_death_is_told(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", FAKE_PEER, "2"]
-    with peers.Worker.started(command, tmp_path / "log") as worker:
-        assert worker.version == "fake 1"
-        assert worker.run(tmp_path / "saved") == 0
+    with Worker.started([sys.executable, "-c", FAKE_PEER, "2"]) as worker:
+        assert worker.greeting == {"version": "fake 1"}
+        assert worker.ask(save=str(tmp_path / "saved")) == {"ms": 0}
         assert (tmp_path / "saved").read_text() == "saved"
-        assert worker.run() == 10
+        assert worker.ask(limit_s=60, save=None) == {"ms": 10}
         for _ in range(2):
             with pytest.raises(BenchmarkError, match=r"ended with status 7"):
-                worker.run()
+                worker.ask(save=None)
     with (
         pytest.raises(BenchmarkError, match=r"ended with status 3"),
-        peers.Worker.started([sys.executable, "-c", "raise SystemExit(3)"], tmp_path / "log"),
+        Worker.started([sys.executable, "-c", "raise SystemExit(3)"]),
     ):
         pytest.fail("it has started")
-    with peers.Worker.started([sys.executable, "-c", FAKE_PEER, "9"], tmp_path / "log") as worker:
+    with Worker.started([sys.executable, "-c", FAKE_PEER, "9"]) as worker:
         process = worker.process
     assert process.returncode is not None
+
+
+HANGING_PEER = """
+import subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+print('{"child": %d}' % child.pid, flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_worker_that_is_late_is_ended_with_what_it_has_started(tmp_path: Path) -> None:
+    with Worker.started([sys.executable, "-c", HANGING_PEER]) as worker:
+        child = psutil.Process(worker.greeting["child"])
+        with pytest.raises(BenchmarkError, match=r"was ended after 1 s"):
+            worker.ask(limit_s=1)
+        psutil.wait_procs([child], timeout=30)
+        assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+    with (
+        pytest.raises(BenchmarkError, match=r"was ended after 0 s"),
+        Worker.started([sys.executable, "-c", "import time; time.sleep(600)"], limit_s=0.2),
+    ):
+        pytest.fail("it has greeted")
 
 
 @pytest.mark.slow
@@ -688,67 +734,6 @@ def test_the_forms_of_a_network_compute_the_same() -> None:
     torch.testing.assert_close(rewritten, expected, rtol=1e-4, atol=1e-4)
     assert half.dtype == torch.float32
     assert 1e-5 < float((half - expected).norm() / expected.norm()) < 0.05
-
-
-# A GPU.
-
-
-@pytest.mark.slow
-def test_what_a_gpu_is_to_show_runs_in_small_on_a_cpu(tiny_weights: Path, tmp_path: Path) -> None:
-    names = ["setup", "graphs", "predecessor", "layouts", "sizes", "shortages"]
-    arguments = ["--weights", tiny_weights, "--device", "cpu", "--repeats", 1, "--only", *names]
-    status, result = measured("gpu", *arguments, output=tmp_path / "gpu.json")
-    assert status == 0
-    assert "nothing ran on a GPU" in result.ran_on
-    outcomes = {name: section.outcome for name, section in result.sections.items()}
-    assert outcomes == dict.fromkeys(names, "done") | {"shortages": "not run: needs a GPU"}
-    for section, variant in (("graphs", "compiled (eager backend)"), ("layouts", "channels_last")):
-        facts = result.facts[section]
-        assert facts[f"{variant}: share of codes as in safe mode"] == 1
-        # Another order of additions.
-        assert 0 <= facts[f"1 faces, w 0.5, {variant}: mean difference, levels"] < 0.05
-        assert result.times[section][f"2 faces, w 0.5, {variant}"].to_first.count == 1
-    assert result.facts["setup"]["max_speed/optimized/none, first request, s"] > 0
-    assert set(result.times["predecessor"]) == {"1 faces, predecessor", "1 faces, ours"}
-    assert result.times["sizes"]["second visit of 3 sizes"].ms.count == 3
-    html = (tmp_path / "gpu.html").read_text()
-    assert "nothing ran on a GPU" in html
-    assert html.count("<h2>") == 1
-
-
-def test_a_section_that_fails_or_takes_too_long_is_a_result(
-    blind_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def broken(rig: gpu.Rig) -> None:
-        rig.facts["found before"] = 1
-        raise RuntimeError("CUDA error: an illegal memory access")
-
-    def slow(rig: gpu.Rig) -> None:
-        with contextlib.suppress(OSError):
-            time.sleep(60)
-
-    def fine(rig: gpu.Rig) -> None:
-        rig.facts["found"] = True
-
-    sections = (("broken", broken, 0.5, False), ("slow", slow, 0.01, False), ("fine", fine, 0.5, False))
-    monkeypatch.setattr(gpu, "SECTIONS", (*sections, ("elsewhere", broken, 0.5, True)))
-    arguments = ["--weights", blind_weights, "--device", "cpu", "--budget-s", 50]
-    handler, started = signal.getsignal(signal.SIGALRM), time.monotonic()
-    status, result = measured("gpu", *arguments, output=tmp_path / "gpu.json")
-    assert time.monotonic() - started < 30
-    assert status == 1
-    outcomes = {name: section.outcome for name, section in result.sections.items()}
-    assert outcomes["broken"] == "RuntimeError: CUDA error: an illegal memory access"
-    assert "OverTimeError" in outcomes["slow"]
-    assert (outcomes["fine"], outcomes["elsewhere"]) == ("done", "not run: needs a GPU")
-    assert (result.facts["broken"], result.facts["fine"]) == ({"found before": 1}, {"found": True})
-    assert [problem.partition(":")[0] for problem in result.problems()] == ["broken", "slow"]
-    assert "illegal memory access" in capsys.readouterr().err
-    # pytest's own time limit is in force again.
-    assert signal.getsignal(signal.SIGALRM) is handler
-    assert signal.getitimer(signal.ITIMER_REAL)[0] > 0
-    assert main(["gpu", "--only", "poem", "--output", str(tmp_path / "x.json")]) == 1
-    assert "--only poem: expected some of broken, slow" in capsys.readouterr().err
 
 
 # Quality.

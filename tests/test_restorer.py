@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from codeformer.engine.codeformer import CodeFormerRestorer
+from codeformer.engine.detector import FaceDetector
 from codeformer.engine.masker import FaceParser, TemplateMask, soften_labels
 from codeformer.engine.precision import half_dtype_of
 from codeformer.engine.restorer import batch_to_faces, faces_to_batch, match_gray
@@ -16,10 +17,13 @@ from codeformer.engine.runner import Execution
 from codeformer.networks.parsenet import FaceParsingNetwork
 from tests.compare import assert_pictures_close
 from tests.conftest import (
+    make_blind_detector,
     make_broken_restorer,
     make_channels_last_restorer,
     make_tiny_restorer,
+    models_of,
 )
+from tests.test_inference import Conversions
 
 # Faces of 16 px, because the time of compiling depends on the number of layers.
 SMALL_FACES: dict[str, Any] = {
@@ -192,6 +196,31 @@ def test_a_compiled_parser_gives_the_same_labels(backend: str) -> None:
     for count in (1, 2, 3):
         batch = faces(count, side=64)
         assert (compiled.labels(batch)[0] == plain.labels(batch)[0]).double().mean() > 0.999
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_on_a_gpu_the_parser_has_weights_in_half_precision_and_gives_the_same_labels(kind: str) -> None:
+    torch.manual_seed(0)
+    restorer = CodeFormerRestorer(make_tiny_restorer(**SMALL_FACES))
+    # Only the copies' settings depend on it here.
+    restorer.device = torch.device(kind)
+    parser = FaceParser(FaceParsingNetwork(resolution=64).requires_grad_(False))
+    models = models_of(FaceDetector(make_blind_detector()), restorer, parser)
+    masker: Any = models.optimized(None, "channels_last", may_record=False).masker
+    batch = faces(2, side=64)
+    expected, _ = parser.optimized(Execution(channels_last=True)).labels(batch, half_dtype=torch.bfloat16)
+    labels, is_finite = masker.labels(batch, half_dtype=torch.bfloat16)
+    assert torch.equal(labels, expected)
+    assert is_finite.all()
+    assert len(torch.unique(labels)) > 1
+    # At the first call the weights were copied.
+    with Conversions(masker.network) as again:
+        masker.labels(batch, half_dtype=torch.bfloat16)
+    assert (again.count == 0) == (kind == "cuda")
+    # Without half precision they are not used.
+    assert torch.equal(
+        masker.labels(batch)[0], parser.optimized(Execution(channels_last=True)).labels(batch)[0]
+    )
 
 
 def test_the_parser_labels_each_face_of_a_batch_alike() -> None:

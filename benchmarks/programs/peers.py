@@ -9,18 +9,16 @@ convolutions and matrix products, were as fast as the fastest large product or c
 same run.
 """
 
-import json
 import math
 import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Annotated, Any, Final, Literal
 
 import numpy as np
 import torch
@@ -37,6 +35,7 @@ from benchmarks.programs.full_size import NETWORKS, random_network
 from benchmarks.programs.stages import Ceilings, gflop_of, measure_ceilings
 from benchmarks.results import RepeatedReport, header_of
 from benchmarks.server import ROOT
+from benchmarks.worker import Worker
 from codeformer.engine.precision import cpu_multiplies_bfloat16
 from codeformer.errors import BenchmarkError
 from codeformer.imaging.geometry import FACE_SIZE
@@ -108,52 +107,6 @@ class Options(opt.Measuring):
     threads: Annotated[int, Field(ge=1, description="of each process")] = torch.get_num_threads()
     warmup: opt.Warmup = 1
     repeats: opt.Repeats = 7
-
-
-@dataclass
-class Worker:
-    """A process of `peer_worker` that waits for its turn.
-
-    Raises:
-        BenchmarkError: it cannot be started, says that it failed, or is gone; in its own words.
-    """
-
-    process: subprocess.Popen[str]
-    version: str = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.version = str(self._answer()["version"])
-
-    def run(self, save: Path | None = None) -> float:
-        """Milliseconds of one run, by its own clock; saves the outputs where it is told to."""
-        assert self.process.stdin  # noqa: S101
-        try:
-            print(json.dumps({"save": save and str(save)}), file=self.process.stdin, flush=True)
-        except OSError as cause:
-            raise BenchmarkError(f"ended with status {self.process.wait()}.") from cause
-        return float(self._answer()["ms"])
-
-    def _answer(self) -> dict[str, Any]:
-        assert self.process.stdout  # noqa: S101
-        line = self.process.stdout.readline()
-        answer = json.loads(line) if line else {"error": f"ended with status {self.process.wait()}."}
-        if "error" in answer:
-            raise BenchmarkError(answer["error"])
-        return dict(answer)
-
-    @classmethod
-    @contextmanager
-    def started(cls, command: list[str], log: Path) -> Iterator[Self]:
-        """The worker, from when it has loaded; ended at the end, whatever happens."""
-        with log.open("a") as errors:
-            process = subprocess.Popen(  # noqa: S603
-                command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
-            )
-        try:
-            yield cls(process)
-        finally:
-            process.kill()
-            process.communicate()
 
 
 def measure(options: Options) -> Result:
@@ -241,16 +194,15 @@ def compare(network: Network, files: Path, limit: Limit, options: Options) -> di
     forms = ["published", "rewritten", *["rewritten bfloat16"] * cpu_multiplies_bfloat16()]
     forms += [*_PEERS[network], *_EXPORTED]
     left_out: dict[str, str] = {}
-    log = files / "log.txt"
-    # Alone, since it takes the most memory, and the export as well.
-    for form in (_REFERENCE, "export"):
-        try:
-            with Worker.started(command_of(form, files, options), log) as worker:
-                if form == _REFERENCE:
-                    worker.run(files / f"{form}.npz")
-        except BenchmarkError as failure:
-            left_out[form] = str(failure)
-    with ExitStack() as stack:
+    with (files / "log.txt").open("a") as log, ExitStack() as stack:
+        # Alone, since it takes the most memory, and the export as well.
+        for form in (_REFERENCE, "export"):
+            try:
+                with Worker.started(command_of(form, files, options), log) as worker:
+                    if form == _REFERENCE:
+                        _run(worker, files / f"{form}.npz")
+            except BenchmarkError as failure:
+                left_out[form] = str(failure)
         workers: dict[str, Worker] = {}
         for form in forms:
             if form in _EXPORTED and "export" in left_out:
@@ -258,13 +210,13 @@ def compare(network: Network, files: Path, limit: Limit, options: Options) -> di
                 continue
             try:
                 workers[form] = stack.enter_context(Worker.started(command_of(form, files, options), log))
-                workers[form].run(files / f"{form}.npz")
+                _run(workers[form], files / f"{form}.npz")
             except BenchmarkError as failure:
                 left_out[form] = str(failure)
 
         def call(form: str) -> float:
             try:
-                return math.nan if form in left_out else workers[form].run()
+                return math.nan if form in left_out else _run(workers[form])
             except BenchmarkError as failure:
                 left_out[form] = str(failure)
                 return math.nan
@@ -278,7 +230,7 @@ def compare(network: Network, files: Path, limit: Limit, options: Options) -> di
     longest_ms = max(limit.arithmetic_ms, limit.traffic_ms)
     for form, timing in times.items():
         rows[form] = Row(
-            version=workers[form].version,
+            version=workers[form].greeting["version"],
             ms=timing.ms,
             to_first=timing.to_first,
             times_limit=round(timing.ms.p50 / longest_ms, 2),
@@ -286,6 +238,11 @@ def compare(network: Network, files: Path, limit: Limit, options: Options) -> di
             **_deviations(files, form),
         )
     return {form: rows[form] for form in forms}
+
+
+def _run(worker: Worker, save: Path | None = None) -> float:
+    """Milliseconds of one run, by the worker's own clock; saves the outputs where it is told to."""
+    return float(worker.ask(save=save and str(save))["ms"])
 
 
 def _deviations(files: Path, form: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ and images, where the server spent its time, and what failed. Profiles take turn
 Without pictures of your own it measures those of data/, and makes the missing ones first.
 """
 
+import math
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -27,6 +28,7 @@ from benchmarks.measure import (
     Summary,
     ratio_of_pairs,
     rotated,
+    rounds_in_time,
     stage_times,
 )
 from benchmarks.results import Configuration, ServedReport
@@ -86,6 +88,7 @@ class Options(opt.Serving):
     concurrency: int = Field(1, ge=1, description="clients that send requests at the same time")
     warmup: opt.Warmup = 1
     repeats: opt.Repeats = 3
+    budget_s: opt.Budget = None
 
     @model_validator(mode="after")
     def _check_source(self) -> Self:
@@ -118,6 +121,7 @@ class Sent:
 
 def measure(options: Options) -> Result:
     check_port(options.port)
+    ends = time.monotonic() + (options.budget_s or math.inf)
     header = options.header()
     configurations = options.configurations()
     files = options.images or opt.benchmark_pictures(options.image_dir or opt.DATA)
@@ -128,7 +132,7 @@ def measure(options: Options) -> Result:
         files[start : start + options.batch_size] for start in range(0, len(files), options.batch_size)
     ]
     sent: dict[str, list[list[Sent]]] = {name: [] for name in configurations}
-    rounds = options.warmup + options.repeats
+    rounds: Counter[str] = Counter()
     walls_ms: dict[str, list[float]] = {name: [] for name in configurations}
     with options.start() as server:
 
@@ -137,31 +141,36 @@ def measure(options: Options) -> Result:
             return Sent(batch, server.predict(inputs, options.timeout_sec).without_pictures())
 
         print(f"server ready after {server.setup_s:.1f} s ({server.kind}); {len(files)} images")
-        for turn in range(rounds):
-            for answers in sent.values():
-                answers.append([])
-            if options.concurrency > 1:
-                for name in rotated(list(sent), turn):
-                    started = time.perf_counter()
-                    with ThreadPoolExecutor(options.concurrency) as clients:
-                        sent[name][-1] += clients.map(partial(send, name), batches)
-                    walls_ms[name].append((time.perf_counter() - started) * 1e3)
-            else:
-                for number, batch in enumerate(batches):
-                    # In turns within a round, too: the first to see a picture pays for its size.
-                    for name in rotated(list(sent), turn + number):
-                        sent[name][-1].append(send(name, batch))
-            print(f"{'warm-up' if turn < options.warmup else 'measured'}: round {turn + 1} of {rounds}")
+        for kind, most in (("warm-up", options.warmup), ("measured", options.repeats)):
+            for number in rounds_in_time(most, ends):
+                turn = rounds.total()
+                for answers in sent.values():
+                    answers.append([])
+                if options.concurrency > 1:
+                    for name in rotated(list(sent), turn):
+                        started = time.perf_counter()
+                        with ThreadPoolExecutor(options.concurrency) as clients:
+                            sent[name][-1] += clients.map(partial(send, name), batches)
+                        walls_ms[name].append((time.perf_counter() - started) * 1e3)
+                else:
+                    for place, batch in enumerate(batches):
+                        # In turns within a round, too: the first to see a picture pays for its size.
+                        for name in rotated(list(sent), turn + place):
+                            sent[name][-1].append(send(name, batch))
+                rounds[kind] += 1
+                print(f"{kind}: round {number + 1} of {most}")
     return Result.of(
         header,
         options,
+        warmup=rounds["warm-up"],
+        repeats=rounds["measured"],
         images=[_described(file) for file in files],
         setup_s=round(server.setup_s, 3),
         profiles={
-            name: profile_of(configurations[name], answers, options.warmup, walls_ms[name])
+            name: profile_of(configurations[name], answers, rounds["warm-up"], walls_ms[name])
             for name, answers in sent.items()
         },
-        ratios_to_first=ratios({name: answers[options.warmup :] for name, answers in sent.items()}),
+        ratios_to_first=ratios({name: answers[rounds["warm-up"] :] for name, answers in sent.items()}),
     )
 
 

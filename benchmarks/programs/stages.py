@@ -6,7 +6,9 @@ speed of a large matrix product or convolution, or, for stages without a network
 doing it has to move at the speed of a large copy on the host.
 """
 
+import math
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from itertools import product
@@ -62,6 +64,7 @@ class Options(opt.InProcess):
     official_size: opt.OfficialSize = False
     warmup: opt.Warmup = 2
     repeats: opt.Repeats = 7
+    budget_s: opt.Budget = None
 
 
 class Ceilings(Model):
@@ -106,12 +109,14 @@ class Case(Model):
 
 
 class Result(RepeatedReport):
-    """Of all cases, and of their stages; `failures` says what could not be measured."""
+    """Of all cases, and of their stages; `failures` says what could not be measured, and why."""
 
     kind: Literal["stages"] = "stages"
     official_size: bool
     ceilings: Ceilings
     failures: list[str]
+    left_out: list[str] = Field(default_factory=list)
+    """Requests for which there was no time."""
     cases: dict[str, Case]
     stages: dict[str, dict[str, Stage]]
 
@@ -128,7 +133,15 @@ class Result(RepeatedReport):
         return self.failures
 
 
-def measure(options: Options) -> Result:
+def measure(
+    options: Options, note: Callable[[str, Case, Mapping[str, Stage]], None] = lambda *_: None
+) -> Result:
+    """The result; each case is also noted as soon as it is known, by label and with its stages."""
+    requests = [
+        Request(faces=faces, width=width, height=height, batch_size=batch_size)
+        for faces, (width, height), batch_size in product(options.faces, options.sizes, options.batch_sizes)
+    ]
+    shares = timing.Shares(time.monotonic() + (options.budget_s or math.inf), len(requests))
     configurations = opt.cases_of(options.cases, options.codeformer_fidelity)
     loaded = options.load()
     device = loaded.device
@@ -140,13 +153,17 @@ def measure(options: Options) -> Result:
     pipelines = {name: Pipeline(models, device) for name in configurations}
     own_mib, least = _weights_mib(models), models.optimized("eager")
     failures: list[str] = []
+    left_out: list[str] = []
     cases: dict[str, Case] = {}
     stages: dict[str, dict[str, Stage]] = {}
     with tempfile.TemporaryDirectory(prefix="codeformer-bench-") as folder:
         file = Path(folder) / "picture.jpg"
-        for (width, height), faces, batch_size in product(options.sizes, options.faces, options.batch_sizes):
-            request = Request(faces=faces, width=width, height=height, batch_size=batch_size)
-            file.write_bytes(encode(picture_with(faces, (width, height)), clean=True))
+        for request, ends in zip(requests, shares, strict=True):
+            if ends is None:
+                left_out.append(str(request))
+                continue
+            picture = picture_with(request.faces, (request.width, request.height))
+            file.write_bytes(encode(picture, clean=True))
             calls: dict[str, Call] = {}
             peaks_mib: dict[str, float | None] = {}
             for name, configuration in configurations.items():
@@ -157,7 +174,9 @@ def measure(options: Options) -> Result:
                     calls[name] = call
                 except CodeFormerError as failure:
                     failures.append(f"{request}: {name} failed: {failure}")
-            samples = timing.interleave(calls, device, warmup=options.warmup, repeats=options.repeats)
+            samples = timing.interleave(
+                calls, device, warmup=options.warmup, repeats=options.repeats, ends=ends
+            )
             for name, total in timing.timings_of(samples).items():
                 configuration, label = configurations[name], f"{name}, {request}"
                 work = least_work(least, configuration, device, request)
@@ -172,8 +191,17 @@ def measure(options: Options) -> Result:
                     total=total,
                     peak_memory_mib=peaks_mib[name],
                 )
+                note(label, cases[label], stages[label])
             print(f"measured {request}")
-    return Result.of(loaded.header, options, ceilings=ceilings, failures=failures, cases=cases, stages=stages)
+    return Result.of(
+        loaded.header,
+        options,
+        ceilings=ceilings,
+        failures=failures,
+        left_out=left_out,
+        cases=cases,
+        stages=stages,
+    )
 
 
 def _weights_mib(models: Models) -> float:
