@@ -746,6 +746,8 @@ def test_a_missing_photo_is_reported_before_networks_are_loaded(
     assert "File name too long" in said
     assert "camera RAW" in said
     assert "3 of 3 photos failed" in said
+    assert restore("HTTP://example.org/a.jpg", "-o", tmp_path / "out") == 1
+    assert "got an address; download the picture first" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -756,6 +758,15 @@ def test_an_unwritable_folder_is_reported_before_networks_are_loaded(
     monkeypatch.setattr(Path, "open", failing(Path.open, errno.EROFS))
     assert restore(put(tmp_path / "a.png", 20), "-o", tmp_path / "out") == 1
     assert "--output" in capsys.readouterr().err
+
+
+def test_a_cache_that_cannot_be_written_is_reported_before_networks_are_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Pipeline, "load", None)
+    (tmp_path / "file").touch()
+    assert main(["compile", str(tmp_path / "file" / "cache")]) == 1
+    assert "cache: cannot be written (Not a directory)" in capsys.readouterr().err
 
 
 def failing(really: Callable[..., Any], number: int) -> Callable[..., Any]:

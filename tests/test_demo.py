@@ -198,7 +198,7 @@ def test_each_error_is_a_sentence(page: Page) -> None:
     )
     for reply, message in (
         (page.upload(b"no picture"), "Not a picture that can be read here"),
-        (page.upload(b""), "The file is empty."),
+        (page.upload(b""), "The file is empty; use an intact copy."),
         (
             page.post(f"/photos/{photo}/restore", {"restorer": "gfpgan"}),
             "Restorer: expected restorers that are",

@@ -19,6 +19,8 @@ _HIDDEN: Final = frozenset(
     | {"icon\r", "__macosx", "$recycle.bin", "system volume information", "@eadir", "#recycle"}
 )
 
+_ADDRESS: Final = "expected a file or a folder, got an address; download the picture first."
+
 
 @dataclass(frozen=True)
 class Photo:
@@ -102,7 +104,8 @@ class PhotoFinder:
             reason = refusal_reason(path)
         except OSError as cause:
             # It may be a photo, so this is a failure.
-            self.fail(path, f"the file cannot be read ({cause.strerror}).")
+            is_address = path.parts and path.parts[0].lower() in {"http:", "https:"}
+            self.fail(path, _ADDRESS if is_address else f"the file cannot be read ({cause.strerror}).")
             return
         if reason is None:
             yield Photo(path, below)
