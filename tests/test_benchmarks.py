@@ -723,6 +723,40 @@ def test_peers_that_die_or_are_missing_are_rows_with_a_reason(
     assert published.times_limit == pytest.approx(published.ms.p50 / longest_ms, rel=0.05)
 
 
+def test_an_environment_that_is_not_finished_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran: list[list[str]] = []
+
+    def run(command: list[str], *, check: bool) -> None:
+        ran.append(command)
+        if "venv" in command:
+            folder = Path(command[-1])
+            (folder / "lib" / f"python{sys.version_info[0]}.{sys.version_info[1]}" / "site-packages").mkdir(
+                parents=True, exist_ok=True
+            )
+            (folder / "bin").mkdir(exist_ok=True)
+            (folder / "bin" / "python").touch()
+        elif len(ran) == 2:
+            raise subprocess.CalledProcessError(1, command)
+        elif len(ran) == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(peers, "ENVIRONMENTS", {"one": ("a==1",), "two": ("b==2", "c==3")})
+    monkeypatch.setattr(subprocess, "run", run)
+    with pytest.raises(KeyboardInterrupt):
+        peers.make_environments(tmp_path)
+    assert "one: not made" in capsys.readouterr().err
+    peers.make_environments(tmp_path)
+    peers.make_environments(tmp_path)
+    assert [command[-1] for command in ran] == [
+        str(tmp_path / "one"),
+        "a==1",
+        str(tmp_path / "two"),
+        "c==3",
+    ] * 2
+
+
 @torch.inference_mode()
 def test_the_forms_of_a_network_compute_the_same() -> None:
     network = GFPGANv1Clean(out_size=64, **TINY_GFPGAN_CONFIG).eval()

@@ -173,6 +173,15 @@ def test_what_cannot_be_begun_is_named(
     (tmp_path / "starts").unlink()
     status, result = run_with_fake(monkeypatch, tmp_path, greeting, *only[:1], "sizes", "--budget-s", 2)
     assert (status, result.sections["sizes"].outcome) == (1, "not begun: the 2 s were over")
+    # Nor is another process started for what is left.
+    (tmp_path / "starts").unlink()
+    only = ["--only", "predecessor", "sizes"]
+    monkeypatch.setattr(gpu, "SECTIONS", {"predecessor": (None, 9), "sizes": (None, 1)})
+    status, result = run_with_fake(monkeypatch, tmp_path, greeting, *only, "--budget-s", 4)
+    assert result.sections["predecessor"].outcome == "its process was ended after 4 s."
+    assert (status, result.sections["sizes"].outcome) == (1, "not begun: the 4 s were over")
+    assert (tmp_path / "starts").read_text() == "start\n"
+    (tmp_path / "starts").unlink()
     # Not even the first one starts.
     assert run_with_fake(monkeypatch, tmp_path, greeting, *only, starts=0)[0] == 1
 

@@ -71,30 +71,34 @@ def command_of(options: Options) -> list[str]:
 
 
 def _answers(options: Options, names: Sequence[str]) -> Iterator[tuple[str, dict[str, Any], Answer]]:
-    """What became of each section, with the greeting of the process that ran it; {} if there was none.
+    """What became of each section, with the greeting of the last process that was started.
 
     Raises:
         BenchmarkError: not even the first process could be started.
     """
     ends = time.monotonic() + options.budget_s
     left = list(names)
-    has_started = False
-    while left:
+    limit_s = _START_S
+    greeting: dict[str, Any] = {}
+    reason = f"the {options.budget_s:g} s were over"
+    while left and (not greeting or limit_s >= _LEAST_S):
         try:
-            with Worker.started(command_of(options), limit_s=_START_S) as worker:
-                has_started = is_sound = True
-                while left and is_sound:
-                    seconds = _share(left, ends)
+            with Worker.started(command_of(options), limit_s=limit_s) as worker:
+                greeting, is_sound = worker.greeting, True
+                while left and is_sound and ends - time.monotonic() >= _LEAST_S:
+                    seconds = max(_share(left, ends), _LEAST_S)
                     name = left.pop(0)
-                    answer = _ask(worker, name, seconds) if seconds >= _LEAST_S else _not_begun(options)
+                    answer = _ask(worker, name, seconds)
                     is_sound = answer.is_sound
-                    yield name, worker.greeting, answer
+                    yield name, greeting, answer
         except BenchmarkError as failure:
-            if not has_started:
+            if not greeting:
                 raise
-            for name in left:
-                yield name, {}, _lost(f"not begun: {failure}")
-            return
+            reason = str(failure)
+            break
+        limit_s = min(_START_S, ends - time.monotonic())
+    for name in left:
+        yield name, greeting, _lost(f"not begun: {reason}")
 
 
 def _share(left: Sequence[str], ends: float) -> float:
@@ -109,11 +113,6 @@ def _ask(worker: Worker, name: str, seconds: float) -> Answer:
         return Answer.model_validate(worker.ask(seconds + _GRACE_S, section=name, seconds=seconds))
     except BenchmarkError as failure:
         return _lost(f"its process {failure}", time.monotonic() - started, seconds)
-
-
-def _not_begun(options: Options) -> Answer:
-    answer = _lost(f"not begun: the {options.budget_s:g} s were over")
-    return answer.model_copy(update={"is_sound": True})
 
 
 def _lost(outcome: str, seconds: float = 0.0, budget_s: float = 0.0) -> Answer:

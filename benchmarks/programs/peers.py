@@ -133,6 +133,7 @@ def make_environments(folder: Path) -> None:
             continue
         venv = [sys.executable, "-m", "venv", str(folder / name)]
         install = ["-m", "pip", "install", "--disable-pip-version-check", "--no-deps", *packages]
+        is_made = False
         try:
             subprocess.run(venv, check=True)  # noqa: S603
             ours, theirs = sysconfig.get_path("purelib"), f"python{sys.version_info[0]}.{sys.version_info[1]}"
@@ -140,9 +141,13 @@ def make_environments(folder: Path) -> None:
             path = folder / name / "lib" / theirs / "site-packages" / "shared.pth"
             path.write_text(f"{ours}\n", encoding="utf-8")
             subprocess.run([str(python), *install], check=True)  # noqa: S603
+            is_made = True
         except subprocess.CalledProcessError as failure:
             print(f"{name}: not made: {failure}", file=sys.stderr)
-            python.unlink(missing_ok=True)
+        finally:
+            # By it an environment is known to be there; also after an interruption.
+            if not is_made:
+                python.unlink(missing_ok=True)
 
 
 def _python(folder: Path, name: str) -> Path:
