@@ -324,7 +324,7 @@ def test_the_suites_verdicts_are_counted(
     file = tmp_path / "tests" / "test_device_pixels.py"
     file.write_text(FAKE_TESTS.format(bad=bad, seconds=seconds))
     monkeypatch.setattr(sections, "ROOT", tmp_path)
-    rig.begin(8 if seconds else 100)
+    rig.begin(40 if seconds else 100)
     with (
         pytest.raises(BenchmarkError, match="pytest ended with status 1")
         if bad == "'bad'"
