@@ -329,6 +329,17 @@ def test_the_command_says_what_is_wrong_before_networks_are_loaded(
     assert (tmp_path / "photo.png").read_bytes() == before
 
 
+@pytest.mark.parametrize("content", [None, "", "a page"])
+def test_a_run_that_fails_leaves_the_page_as_it_was(
+    photos: list[str], tmp_path: Path, content: str | None
+) -> None:
+    page = tmp_path / "page.html"
+    if content is not None:
+        page.write_text(content)
+    assert main(["compare", *photos, str(tmp_path / "no_set"), "-o", str(page)]) == 1
+    assert (page.read_text() if page.exists() else None) == content
+
+
 @pytest.mark.parametrize("command", [["compare", "photo.jpg"], ["demo"]])
 def test_a_missing_extra_is_named_before_anything_is_loaded(
     command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

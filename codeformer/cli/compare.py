@@ -141,9 +141,10 @@ def _check_files(options: argparse.Namespace) -> None:
         if reason is not None:
             raise InputError(f"{shown(path)}: {reason}")
     try:
-        # Creates no page, and changes none that is there.
-        with options.output.open("ab") as page:
-            is_new = page.tell() == 0
+        is_new = not options.output.exists()
+        # Changes nothing that is there.
+        with options.output.open("ab"):
+            pass
         if is_new:
             options.output.unlink()
     except OSError as cause:
