@@ -28,7 +28,7 @@ from codeformer.training.labelled import (
     faceless_pictures,
     teacher_labels,
 )
-from codeformer.training.loop import Options, train
+from codeformer.training.loop import Options, digest_of, read_checkpoint, train
 from codeformer.training.scenes import SCENE_SIDE
 from codeformer.weights.manifest import load_weight_set
 from tests import pictures
@@ -238,3 +238,23 @@ def test_a_set_can_be_trained_further(
             torch.testing.assert_close(ours[name], value, rtol=1e-3, atol=1e-4)
     assert main(["begin", "--run", run, "--weights", str(tiny_weights)]) == 1
     assert "is there already" in capsys.readouterr().err
+
+
+def test_the_exported_detector_lies_between_the_one_before_and_the_hardened_one(
+    tiny_weights: Path, tmp_path: Path
+) -> None:
+    run, target = tmp_path / "run", tmp_path / "set"
+    assert main(["begin", "--run", str(run), "--weights", str(tiny_weights)]) == 0
+    before = read_checkpoint(run / "detector.pt")
+    hardened = {
+        name: value + 1 if value.is_floating_point() else value + 7
+        for name, value in before["average"].items()
+    }
+    recipe = {"begun_from": digest_of(before)}
+    torch.save({**before, "average": hardened, "recipe": recipe}, run / "hardened.pt")
+    arguments = ["export", "--run", str(run), "--to", str(target), "--description", "x", "--licence", "x"]
+    assert main(arguments) == 0
+    exported = load_models(load_weight_set(target), CPU).detector.network.state_dict()
+    for name, value in before["average"].items():
+        moved = value + (0.3 if value.is_floating_point() else 7)
+        torch.testing.assert_close(exported[name], moved, rtol=1e-3, atol=1e-3)

@@ -93,7 +93,7 @@ class HardeningStage:
 
 
 def blended(before: Mapping[str, Tensor], hardened: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights between those of a detector before and after its hardening, by name.
+    """Weights between those of a detector before and after its hardening, by name; shapes and dtypes stay.
 
     Method: Wortsman et al., "Robust fine-tuning of zero-shot models" (2022).
     """
