@@ -1,6 +1,7 @@
 """Fetching weights from a loopback server that works, or fails in various ways."""
 
 import contextlib
+import errno
 import hashlib
 import multiprocessing
 import signal
@@ -290,8 +291,13 @@ def test_a_range_that_was_not_asked_for_is_refused(weight_file: Callable[..., We
 
 def test_an_unreachable_server(tmp_path: Path) -> None:
     file = WeightFile(tmp_path / "a.pth", 9, "0" * 64, ("http://127.0.0.1:9/a.pth",), "none", {})
-    with pytest.raises(DownloadError, match=r"127\.0\.0\.1:9"):
+    with pytest.raises(DownloadError, match=r"127\.0\.0\.1:9") as raised:
         fetch(file)
+    # In the system's words, without the wrappers around them.
+    assert set(raised.value.attempts) == {
+        f"{file.sources[0]}: ConnectionRefusedError: [Errno {errno.ECONNREFUSED}] Connection refused"
+    }
+    assert "--weights lite" in str(raised.value)
 
 
 def test_a_wrong_file_is_replaced_only_on_demand(weight_file: Callable[..., WeightFile]) -> None:
