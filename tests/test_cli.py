@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -814,6 +814,15 @@ def test_nothing_partial_is_left_however_a_run_ends(
     assert list((tmp_path / "out").iterdir()) == []
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Processes that are started heed Ctrl-C, even where these tests ignore it, in a shell's background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_within_an_import_ends_the_process_whatever_the_import_makes_of_it(tmp_path: Path) -> None:
     (tmp_path / "slow.py").write_text(
         "import time\nprint('importing', flush=True)\n"
@@ -846,6 +855,7 @@ def start(*arguments: object, **options: Any) -> "subprocess.Popen[str]":
     return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, **options)
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_ends_a_run_without_a_traceback(tmp_path: Path, tiny_weights: Path) -> None:
     album, output = tmp_path / "album", tmp_path / "out"
     for number in range(200):
