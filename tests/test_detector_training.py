@@ -1,5 +1,6 @@
 """Training of a detector on degraded pictures, and the scores that tell whether it helps."""
 
+import copy
 from pathlib import Path
 
 import cv2
@@ -13,13 +14,14 @@ from codeformer.engine.detector import FaceDetector, anchors_for, decode_boxes, 
 from codeformer.engine.models import load_models
 from codeformer.evaluation.degradation import old_photo
 from codeformer.imaging.geometry import Detection
-from codeformer.networks.retinaface import build_retinaface
+from codeformer.networks.retinaface import MEAN_BGR, build_retinaface
 from codeformer.training.__main__ import main
 from codeformer.training.detection_scores import measure_robustness
 from codeformer.training.hardening import HardeningStage, match
 from codeformer.training.labelled import (
     DOUBT,
     FACE,
+    HIDDEN,
     LABEL_WIDTH,
     MAX_LABELS,
     Label,
@@ -82,7 +84,7 @@ def test_what_is_covered_or_turned_too_far_is_no_face() -> None:
     hidden = _Canvas(np.zeros((SCENE_SIDE, SCENE_SIDE, 3), np.uint8))
     hidden.put(picture, [face], rng, side=300, angle=0, overhang=-0.1)
     box = hidden.labels[0].box_xyxy.round().astype(int)
-    for share, kinds in ((0.2, [FACE]), (0.6, [DOUBT]), (1.0, [])):
+    for share, kinds in ((0.2, [FACE]), (0.6, [HIDDEN]), (1.0, [])):
         covered = np.zeros((SCENE_SIDE, SCENE_SIDE), bool)
         covered[box[1] : box[1] + round(share * (box[3] - box[1])), box[0] : box[2]] = True
         hidden._hide(covered)
@@ -102,14 +104,14 @@ def scenes(detector: FaceDetector, tmp_path_factory: pytest.TempPathFactory) -> 
 def test_scenes_depend_only_on_seed_and_index(scenes: LabelledScenes) -> None:
     kinds = set()
     for index in range(len(scenes)):
-        planes, rows = scenes[index]
-        assert planes.shape == (3, SCENE_SIDE, SCENE_SIDE)
+        planes, rows, clean = scenes[index]
+        assert planes.shape == clean.shape == (3, SCENE_SIDE, SCENE_SIDE)
         assert rows.shape == (MAX_LABELS, LABEL_WIDTH)
-        assert all(torch.equal(a, b) for a, b in zip(scenes[index], (planes, rows), strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(scenes[index], (planes, rows, clean), strict=True))
         kinds |= set(rows[:, 0].tolist())
         faces = rows[rows[:, 0] == FACE]
         assert (faces[:, 3:5] > faces[:, 1:3]).all()
-    assert kinds == {0, FACE, DOUBT}
+    assert kinds == {0, FACE, DOUBT, HIDDEN}
 
 
 def test_matched_anchors_decode_to_their_face() -> None:
@@ -134,13 +136,13 @@ def test_matched_anchors_decode_to_their_face() -> None:
     assert ((centres > torch.tensor([340, 0])) & (centres < torch.tensor([512, 200]))).all()
 
 
-def make_stage(scenes: LabelledScenes) -> HardeningStage:
+def make_stage(scenes: LabelledScenes, detector: FaceDetector) -> HardeningStage:
     torch.manual_seed(0)
-    return HardeningStage(build_retinaface("mobile0.25"), [scenes.scene(0)])
+    return HardeningStage(build_retinaface("mobile0.25"), detector.network, [scenes.scene(0)[:2]])
 
 
-def test_doubtful_faces_are_not_taught(scenes: LabelledScenes) -> None:
-    stage = make_stage(scenes)
+def test_doubtful_faces_are_not_taught(scenes: LabelledScenes, detector: FaceDetector) -> None:
+    stage = make_stage(scenes, detector)
     picture = torch.zeros(1, 3, SCENE_SIDE, SCENE_SIDE)
     rows = torch.zeros(1, MAX_LABELS, LABEL_WIDTH)
     rows[0, 0, 0], rows[0, 0, 1:5] = DOUBT, torch.tensor([0.0, 0, SCENE_SIDE, SCENE_SIDE])
@@ -150,19 +152,56 @@ def test_doubtful_faces_are_not_taught(scenes: LabelledScenes) -> None:
     largest = anchors[:, 2] == 512
     assert doubtful[largest].any()
     with torch.no_grad():
-        none = stage.losses([picture, torch.zeros_like(rows)], 0.5)
-        doubt = stage.losses([picture, rows], 0.5)
+        none = stage.losses([picture, torch.zeros_like(rows), picture], 0.5)
+        doubt = stage.losses([picture, rows, picture], 0.5)
     assert float(none["scores"]) > 0
     assert float(doubt["boxes"]) == float(doubt["landmarks"]) == float(none["boxes"]) == 0
 
 
-def test_hardening_learns_and_leaves_the_statistics(scenes: LabelledScenes, tmp_path: Path) -> None:
-    stage = make_stage(scenes)
+def network_input(scene: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(scene.transpose(2, 0, 1)).float() - torch.tensor(MEAN_BGR).view(3, 1, 1)
+
+
+def test_the_teacher_answers_for_faces_that_are_hidden_or_moved(
+    scenes: LabelledScenes, detector: FaceDetector
+) -> None:
+    scene = np.asarray(cv2.resize(pictures.portrait(), (SCENE_SIDE, SCENE_SIDE)), np.uint8)
+    [[face]] = detector.detect_at_size(scene[None])
+    picture = network_input(scene)[None]
+    nothing = torch.full_like(picture, 0.0)
+
+    def losses(kind: float, shift: float, clean: Tensor) -> dict[str, float]:
+        rows = torch.zeros(1, MAX_LABELS, LABEL_WIDTH)
+        rows[0, 0, 0], rows[0, 0, 1:5] = kind, torch.from_numpy(face.box_xyxy)
+        rows[0, 0, 5:] = torch.from_numpy(face.landmarks_xy).flatten() + shift
+        # The network to be trained is the teacher itself: what the teacher says costs nothing.
+        stage = HardeningStage(copy.deepcopy(detector.network), detector.network, [scenes.scene(0)[:2]])
+        return {
+            name: float(term.detach()) for name, term in stage.losses([picture, rows, clean], 0.5).items()
+        }
+
+    side = float((face.box_xyxy[2:] - face.box_xyxy[:2]).mean())
+    for kind in (FACE, HIDDEN):
+        agreed = losses(kind, 0.03 * side, picture)
+        assert agreed["landmarks"] < 1e-3
+        assert agreed["hidden"] < 1e-3
+    assert losses(FACE, 0.5 * side, picture)["landmarks"] > 0.5
+    # If nothing can be seen of it, to see it is a mistake, where it is hidden; a labelled face is one.
+    unseen = losses(HIDDEN, 0.0, nothing)
+    assert unseen["hidden"] > 0.5
+    assert unseen["boxes"] == unseen["landmarks"] == 0
+    assert losses(FACE, 0.0, nothing)["hidden"] == 0
+
+
+def test_hardening_learns_and_leaves_the_statistics(
+    scenes: LabelledScenes, detector: FaceDetector, tmp_path: Path
+) -> None:
+    stage = make_stage(scenes, detector)
     options = Options(tmp_path / "stage.pt", steps=12, batch=2, learning_rate=1e-2, workers=0, save_every=12)
     statistics = {n: v.clone() for n, v in stage.network.state_dict().items() if "running" in n}
 
-    class Few(Dataset[tuple[Tensor, Tensor]]):
-        def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+    class Few(Dataset[tuple[Tensor, Tensor, Tensor]]):
+        def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
             return scenes[index % 2]
 
     batch = [torch.stack(parts) for parts in zip(*(scenes[index] for index in range(2)), strict=True)]
@@ -180,10 +219,11 @@ def test_a_stage_scores_what_it_finds(scenes: LabelledScenes, detector: FaceDete
         for face in detector.detect_at_size(scene[None])[0]
     ]
     assert labels
-    seeing = HardeningStage(build_retinaface("mobile0.25"), [(scene, labels)])
+    new = build_retinaface("mobile0.25")
+    seeing = HardeningStage(new, detector.network, [(scene, labels)])
     assert seeing.score(detector.network) == 1
     assert seeing.score(make_blind_detector()) == 0
-    ghosts = HardeningStage(build_retinaface("mobile0.25"), [(scene, labels), (scene, [])])
+    ghosts = HardeningStage(new, detector.network, [(scene, labels), (scene, [])])
     assert ghosts.score(detector.network) == 0
 
 

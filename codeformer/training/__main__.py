@@ -455,7 +455,8 @@ def _harden(options: argparse.Namespace) -> None:
     loop = _loop_options(options, "hardened", "detector")
     network = _on_device(build_retinaface(BACKBONE), loop.device)
     network.load_state_dict(read_checkpoint(options.run / "detector.pt")["average"])
-    teacher = FaceDetector(_on_device(load_teacher(options.teacher), loop.device))
+    teacher_network = _on_device(load_teacher(options.teacher), loop.device)
+    teacher = FaceDetector(teacher_network)
     photographs, held_photographs = split_pictures(options.photographs)
     faces, held_faces = split_faces(options.faces)
     faceless = faceless_pictures()
@@ -466,7 +467,8 @@ def _harden(options: argparse.Namespace) -> None:
         VALIDATION_SCENES,
         VALIDATION_SEED,
     )
-    stage = HardeningStage(network, [held_out.scene(index) for index in range(VALIDATION_SCENES)])
+    validation = [held_out.scene(index)[:2] for index in range(VALIDATION_SCENES)]
+    stage = HardeningStage(network, teacher_network, validation)
     labels = [teacher_labels(teacher, files) for files in (photographs, faces)]
     train(
         stage,

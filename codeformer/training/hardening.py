@@ -1,7 +1,9 @@
 """Trains a detector further, on degraded pictures with a teacher's answers for the clean ones.
 
 The loss is that of RetinaFace (Deng et al., 2020): cross-entropy of the anchors that lie on faces and of the
-hardest others, smooth absolute error of boxes and landmarks. Batch norms keep their statistics.
+hardest others, smooth absolute error of boxes and landmarks. The labels say where faces are. Where exactly
+one lies, and whether a hidden one can be seen, says the teacher's answer for the same scene before its
+degradation (distillation, see `training.detector`). Batch norms keep their statistics.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,13 +19,18 @@ from codeformer.imaging.files import ImageU8
 from codeformer.imaging.geometry import Detection
 from codeformer.networks.retinaface import VARIANCES
 from codeformer.training.detector import Answer
-from codeformer.training.labelled import DOUBT, FACE, Label
+from codeformer.training.labelled import DOUBT, FACE, HIDDEN, Label
 from codeformer.training.scenes import SCENE_SIDE
 
 # An anchor lies on a face if they overlap this much; so does the best one for each face.
 _ON_FACE: Final = 0.35
-# Anchors that overlap a doubtful face this much are not taught.
+# Anchors that overlap a doubtful face this much are not taught; those of a hidden one, what the teacher says.
 _IN_DOUBT: Final = 0.2
+# The teacher's box and landmarks are taught where its score is higher than this, on a labelled face only if
+# its landmarks are within this share of the anchor's side from the label's. They are more exact than a
+# label's, which are those of another size of the picture.
+_LIKELY: Final = 0.3
+_SAME_FACE: Final = 0.1
 # Hard negatives for each positive, and at least so many for a scene.
 _NEGATIVES: Final = 7
 _FEWEST_NEGATIVES: Final = 30
@@ -44,37 +51,52 @@ class HardeningStage:
 
     Args:
         network: a trained RetinaFace mobile0.25.
+        teacher: the one whose labels they are.
         validation: scenes (512, 512, 3) uint8 BGR with their labels.
     """
 
-    def __init__(self, network: nn.Module, validation: Sequence[tuple[ImageU8, Sequence[Label]]]) -> None:
+    def __init__(
+        self, network: nn.Module, teacher: nn.Module, validation: Sequence[tuple[ImageU8, Sequence[Label]]]
+    ) -> None:
         self.network = network.eval().requires_grad_(requires_grad=True)
+        self._teacher = teacher.eval().requires_grad_(requires_grad=False)
         self.memory = nn.ModuleDict()
         self.critics: list[torch.optim.Optimizer] = []
         self._validation = validation
 
     def losses(self, batch: Sequence[Tensor], _progress: float, /) -> dict[str, Tensor]:
-        scenes = batch[0].contiguous(memory_format=torch.channels_last)
-        ours = Answer(self.network, scenes)
+        scenes, labels, clean = batch
+        ours = Answer(self.network, scenes.contiguous(memory_format=torch.channels_last))
+        with torch.no_grad():
+            theirs = Answer(self._teacher, clean.contiguous(memory_format=torch.channels_last))
+            seen = theirs.logits.softmax(dim=2)[..., 1]
         logits = ours.logits.log_softmax(dim=2)
         anchors = anchors_for(scenes.shape[2], scenes.shape[3], scenes.device)
-        goals = [match(anchors * SCENE_SIDE, rows) for rows in batch[1]]
-        chosen = torch.stack([goal.face for goal in goals])
-        is_face = chosen >= 0
+        goals = [match(anchors * SCENE_SIDE, rows) for rows in labels]
+        is_face = torch.stack([goal.face for goal in goals]) >= 0
+        hidden = torch.stack([goal.hidden for goal in goals])
         surprise = -torch.where(is_face, logits[..., 1], logits[..., 0])
-        counted = is_face | _hardest(surprise.detach(), is_face, torch.stack([g.doubtful for g in goals]))
-        total = is_face.sum().clamp(min=1)
-        truth = torch.cat([goal.offsets for goal in goals])
+        left_out = hidden | torch.stack([goal.doubtful for goal in goals])
+        counted = is_face | _hardest(surprise.detach(), is_face, left_out)
+        # Focal weights, so that the many anchors about which both agree count little.
+        doubt = (logits[..., 1].exp() - seen).square().detach() * hidden
+        differing = -(seen * logits[..., 1] + (1 - seen) * logits[..., 0])
+
+        truth = torch.cat([theirs.boxes, theirs.landmarks], dim=2)
+        truth[is_face] = _more_exact(
+            torch.cat([goal.offsets for goal in goals]), truth[is_face], seen[is_face]
+        )
+        placed = is_face | (hidden & (seen > _LIKELY))
+        total, places = is_face.sum().clamp(min=len(scenes)), placed.sum().clamp(min=1)
+
+        def error(answer: Tensor, true: Tensor, beta: float) -> Tensor:
+            return F.smooth_l1_loss(answer[placed], true[placed], reduction="sum", beta=beta) / places
+
         return {
-            "scores": (surprise * counted).sum() / total.clamp(min=len(scenes)),
-            "boxes": _BOX_WEIGHT
-            * F.smooth_l1_loss(ours.boxes[is_face], truth[:, :4], reduction="sum")
-            / total
-            / 4,
-            "landmarks": _LANDMARK_WEIGHT
-            * F.smooth_l1_loss(ours.landmarks[is_face], truth[:, 4:], reduction="sum", beta=_LANDMARK_BETA)
-            / total
-            / 10,
+            "scores": (surprise * counted).sum() / total,
+            "hidden": (doubt * differing).sum() / total,
+            "boxes": _BOX_WEIGHT * error(ours.boxes, truth[..., :4], 1.0) / 4,
+            "landmarks": _LANDMARK_WEIGHT * error(ours.landmarks, truth[..., 4:], _LANDMARK_BETA) / 10,
         }
 
     def score(self, network: nn.Module) -> float:
@@ -109,12 +131,14 @@ class Goals:
     Attributes:
         face: for each anchor the row of its label, -1 for none, (A,) int64.
         doubtful: anchors that are not taught, (A,) bool.
+        hidden: anchors of hidden faces, (A,) bool.
         offsets: for the anchors with a face, in order, box and landmark offsets (P, 14).
     """
 
-    def __init__(self, face: Tensor, doubtful: Tensor, offsets: Tensor) -> None:
+    def __init__(self, face: Tensor, doubtful: Tensor, hidden: Tensor, offsets: Tensor) -> None:
         self.face = face
         self.doubtful = doubtful
+        self.hidden = hidden
         self.offsets = offsets
 
 
@@ -128,6 +152,7 @@ def match(anchors: Tensor, labels: Tensor) -> Goals:
     kinds = labels[:, 0]
     overlaps = _overlaps(_corners(anchors), labels[:, 1:5])
     doubtful = (overlaps * (kinds == DOUBT)).amax(dim=1) > _IN_DOUBT
+    hidden = (overlaps * (kinds == HIDDEN)).amax(dim=1) > _IN_DOUBT
     overlaps = overlaps * (kinds == FACE)
     best, face = overlaps.max(dim=1)
     face = torch.where(best >= _ON_FACE, face, -1)
@@ -144,12 +169,19 @@ def match(anchors: Tensor, labels: Tensor) -> Goals:
         (sizes / own[:, 2:]).log() / VARIANCES[1],
         ((points - own[:, None, :2]) / own[:, None, 2:] / VARIANCES[0]).flatten(1),
     ]
-    return Goals(face, doubtful & (face < 0), torch.cat(offsets, dim=1))
+    without = face < 0
+    return Goals(face, doubtful & without, hidden & ~doubtful & without, torch.cat(offsets, dim=1))
 
 
-def _hardest(surprise: Tensor, is_face: Tensor, doubtful: Tensor) -> Tensor:
+def _more_exact(moved: Tensor, answered: Tensor, scores: Tensor) -> Tensor:
+    """The teacher's offsets (P, 14) where it sees the labelled face, otherwise those of the label."""
+    distance = (moved - answered)[:, 4:].abs().mean(dim=1) * VARIANCES[0]
+    return torch.where(((scores > _LIKELY) & (distance < _SAME_FACE))[:, None], answered, moved)
+
+
+def _hardest(surprise: Tensor, is_face: Tensor, left_out: Tensor) -> Tensor:
     """The anchors without a face, of each scene, that the network is most wrong about; (B, A) bool."""
-    surprise = surprise.masked_fill(is_face | doubtful, -1.0)
+    surprise = surprise.masked_fill(is_face | left_out, -1.0)
     counts = (_NEGATIVES * is_face.sum(dim=1)).clamp(min=_FEWEST_NEGATIVES)
     ranks = surprise.argsort(dim=1, descending=True).argsort(dim=1)
     return (ranks < counts[:, None]) & (surprise >= 0)

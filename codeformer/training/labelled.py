@@ -1,11 +1,11 @@
 """Labelled training pictures for the detector.
 
 What a teacher sees in clean, upright originals is moved along with them into scenes that are degraded, grey,
-small, turned or cut off. Some scenes have no faces.
+small, turned or cut off. Some scenes have no faces. Each comes with the same scene before its degradation.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -49,7 +49,7 @@ FACELESS: Final = (
 MAX_LABELS: Final = 24
 # The columns of a label: the kind, the box's corners, five landmarks.
 LABEL_WIDTH: Final = 15
-FACE, DOUBT = 1.0, 2.0
+FACE, DOUBT, HIDDEN = 1.0, 2.0, 3.0
 
 _LETTERS: Final = list("aabcdeefghiijklmnoopqrsttuvwxyzABDEGHKMNRST0123456789&%@()=+-.,:;")
 # What the teacher scores in between may be a face or not.
@@ -57,12 +57,14 @@ _SURELY: Final = 0.8
 _PERHAPS: Final = 0.2
 # Faces turned further are neither taught nor counted as mistakes.
 _MAX_TURN: Final = 50.0
-# Nor are those of which less can be seen, or with fewer px of detail across.
-_MIN_VISIBLE: Final = 0.65
+# Nor are those with fewer px of detail across.
 _MIN_DETAIL: Final = 3.5
+# A face of which a smaller share is shown is hidden, and of which nearly nothing is, none.
+_MIN_VISIBLE: Final = 0.65
+_NOTHING_VISIBLE: Final = 0.1
 # Left and right change places in a mirrored picture.
 _MIRRORED: Final = (1, 0, 2, 4, 3)
-_KINDS: Final = ("portrait", "faces", "crowd", "frame_filling", "detail", "faceless", "writing")
+_KINDS: Final = ("portrait", "faces", "crowd", "frame_filling", "detail", "faceless", "writing", "texture")
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,8 @@ class Label:
     """A face in a scene, or what may be one.
 
     Attributes:
-        kind: FACE or DOUBT.
+        kind: FACE, DOUBT (neither taught nor a mistake), or HIDDEN (a face mostly covered or cut off, or
+            about which the teacher was unsure: what it says of the scene before its degradation is taught).
         box_xyxy: in px of the scene.
         landmarks_xy: (5, 2), likewise.
     """
@@ -78,6 +81,9 @@ class Label:
     kind: float
     box_xyxy: FloatArray
     landmarks_xy: FloatArray
+
+    def of_kind(self, kind: float) -> "Label":
+        return replace(self, kind=kind)
 
 
 def teacher_labels(teacher: FaceDetector, files: Sequence[Path]) -> dict[Path, list[Detection]]:
@@ -102,11 +108,11 @@ def as_bgr(picture: npt.NDArray[Any]) -> ImageU8:
     return np.asarray(cv2.cvtColor(levels, code), dtype=np.uint8)
 
 
-class LabelledScenes(Dataset[tuple[Tensor, Tensor]]):
-    """Inputs of the detector's network, (3, 512, 512) float32 BGR minus the channel means, with their labels.
+class LabelledScenes(Dataset[tuple[Tensor, Tensor, Tensor]]):
+    """Inputs of the detector's network, their labels, and the same inputs before their degradation.
 
-    The labels are (MAX_LABELS, LABEL_WIDTH) float32; rows of zeros mean nothing. Item `i` depends only on
-    `seed` and `i`.
+    Inputs are (3, 512, 512) float32 BGR minus the channel means. The labels are (MAX_LABELS, LABEL_WIDTH)
+    float32; rows of zeros mean nothing. Item `i` depends only on `seed` and `i`.
 
     Args:
         photographs: labels of whole pictures, see `teacher_labels`.
@@ -133,20 +139,19 @@ class LabelledScenes(Dataset[tuple[Tensor, Tensor]]):
     def __len__(self) -> int:
         return self._length
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        scene, labels = self.scene(index)
-        planes = torch.from_numpy(np.ascontiguousarray(scene.transpose(2, 0, 1))).float()
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
+        scene, labels, clean = self.scene(index)
         rows = torch.zeros(MAX_LABELS, LABEL_WIDTH)
         for row, label in zip(rows, labels, strict=False):
             row[0] = label.kind
             row[1:5] = torch.from_numpy(label.box_xyxy)
             row[5:] = torch.from_numpy(label.landmarks_xy).flatten()
-        return planes - torch.tensor(MEAN_BGR).view(3, 1, 1), rows
+        return _as_input(scene), rows, _as_input(clean)
 
-    def scene(self, index: int) -> tuple[ImageU8, list[Label]]:
-        """A scene (512, 512, 3) uint8 BGR and its labels."""
+    def scene(self, index: int) -> tuple[ImageU8, list[Label], ImageU8]:
+        """A scene (512, 512, 3) uint8 BGR, its labels, and the scene before its degradation."""
         rng = np.random.default_rng((self._seed, index))
-        kind = _KINDS[int(rng.choice(len(_KINDS), p=[0.25, 0.18, 0.17, 0.05, 0.1, 0.1, 0.15]))]
+        kind = _KINDS[int(rng.choice(len(_KINDS), p=[0.22, 0.16, 0.17, 0.05, 0.1, 0.1, 0.13, 0.07]))]
         canvas = _Canvas(background(rng))
         if kind == "portrait":
             side = log_uniform(rng, 150, 1000)
@@ -169,14 +174,17 @@ class LabelledScenes(Dataset[tuple[Tensor, Tensor]]):
             canvas.put(*_any(self._photographs, rng), rng, side=rng.uniform(1200, 3500), angle=_angle(rng))
         elif kind == "faceless":
             canvas.put_faceless(self._detail(rng), rng)
-        else:
+        elif kind == "writing":
             canvas.put_faceless(_writing(rng), rng)
+        else:
+            canvas.put_faceless(_texture(rng), rng)
         scene = recoloured(canvas.scene, rng)
         scene, detail = _degraded(scene, rng)
-        return scene, [
-            label if _shorter_side(label) >= _MIN_DETAIL * detail else Label(DOUBT, *_place(label))
+        labels = [
+            label if _shorter_side(label) >= _MIN_DETAIL * detail else label.of_kind(DOUBT)
             for label in canvas.labels
         ]
+        return scene, labels, canvas.scene
 
     def _detail(self, rng: np.random.Generator) -> ImageU8:
         """A part of a picture without faces, or of a photograph's area that holds none."""
@@ -266,22 +274,23 @@ def _moved(face: Detection, picture_to_scene: FloatArray, angle: float) -> Label
         np.hypot(width * np.sin(turn), height * np.cos(turn)),
     )
     half = 0.25 * (size + around) * np.sqrt(abs(np.linalg.det(picture_to_scene[:, :2])))
-    sure = face.score >= _SURELY and abs(angle) <= _MAX_TURN
-    return Label(FACE if sure else DOUBT, np.concatenate([centre - half, centre + half]), landmarks)
+    kind = DOUBT if abs(angle) > _MAX_TURN else FACE if face.score >= _SURELY else HIDDEN
+    return Label(kind, np.concatenate([centre - half, centre + half]), landmarks)
 
 
 def _as_visible(label: Label, shown: npt.NDArray[np.bool_]) -> Label | None:
-    """A label where only a part of the scene is shown: as it is, in doubt, or none."""
+    """A label where only a part of the scene is shown: as it is, hidden, or none."""
     x1, y1, x2, y2 = (round(float(edge)) for edge in label.box_xyxy)
     area = max(1, (x2 - x1) * (y2 - y1))
     share = shown[max(0, y1) : max(0, y2), max(0, x1) : max(0, x2)].sum() / area
-    if share >= _MIN_VISIBLE:
+    if share >= _MIN_VISIBLE or (label.kind == DOUBT and share > _NOTHING_VISIBLE):
         return label
-    return Label(DOUBT, *_place(label)) if share > 0.1 else None
+    return label.of_kind(HIDDEN) if share > _NOTHING_VISIBLE else None
 
 
-def _place(label: Label) -> tuple[FloatArray, FloatArray]:
-    return label.box_xyxy, label.landmarks_xy
+def _as_input(scene: ImageU8) -> Tensor:
+    planes = torch.from_numpy(np.ascontiguousarray(scene.transpose(2, 0, 1))).float()
+    return planes - torch.tensor(MEAN_BGR).view(3, 1, 1)
 
 
 def _shorter_side(label: Label) -> float:
@@ -330,17 +339,52 @@ def _writing(rng: np.random.Generator) -> ImageU8:
     return sheet
 
 
+def _texture(rng: np.random.Generator) -> ImageU8:
+    """Blots, pebbles or grain in few colours, (400, 400, 3) uint8."""
+    side = 400
+    kind = rng.choice(["blots", "pebbles", "grain"])
+    if kind == "grain":
+        # Noise of several sizes, the finer the weaker.
+        layers = [
+            cv2.resize(rng.normal(0, 1, (cells, cells)), (side, side), interpolation=cv2.INTER_CUBIC) / weight
+            for cells, weight in ((5, 0.8), (14, 1.2), (40, 2.0), (130, 3.5))
+        ]
+        heights = np.sum(layers, axis=0)
+    else:
+        seeds = np.full((side, side), 255, np.uint8)
+        count = int(log_uniform(rng, 5, 60) if kind == "blots" else log_uniform(rng, 30, 500))
+        seeds[rng.integers(0, side, count), rng.integers(0, side, count)] = 0
+        distances, cells = cv2.distanceTransformWithLabels(
+            seeds, cv2.DIST_L2, cv2.DIST_MASK_5, labelType=cv2.DIST_LABEL_PIXEL
+        )
+        # A shade for each, in the range of its own height.
+        shades = rng.uniform(0.4, 1.6, cells.max() + 1)[cells]
+        size = np.sqrt(side * side / count)
+        reach = rng.uniform(0.15, 0.4) if kind == "blots" else rng.uniform(0.5, 1.2)
+        heights = shades * np.clip(1 - distances / (reach * size), 0, 1) ** rng.uniform(0.2, 1.5)
+    heights = (heights - heights.min()) / max(1e-6, float(np.ptp(heights)))
+    low, high = rng.uniform(0, 255, (2, 1)) + rng.normal(0, 1, (2, 3)) * rng.choice([0, 15, 60])
+    return np.asarray((low + heights[:, :, None] * (high - low)).clip(0, 255), dtype=np.uint8)
+
+
 def _degraded(scene: ImageU8, rng: np.random.Generator) -> tuple[ImageU8, float]:
     """A degraded scene, and the width in px of the smallest detail that is left."""
     kind = rng.random()
-    if kind < 0.25:
+    if kind < 0.22:
         return scene, 1.0
-    if kind < 0.35:
+    if kind < 0.32:
         drawn = MODERATE.sample(rng)
-    elif kind < 0.55:
+    elif kind < 0.5:
         drawn = HEAVY.sample(rng)
-    elif kind < 0.7:
+    elif kind < 0.65:
         return old_photo(scene, rng), 3.0
+    elif kind < 0.8:
+        # A small picture, as the detector gets it.
+        factor = log_uniform(rng, 2, 10)
+        side = round(SCENE_SIDE / factor)
+        small = cv2.resize(scene, (side, side), interpolation=cv2.INTER_AREA)
+        large = cv2.resize(small, (SCENE_SIDE, SCENE_SIDE), interpolation=cv2.INTER_LINEAR)
+        return np.asarray(large, dtype=np.uint8), factor
     else:
         drawn = Degradation(
             blur_kernel=17,
