@@ -17,6 +17,7 @@ from codeformer.imaging.geometry import Detection
 from codeformer.networks.retinaface import MEAN_BGR, build_retinaface
 from codeformer.training.__main__ import main
 from codeformer.training.detection_scores import measure_robustness
+from codeformer.training.faceless import faceless_pictures
 from codeformer.training.hardening import HardeningStage, match
 from codeformer.training.labelled import (
     DOUBT,
@@ -27,7 +28,6 @@ from codeformer.training.labelled import (
     Label,
     LabelledScenes,
     _Canvas,
-    faceless_pictures,
     teacher_labels,
 )
 from codeformer.training.loop import Options, digest_of, read_checkpoint, train

@@ -31,6 +31,7 @@ from codeformer.training.align import aligned_faces
 from codeformer.training.detection_scores import measure_robustness
 from codeformer.training.detector import BACKBONE, DistillationStage, load_teacher
 from codeformer.training.export import copy_network, export_network, write_manifest
+from codeformer.training.faceless import faceless_pictures
 from codeformer.training.faces import (
     CROP_GRID,
     TRAINING_MIXTURE,
@@ -43,7 +44,7 @@ from codeformer.training.faces import (
 )
 from codeformer.training.gfpgan import GfpganStage, begin_from_correction
 from codeformer.training.hardening import HardeningStage, blended
-from codeformer.training.labelled import LabelledScenes, faceless_pictures, teacher_labels
+from codeformer.training.labelled import LabelledScenes, teacher_labels
 from codeformer.training.loop import Options, digest_of, read_checkpoint, train
 from codeformer.training.page import write_page
 from codeformer.training.restorer import (

@@ -19,12 +19,12 @@ from codeformer.evaluation.degradation import HEAVY, MODERATE, old_photo
 from codeformer.evaluation.matching import MATCH_IOU, box_iou
 from codeformer.imaging.files import ImageU8
 from codeformer.imaging.geometry import Detection, FloatArray
+from codeformer.training.faceless import as_bgr
 from codeformer.training.faces import read_photograph
-from codeformer.training.labelled import as_bgr
 
 MIN_FACE_SIDE: Final = 40.0
 DETECTION_SEED: Final = 30_000
-# Pictures without faces that scikit-image ships; `labelled.FACELESS` are others.
+# Pictures without faces that scikit-image ships; `faceless.FACELESS` are others.
 FACELESS: Final = ("gravel", "immunohistochemistry", "moon", "page", "retina", "rocket", "text")
 # Sides of a face's surroundings, in longer sides of its box, and the side that they are scaled to.
 _SURROUNDINGS: Final = 2.5

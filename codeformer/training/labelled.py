@@ -7,12 +7,11 @@ small, turned or cut off. Some scenes have no faces. Each comes with the same sc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import cv2
 import numpy as np
 import numpy.typing as npt
-import skimage.data
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -22,6 +21,7 @@ from codeformer.evaluation.degradation import HEAVY, MODERATE, Degradation, old_
 from codeformer.imaging.files import ImageU8
 from codeformer.imaging.geometry import Detection, FloatArray, transform_points
 from codeformer.networks.retinaface import MEAN_BGR
+from codeformer.training.faceless import texture, writing
 from codeformer.training.scenes import (
     SCENE_SIDE,
     background,
@@ -32,26 +32,12 @@ from codeformer.training.scenes import (
     recoloured,
 )
 
-# What ships with scikit-image under CC0 or in the public domain and shows no face of a person; a cat's does
-# not count. Its other such pictures are kept aside for `scores.FACELESS`.
-FACELESS: Final = (
-    "brick",
-    "cell",
-    "chelsea",
-    "clock",
-    "coffee",
-    "grass",
-    "horse",
-    "hubble_deep_field",
-    "microaneurysms",
-)
 # At most so many labels in a scene, with zeros after the last.
 MAX_LABELS: Final = 24
 # The columns of a label: the kind, the box's corners, five landmarks.
 LABEL_WIDTH: Final = 15
 FACE, DOUBT, HIDDEN = 1.0, 2.0, 3.0
 
-_LETTERS: Final = list("aabcdeefghiijklmnoopqrsttuvwxyzABDEGHKMNRST0123456789&%@()=+-.,:;")
 # What the teacher scores in between may be a face or not.
 _SURELY: Final = 0.8
 _PERHAPS: Final = 0.2
@@ -94,18 +80,6 @@ def teacher_labels(teacher: FaceDetector, files: Sequence[Path]) -> dict[Path, l
         [found] = teacher.detect_at_size(copy[None], score_threshold=_PERHAPS)
         labels[file] = [face.in_original(scale) for face in found]
     return labels
-
-
-def faceless_pictures() -> list[ImageU8]:
-    """The pictures of `FACELESS`, (H, W, 3) uint8 BGR."""
-    return [as_bgr(getattr(skimage.data, name)()) for name in FACELESS]
-
-
-def as_bgr(picture: npt.NDArray[Any]) -> ImageU8:
-    """A picture of scikit-image, in bits, grey or RGB, as (H, W, 3) uint8 BGR."""
-    levels: ImageU8 = picture.astype(np.uint8) * np.uint8(255 if picture.dtype == bool else 1)
-    code = cv2.COLOR_GRAY2BGR if levels.ndim == 2 else cv2.COLOR_RGB2BGR
-    return np.asarray(cv2.cvtColor(levels, code), dtype=np.uint8)
 
 
 class LabelledScenes(Dataset[tuple[Tensor, Tensor, Tensor]]):
@@ -175,9 +149,9 @@ class LabelledScenes(Dataset[tuple[Tensor, Tensor, Tensor]]):
         elif kind == "faceless":
             canvas.put_faceless(self._detail(rng), rng)
         elif kind == "writing":
-            canvas.put_faceless(_writing(rng), rng)
+            canvas.put_faceless(writing(rng), rng)
         else:
-            canvas.put_faceless(_texture(rng), rng)
+            canvas.put_faceless(texture(rng), rng)
         scene = recoloured(canvas.scene, rng)
         scene, detail = _degraded(scene, rng)
         labels = [
@@ -311,60 +285,6 @@ def _part(picture: ImageU8, rng: np.random.Generator) -> ImageU8:
         int(rng.integers(0, height - side, endpoint=True)),
     )
     return picture[y : y + side, x : x + side]
-
-
-def _writing(rng: np.random.Generator) -> ImageU8:
-    """Lines of print or of scrawl on paper, (400, 400, 3) uint8."""
-    side = 400
-    paper, ink = rng.uniform(120, 255), rng.uniform(0, 90)
-    if rng.random() < 0.2:
-        paper, ink = ink, paper
-    sheet = np.full((side, side, 3), paper, np.uint8)
-    colour = [float(np.clip(ink + rng.normal(0, 15), 0, 255)) for _ in range(3)]
-    size, thickness = log_uniform(rng, 0.4, 4), int(rng.integers(1, 6))
-    step = int(34 * size * rng.uniform(0.9, 1.5))
-    for y in range(int(30 * size), side + step, step):
-        if rng.random() < 0.6:
-            words = ("".join(rng.choice(_LETTERS, int(rng.integers(1, 10)))) for _ in range(12))
-            place = int(rng.uniform(-60, 10)), y
-            font = int(rng.integers(0, 8))
-            cv2.putText(sheet, " ".join(words), place, font, size, colour, thickness, cv2.LINE_AA)
-        else:
-            x = np.arange(0, side, max(3.0, 4 * size))
-            heights = y + rng.normal(0, 9 * size, len(x))
-            path = np.stack([x + rng.normal(0, 4 * size, len(x)), heights], axis=1).round().astype(np.int32)
-            for start in range(0, len(path), 7):
-                part = path[start : start + int(rng.integers(3, 7))]
-                cv2.polylines(sheet, [part], False, colour, thickness, cv2.LINE_AA)  # noqa: FBT003
-    return sheet
-
-
-def _texture(rng: np.random.Generator) -> ImageU8:
-    """Blots, pebbles or grain in few colours, (400, 400, 3) uint8."""
-    side = 400
-    kind = rng.choice(["blots", "pebbles", "grain"])
-    if kind == "grain":
-        # Noise of several sizes, the finer the weaker.
-        layers = [
-            cv2.resize(rng.normal(0, 1, (cells, cells)), (side, side), interpolation=cv2.INTER_CUBIC) / weight
-            for cells, weight in ((5, 0.8), (14, 1.2), (40, 2.0), (130, 3.5))
-        ]
-        heights = np.sum(layers, axis=0)
-    else:
-        seeds = np.full((side, side), 255, np.uint8)
-        count = int(log_uniform(rng, 5, 60) if kind == "blots" else log_uniform(rng, 30, 500))
-        seeds[rng.integers(0, side, count), rng.integers(0, side, count)] = 0
-        distances, cells = cv2.distanceTransformWithLabels(
-            seeds, cv2.DIST_L2, cv2.DIST_MASK_5, labelType=cv2.DIST_LABEL_PIXEL
-        )
-        # A shade for each, in the range of its own height.
-        shades = rng.uniform(0.4, 1.6, cells.max() + 1)[cells]
-        size = np.sqrt(side * side / count)
-        reach = rng.uniform(0.15, 0.4) if kind == "blots" else rng.uniform(0.5, 1.2)
-        heights = shades * np.clip(1 - distances / (reach * size), 0, 1) ** rng.uniform(0.2, 1.5)
-    heights = (heights - heights.min()) / max(1e-6, float(np.ptp(heights)))
-    low, high = rng.uniform(0, 255, (2, 1)) + rng.normal(0, 1, (2, 3)) * rng.choice([0, 15, 60])
-    return np.asarray((low + heights[:, :, None] * (high - low)).clip(0, 255), dtype=np.uint8)
 
 
 def _degraded(scene: ImageU8, rng: np.random.Generator) -> tuple[ImageU8, float]:
