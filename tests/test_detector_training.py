@@ -1,6 +1,7 @@
 """Training of a detector on degraded pictures, and the scores that tell whether it helps."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import cv2
@@ -17,7 +18,7 @@ from codeformer.imaging.geometry import Detection
 from codeformer.networks.retinaface import MEAN_BGR, build_retinaface
 from codeformer.training.__main__ import main
 from codeformer.training.detection_scores import measure_robustness
-from codeformer.training.faceless import faceless_pictures
+from codeformer.training.faceless import faceless_pictures, texture, writing
 from codeformer.training.hardening import HardeningStage, match
 from codeformer.training.labelled import (
     DOUBT,
@@ -112,6 +113,17 @@ def test_scenes_depend_only_on_seed_and_index(scenes: LabelledScenes) -> None:
         faces = rows[rows[:, 0] == FACE]
         assert (faces[:, 3:5] > faces[:, 1:3]).all()
     assert kinds == {0, FACE, DOUBT, HIDDEN}
+
+
+@pytest.mark.parametrize("draw", [texture, writing])
+def test_drawn_pictures_without_faces_differ_and_show_something(
+    draw: Callable[[np.random.Generator], np.ndarray],
+) -> None:
+    drawn = [draw(np.random.default_rng(seed)) for seed in range(12)]
+    assert all(picture.shape == (400, 400, 3) and picture.dtype == np.uint8 for picture in drawn)
+    assert all(float(picture.std()) > 1 for picture in drawn)
+    assert len({picture.tobytes() for picture in drawn}) == len(drawn)
+    np.testing.assert_array_equal(drawn[3], draw(np.random.default_rng(3)))
 
 
 def test_matched_anchors_decode_to_their_face() -> None:
