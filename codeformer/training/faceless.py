@@ -41,7 +41,7 @@ def as_bgr(picture: npt.NDArray[Any]) -> ImageU8:
 
 
 def writing(rng: np.random.Generator) -> ImageU8:
-    """Lines of print or of scrawl on paper, (400, 400, 3) uint8."""
+    """Lines of print, of scrawl or of both on paper, lit unevenly, (400, 400, 3) uint8."""
     paper, ink = rng.uniform(120, 255), rng.uniform(0, 90)
     if rng.random() < 0.2:
         paper, ink = ink, paper
@@ -49,8 +49,9 @@ def writing(rng: np.random.Generator) -> ImageU8:
     colour = [float(np.clip(ink + rng.normal(0, 15), 0, 255)) for _ in range(3)]
     size, thickness = log_uniform(rng, 0.4, 4), int(rng.integers(1, 6))
     step = int(34 * size * rng.uniform(0.9, 1.5))
+    printed = rng.choice([0.0, 0.6, 1.0])
     for y in range(int(30 * size), _SIDE + step, step):
-        if rng.random() < 0.6:
+        if rng.random() < printed:
             words = ("".join(rng.choice(_LETTERS, int(rng.integers(1, 10)))) for _ in range(12))
             place = int(rng.uniform(-60, 10)), y
             font = int(rng.integers(0, 8))
@@ -58,11 +59,16 @@ def writing(rng: np.random.Generator) -> ImageU8:
         else:
             x = np.arange(0, _SIDE, max(3.0, 4 * size))
             heights = y + rng.normal(0, 9 * size, len(x))
-            path = np.stack([x + rng.normal(0, 4 * size, len(x)), heights], axis=1).round().astype(np.int32)
-            for start in range(0, len(path), 7):
-                part = path[start : start + int(rng.integers(3, 7))]
-                cv2.polylines(sheet, [part], False, colour, thickness, cv2.LINE_AA)  # noqa: FBT003
-    return sheet
+            path = np.stack([x + rng.normal(0, 4 * size, len(x)), heights], axis=1)
+            if rng.random() < 0.5:
+                # Round strokes.
+                path = cv2.resize(path, (2, 4 * len(path)), interpolation=cv2.INTER_CUBIC)
+            for start in range(0, len(path), len(path) // 12 + 1):
+                part = path[start : start + int(rng.integers(3, 7)) * (len(path) // 100 + 1)]
+                cv2.polylines(sheet, [part.round().astype(np.int32)], False, colour, thickness, cv2.LINE_AA)  # noqa: FBT003
+    light = cv2.resize(rng.uniform(0.5, 1, (3, 3)), (_SIDE, _SIDE), interpolation=cv2.INTER_CUBIC)
+    grain = rng.normal(0, rng.uniform(0, 12), sheet.shape[:2])
+    return np.asarray((sheet * light[:, :, None] + grain[:, :, None]).clip(0, 255), dtype=np.uint8)
 
 
 def texture(rng: np.random.Generator) -> ImageU8:

@@ -33,11 +33,11 @@ _LIKELY: Final = 0.3
 _SAME_FACE: Final = 0.1
 # Hard negatives for each positive, and at least so many for a scene.
 _NEGATIVES: Final = 7
-_FEWEST_NEGATIVES: Final = 30
+_FEWEST_NEGATIVES: Final = 60
 # Landmarks weigh most: faces are aligned by them, and they suffer first. Their errors count linearly down
 # to a hundredth of an anchor, since squares would let the small ones be.
 _BOX_WEIGHT: Final = 2.0
-_LANDMARK_WEIGHT: Final = 3.0
+_LANDMARK_WEIGHT: Final = 5.0
 _LANDMARK_BETA: Final = 0.1
 # The share of the hardened weights in what is exported: it keeps most of the gain on degraded pictures, and
 # the landmarks nearly as exact as they were.

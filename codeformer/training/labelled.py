@@ -125,7 +125,7 @@ class LabelledScenes(Dataset[tuple[Tensor, Tensor, Tensor]]):
     def scene(self, index: int) -> tuple[ImageU8, list[Label], ImageU8]:
         """A scene (512, 512, 3) uint8 BGR, its labels, and the scene before its degradation."""
         rng = np.random.default_rng((self._seed, index))
-        kind = _KINDS[int(rng.choice(len(_KINDS), p=[0.22, 0.16, 0.17, 0.05, 0.1, 0.1, 0.13, 0.07]))]
+        kind = _KINDS[int(rng.choice(len(_KINDS), p=[0.2, 0.15, 0.15, 0.05, 0.1, 0.11, 0.15, 0.09]))]
         canvas = _Canvas(background(rng))
         if kind == "portrait":
             side = log_uniform(rng, 150, 1000)
@@ -290,15 +290,15 @@ def _part(picture: ImageU8, rng: np.random.Generator) -> ImageU8:
 def _degraded(scene: ImageU8, rng: np.random.Generator) -> tuple[ImageU8, float]:
     """A degraded scene, and the width in px of the smallest detail that is left."""
     kind = rng.random()
-    if kind < 0.22:
+    if kind < 0.4:
         return scene, 1.0
-    if kind < 0.32:
+    if kind < 0.48:
         drawn = MODERATE.sample(rng)
-    elif kind < 0.5:
+    elif kind < 0.6:
         drawn = HEAVY.sample(rng)
-    elif kind < 0.65:
+    elif kind < 0.73:
         return old_photo(scene, rng), 3.0
-    elif kind < 0.8:
+    elif kind < 0.88:
         # A small picture, as the detector gets it.
         factor = log_uniform(rng, 2, 10)
         side = round(SCENE_SIDE / factor)
