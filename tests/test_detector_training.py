@@ -18,7 +18,7 @@ from codeformer.imaging.geometry import Detection
 from codeformer.networks.retinaface import MEAN_BGR, build_retinaface
 from codeformer.training.__main__ import main
 from codeformer.training.detection_scores import measure_robustness
-from codeformer.training.faceless import faceless_pictures, texture, writing
+from codeformer.training.faceless import TAUGHT, shipped_picture, texture, writing
 from codeformer.training.hardening import HardeningStage, match
 from codeformer.training.labelled import (
     DOUBT,
@@ -99,7 +99,8 @@ def scenes(detector: FaceDetector, tmp_path_factory: pytest.TempPathFactory) -> 
         cv2.imwrite(str(folder / f"{name}.png"), picture)
     labels = teacher_labels(detector, sorted(folder.iterdir()))
     assert [len(faces) for faces in labels.values()] == [1, 4]
-    return LabelledScenes(labels, labels, faceless_pictures(), 12, seed=3)
+    faceless = [shipped_picture(name) for name in TAUGHT]
+    return LabelledScenes(labels, labels, faceless, 12, seed=3)
 
 
 def test_scenes_depend_only_on_seed_and_index(scenes: LabelledScenes) -> None:

@@ -11,9 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
-import cv2
 import numpy as np
-import skimage.data
 from pydantic import Field
 
 from benchmarks import options as opt
@@ -37,6 +35,7 @@ from codeformer.imaging.geometry import (
     estimate_similarity,
     make_working_copy,
 )
+from codeformer.training.faceless import HELD_OUT, shipped_picture
 from codeformer.training.faces import read_face, read_photograph
 from data.make_pictures import LANDMARKS_XY
 
@@ -54,11 +53,8 @@ _LOWER: Final = 0.08
 _FAINT_SCORE: Final = 0.3
 _CROP_SIDES: Final = (90, 240)
 _TRIES: Final = 60
-# Animals, writing, things and textures without people.
-FACELESS: Final = (
-    *("chelsea", "horse", "page", "text", "coins", "clock", "coffee", "rocket", "moon", "hubble_deep_field"),
-    *("brick", "grass", "gravel", "retina", "immunohistochemistry", "colorwheel"),
-)
+# Of those that no detector was taught on.
+FACELESS: Final = (*HELD_OUT, "coins", "colorwheel")
 _PORTRAIT_SIDES: Final = (256, 512, 640, 1080)
 
 Look = Callable[[WorkingCopy], FoundFaces]
@@ -143,7 +139,7 @@ def measure(options: Options) -> Result:
             for file in files:
                 picture = read_photograph(file)
                 crops += crops_outside(judge.scene(folder, picture), picture, options.crops, rng)
-        for kind, pictures in (("crops", crops), ("scikit-image", map(_skimage_picture, FACELESS))):
+        for kind, pictures in (("crops", crops), ("scikit-image", map(shipped_picture, FACELESS))):
             for picture in pictures:
                 judge.add({"faceless": kind}, picture, [])
         print(f"judged {len(aligned)} aligned faces, {list(map(len, folders.values()))} pictures")
@@ -299,15 +295,6 @@ def crops_outside(
     return crops
 
 
-def _skimage_picture(name: str) -> ImageU8:
-    """A picture of scikit-image, (H, W, 3) uint8 BGR."""
-    picture = np.asarray(getattr(skimage.data, name)())
-    if picture.dtype == np.bool_:
-        picture = picture.astype(np.uint8) * 255
-    code = cv2.COLOR_GRAY2BGR if picture.ndim == 2 else cv2.COLOR_RGB2BGR
-    return np.asarray(cv2.cvtColor(picture, code), dtype=np.uint8)
-
-
 def _cost(pipeline: Pipeline, looks: Mapping[str, Look], picture: ImageU8, options: Options) -> Cost:
     calls: dict[str, Call] = {
         name: partial(lambda look: look(make_working_copy(picture)), look) for name, look in looks.items()
@@ -332,11 +319,11 @@ def _subjects() -> list[tuple[str, ImageU8]]:
     to_face = estimate_similarity(np.array(LANDMARKS_XY))
     if to_face is None:
         raise BenchmarkError("expected the landmarks of a face in data/make_pictures.py.")
-    close_up, _ = close_up_of(crop_face(_skimage_picture("astronaut"), to_face), 0.5)
+    close_up, _ = close_up_of(crop_face(shipped_picture("astronaut"), to_face), 0.5)
     return [
         *(("upright portrait", portrait) for portrait in portraits.values()),
         ("upside down", _turned(portraits[640], 2)),
         ("group of ten", picture_with(10, (1280, 720))),
         ("close-up", close_up),
-        ("without a face", _skimage_picture("gravel")),
+        ("without a face", shipped_picture("gravel")),
     ]

@@ -74,8 +74,8 @@ def bfloat16_pays() -> bool:
     """Whether this CPU computes the generator's convolutions faster in bfloat16 than in float32.
 
     The instructions alone do not tell: on some CPUs they take two to three times as long as float32's. The
-    first call measures, within about half a second on two cores; all others, from whichever thread, get its
-    answer.
+    first call measures, for a quarter of a second on two idle cores; all others, from whichever thread, get
+    its answer.
     """
     with _asking:
         return _measure()

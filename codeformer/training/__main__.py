@@ -31,7 +31,7 @@ from codeformer.training.align import aligned_faces
 from codeformer.training.detection_scores import measure_robustness
 from codeformer.training.detector import BACKBONE, DistillationStage, load_teacher
 from codeformer.training.export import copy_network, export_network, write_manifest
-from codeformer.training.faceless import faceless_pictures
+from codeformer.training.faceless import TAUGHT, shipped_picture
 from codeformer.training.faces import (
     CROP_GRID,
     TRAINING_MIXTURE,
@@ -460,7 +460,7 @@ def _harden(options: argparse.Namespace) -> None:
     teacher = FaceDetector(teacher_network)
     photographs, held_photographs = split_pictures(options.photographs)
     faces, held_faces = split_faces(options.faces)
-    faceless = faceless_pictures()
+    faceless = [shipped_picture(name) for name in TAUGHT]
     held_out = LabelledScenes(
         teacher_labels(teacher, held_photographs),
         teacher_labels(teacher, held_faces),

@@ -12,20 +12,17 @@ from typing import Any, Final
 
 import cv2
 import numpy as np
-import skimage.data
 
 from codeformer.engine.detector import FaceDetector, resize_for_detection
 from codeformer.evaluation.degradation import HEAVY, MODERATE, old_photo
 from codeformer.evaluation.matching import MATCH_IOU, box_iou
 from codeformer.imaging.files import ImageU8
 from codeformer.imaging.geometry import Detection, FloatArray
-from codeformer.training.faceless import as_bgr
+from codeformer.training.faceless import HELD_OUT, shipped_picture
 from codeformer.training.faces import read_photograph
 
 MIN_FACE_SIDE: Final = 40.0
 DETECTION_SEED: Final = 30_000
-# Pictures without faces that scikit-image ships; `faceless.FACELESS` are others.
-FACELESS: Final = ("gravel", "immunohistochemistry", "moon", "page", "retina", "rocket", "text")
 # Sides of a face's surroundings, in longer sides of its box, and the side that they are scaled to.
 _SURROUNDINGS: Final = 2.5
 _SIDE: Final = 512
@@ -76,8 +73,8 @@ def measure_robustness(
         views += [_surroundings(picture, face) for face in large]
         if len(faces) <= _CROWD:
             crops += _faceless_crops(picture, anything, rng)
-    for name in FACELESS:
-        picture = as_bgr(getattr(skimage.data, name)())
+    for name in HELD_OUT:
+        picture = shipped_picture(name)
         crops += [picture, *_faceless_crops(picture, [], rng)]
     everyone = {**detectors, "teacher": teacher}
     recall: dict[str, dict[str, float]] = {name: {} for name in everyone}
