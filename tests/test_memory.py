@@ -107,7 +107,12 @@ def test_what_has_two_causes_is_a_shortage_where_memory_is_short(
     monkeypatch.setattr(
         torch.cuda, "mem_get_info", lambda index: (int((free_gib if index == 1 else 0) * gib), 80 * gib)
     )
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda _: 1.0)
     assert is_out_of_memory(RuntimeError(text)) == expected
+
+    # What the process may not use is not free for it.
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda _: 0.1)
+    assert is_out_of_memory(RuntimeError(text)) == is_used
 
     def fail(_: int) -> None:
         raise RuntimeError("CUDA error: unspecified launch failure")

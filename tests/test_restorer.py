@@ -1,25 +1,30 @@
 """The adapters of the restorer and the parser."""
 
 import itertools
-from typing import Any
+from typing import Any, cast
 
 import cv2
 import numpy as np
 import pytest
 import torch
 
+from codeformer.engine import gfpgan
 from codeformer.engine.codeformer import CodeFormerRestorer
 from codeformer.engine.detector import FaceDetector
+from codeformer.engine.gfpgan import GfpganRestorer
 from codeformer.engine.masker import FaceParser, TemplateMask, soften_labels
+from codeformer.engine.models import ModelStore
 from codeformer.engine.precision import half_dtype_of
-from codeformer.engine.restorer import batch_to_faces, faces_to_batch, match_gray
+from codeformer.engine.restorer import FaceRestorer, batch_to_faces, faces_to_batch, match_gray
 from codeformer.engine.runner import Execution
 from codeformer.networks.parsenet import FaceParsingNetwork
 from tests.compare import assert_pictures_close
 from tests.conftest import (
+    CPU,
     make_blind_detector,
     make_broken_restorer,
     make_channels_last_restorer,
+    make_tiny_gfpgan,
     make_tiny_restorer,
     models_of,
 )
@@ -45,9 +50,9 @@ def faces(count: int, side: int = 512) -> torch.Tensor:
 
 
 def restored(
-    restorer: CodeFormerRestorer,
+    restorer: FaceRestorer,
     crops: torch.Tensor,
-    fidelity: float,
+    fidelity: float | None,
     half_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """All crops with one fidelity."""
@@ -113,7 +118,7 @@ def test_compiled_equals_eager_for_every_fidelity_and_batch(backend: str, channe
     if channels_last:
         network = network.to(memory_format=torch.channels_last)
     plain = CodeFormerRestorer(network, Execution(channels_last))
-    compiled = CodeFormerRestorer(network, Execution(channels_last, backend))
+    compiled = CodeFormerRestorer(network, Execution(channels_last, compile_backend=backend))
     torch._dynamo.utils.counters.clear()
     for count, fidelity in [(1, 0.5), (1, 0.25), (1, 0.0), (2, 0.9), (3, 0.1)]:
         crops = faces(count, network.resolution)
@@ -196,6 +201,82 @@ def test_a_compiled_parser_gives_the_same_labels(backend: str) -> None:
     for count in (1, 2, 3):
         batch = faces(count, side=64)
         assert (compiled.labels(batch)[0] == plain.labels(batch)[0]).double().mean() > 0.999
+
+
+def test_float32_parts_may_be_contiguous_beside_channels_last_ones() -> None:
+    restorer = CodeFormerRestorer(make_tiny_restorer(**SMALL_FACES))
+    models = models_of(FaceDetector(make_blind_detector()), restorer)
+    mixed, plain = (models.optimized(None, layout, may_record=False) for layout in ("mixed", "contiguous"))
+    ours, theirs = (cast("CodeFormerRestorer", each.restorers["codeformer"]) for each in (mixed, plain))
+    network: Any = ours.network
+    for part, layout in (
+        (network.encoder, torch.contiguous_format),
+        (mixed.detector.network, torch.contiguous_format),
+        (network.generator, torch.channels_last),
+    ):
+        kernels = [weight for weight in part.parameters() if weight.dim() == 4 and weight.shape[1] > 1]
+        assert kernels
+        assert all(kernel.is_contiguous(memory_format=layout) for kernel in kernels)
+    seen = []
+    network.generator.blocks[-1].register_forward_hook(lambda _m, given, _o: seen.append(given[0]))
+    crops = faces(2, network.resolution)
+    assert torch.equal(ours.codes(crops), theirs.codes(crops))
+    assert_pictures_close(restored(ours, crops, 0.5), restored(theirs, crops, 0.5), mean=0.1, within=1)
+    assert all(maps.is_contiguous(memory_format=torch.channels_last) for maps in seen)
+
+
+def test_without_tritons_norm_a_gpus_copy_is_contiguous_and_says_so() -> None:
+    restorer = CodeFormerRestorer(make_tiny_restorer(**SMALL_FACES))
+    # No kernel compiles for a GPU that is not there.
+    restorer.device = torch.device("cuda")
+    models = models_of(FaceDetector(make_blind_detector()), restorer)
+    store = ModelStore(models)
+    assert store.degraded == []
+    copied = models.optimized(None, may_record=False)
+    network: Any = copied.restorers["codeformer"].network
+    assert all(weight.is_contiguous() for weight in network.generator.parameters())
+    store._optimized = copied
+    [sentence] = store.degraded
+    assert "group norm" in sentence
+
+
+@pytest.mark.parametrize(("half_dtype", "is_channels_last"), [(torch.float16, False), (torch.bfloat16, True)])
+def test_gfpgan_is_contiguous_where_it_always_runs_in_float32(
+    monkeypatch: pytest.MonkeyPatch, half_dtype: torch.dtype, is_channels_last: bool
+) -> None:
+    monkeypatch.setattr(gfpgan, "half_dtype_of", lambda _: half_dtype)
+    restorer = GfpganRestorer(make_tiny_gfpgan())
+    copied = restorer.optimized(Execution(channels_last=True, float32_contiguous=True))
+    kernels = [each.weight for each in copied.network.modules() if isinstance(each, torch.nn.Conv2d)]
+    kernels = [kernel for kernel in kernels if kernel.shape[2] > 1 and kernel.shape[1] > 1]
+    assert {kernel.is_contiguous(memory_format=torch.channels_last) for kernel in kernels} == {
+        is_channels_last
+    }
+    crops = faces(1, restorer.network.resolution)
+    assert_pictures_close(restored(copied, crops, None), restored(restorer, crops, None), mean=0.1, within=1)
+
+
+def test_on_a_gpu_all_convolutions_in_half_precision_have_weights_in_it() -> None:
+    branches = {
+        "correction_blocks": 1,
+        "correction_channels": 8,
+        "detail_blocks": 1,
+        "detail_channels": 8,
+        "norm_groups": 1,
+    }
+    restorer = CodeFormerRestorer(make_tiny_restorer(**SMALL_FACES | branches))
+    restorer.device = torch.device("cuda")
+    models = models_of(FaceDetector(make_blind_detector()), restorer)
+    copied = cast(
+        "CodeFormerRestorer",
+        models.optimized(None, "channels_last", may_record=False).restorers["codeformer"],
+    )
+    copied.device = CPU
+    crops = faces(1, copied.network.resolution)
+    restored(copied, crops, 0.5, torch.bfloat16)
+    with Conversions(copied.network) as again:
+        restored(copied, crops, 0.5, torch.bfloat16)
+    assert again.count == 0
 
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])

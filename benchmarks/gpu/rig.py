@@ -112,7 +112,7 @@ class Rig:
             return torch.cat([codes_of(self.models, crop[None]) for crop in self.crops])
 
     def compare(self, what: str, calls: Mapping[str, Call], ends: float) -> dict[str, Row]:
-        """Rows of calls in turns; if their answers are tensors, with the deviation from the first one's."""
+        """Rows of calls in turns; if their answers are pictures, with the deviation from the first one's."""
         self.at_work = what
         with torch.inference_mode(), torch_switches(cudnn_benchmark=True):
             repeats = self.options.repeats
@@ -166,7 +166,7 @@ def codes_of(models: Models, crops: Tensor) -> Tensor:
 
 def _deviation(samples: Samples, expected: Samples) -> dict[str, Any]:
     ours, theirs = samples.results[-1], expected.results[-1]
-    if samples is expected or not isinstance(ours, Tensor):
+    if samples is expected or not isinstance(ours, Tensor) or ours.dtype != torch.uint8:
         return {}
     levels = (ours.short() - theirs.short()).abs().float()
     return {"largest_levels": float(levels.max()), "mean_levels": round(float(levels.mean()), 5)}

@@ -8,13 +8,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,12 +24,13 @@ from benchmarks import options as opt
 from benchmarks.full_frame import paste_full_frame
 from benchmarks.gpu.rig import NEEDS_A_GPU, NotRunError, Rig, Row
 from benchmarks.gpu.shortages import failed_capture, shortages
-from benchmarks.measure import Call, Summary, peak_resident_mib, time_call
+from benchmarks.measure import Call, Summary, peak_memory_mib, time_call
 from benchmarks.programs import full_size, quality, requests, stages
 from benchmarks.server import ROOT
 from codeformer.engine.masker import FaceParser
 from codeformer.engine.models import Models, fused_group_norm
 from codeformer.engine.pipeline import Pipeline
+from codeformer.engine.plan import torch_switches
 from codeformer.engine.restorer import batch_to_faces, faces_to_batch
 from codeformer.engine.runner import Execution
 from codeformer.errors import BenchmarkError
@@ -53,6 +55,11 @@ def setup(rig: Rig) -> None:
             started = time.perf_counter()
             pipeline.restore([picture], 0.5, plan)
             rig.facts[f"{name}, {request} request, s"] = round(time.perf_counter() - started, 3)
+        peak_mib = peak_memory_mib(
+            partial(pipeline.restore, [picture] * 4, 0.5, plan), rig.device, stages.weights_mib(rig.models)
+        )
+        if peak_mib is not None:
+            rig.facts[f"{name}, four pictures with a face each: peak memory, MiB"] = peak_mib
     rig.facts["memory kept by CUDA graphs, MiB"] = pipeline.store.bytes_of_graphs() / 2**20
     rig.facts["degraded"] = "; ".join(pipeline.degraded) or "no"
 
@@ -74,10 +81,14 @@ def suite(rig: Rig) -> None:
     """The tests that have a variant on CUDA; on a CPU one file's tests on the CPU."""
     files = [ROOT / "tests" / "test_device_pixels.py"]
     if rig.on_gpu:
-        # Other files may need packages that are not there.
-        files = [file for file in ROOT.glob("tests/test_*.py") if "device: torch.device" in file.read_text()]
-    # Networks that are filled with the references' values take the longest.
-    files.sort(key=lambda file: ("filled_" in file.read_text(), file.name))
+        # Other files may need packages that are not there, and nobody trains where requests are served.
+        files = [
+            file
+            for file in ROOT.glob("tests/test_*.py")
+            if "device: torch.device" in file.read_text() and file.name != "test_training.py"
+        ]
+    # Whole requests tell most, and networks that are filled with the references' values take the longest.
+    files.sort(key=lambda file: ("filled_" in file.read_text(), file.name != "test_pipeline.py", file.name))
     names = [str(file.relative_to(ROOT)) for file in files]
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     if rig.options.goldens:
@@ -116,12 +127,16 @@ def predecessor(rig: Rig) -> None:
     pipeline = Pipeline(rig.models, rig.device)
 
     def run(crops: Tensor) -> tuple[Tensor, ...]:
-        with torch.autocast(rig.device.type, dtype=rig.half_dtype, enabled=rig.half_dtype is not None):
+        with (
+            _tf32_for_convolutions(),
+            torch.autocast(rig.device.type, dtype=rig.half_dtype, enabled=rig.half_dtype is not None),
+        ):
             answer: tuple[Tensor, ...] = network(faces_to_batch(crops, channels_last=True), 0.5, adain=True)
         return answer
 
     def theirs(picture: ImageU8, together: int) -> Tensor:
-        [found] = rig.models.detector.detect([picture])
+        with _tf32_for_convolutions():
+            [found] = rig.models.detector.detect([picture])
         matrices = [estimate_similarity(face.landmarks_xy) for face in found]
         usable = [matrix for matrix in matrices if matrix is not None]
         crops = torch.from_numpy(np.stack([crop_face(picture, matrix) for matrix in usable])).to(rig.device)
@@ -149,6 +164,17 @@ def predecessor(rig: Rig) -> None:
     rig.facts["predecessor: share of codes as in safe mode"] = float(equal)
     for backend, ms in _PUBLISHED_MS.items():
         rig.facts[f"published by it, on a GPU it does not name: {backend}, p50 of a request, ms"] = ms
+
+
+@contextmanager
+def _tf32_for_convolutions() -> Iterator[None]:
+    """Torch's own default, which a program has that sets nothing; `Rig.compare` puts back what we use."""
+    cudnn: Any = torch.backends.cudnn
+    before, cudnn.conv.fp32_precision = cudnn.conv.fp32_precision, "tf32"
+    try:
+        yield
+    finally:
+        cudnn.conv.fp32_precision = before
 
 
 def stage_limits(rig: Rig) -> None:
@@ -186,8 +212,15 @@ def layouts(rig: Rig) -> None:
         rig.facts["Triton's group norm"] = f"{NEEDS_A_GPU} that it compiles for"
     else:
         _norms(rig, norm)
-    names: tuple[Any, ...] = ("contiguous", "channels_last", *["channels_last_fused"] * (norm is not None))
+    names: list[Any] = ["contiguous", "channels_last"]
+    if norm is not None:
+        names += ["channels_last_fused", "mixed"]
     variants = {name: rig.models.optimized(None, name, may_record=False) for name in names}
+    picture = stages.picture_with(1, (640, 832))
+    detectors: dict[str, Call] = {
+        name: partial(variants[name].detector.detect, [picture]) for name in names[:2]
+    }
+    rig.compare("detection", detectors, rig.ends - 0.8 * rig.left_s())
     for label, execution in executions.items():
         restorers = {name: each.optimized(execution) for name, each in rig.models.restorers.items()}
         variants[f"channels_last, {label}"] = Models(rig.models.detector, restorers, rig.models.masker)
@@ -275,20 +308,30 @@ def deviation(rig: Rig) -> None:
 def sizes(rig: Rig) -> None:
     """Detection in many sizes of pictures, each twice: what a new one takes, and the host's memory."""
     count = _PICTURE_SIZES if rig.on_gpu else 3
-    before = peak_resident_mib([os.getpid()])
+    memory, models = psutil.Process().memory_info, rig.models.optimized(None)
+    with torch_switches(cudnn_benchmark=True):
+        face = rig.restored(models, 1, 0.5).clone()
+    before = memory().rss
     # The second visit is to all that the first one came to, and takes less.
     for visit, ends in (("first", rig.ends - 0.3 * rig.left_s()), ("second", rig.ends)):
         took: list[float] = []
         while len(took) < count and (time.monotonic() < ends or not took):
             picture = np.zeros((640, 640 + 2 * len(took), 3), np.uint8)
-            elapsed_ms, _ = time_call(partial(rig.models.detector.detect, [picture]), rig.device)
+            with torch_switches(cudnn_benchmark=False):
+                elapsed_ms, _ = time_call(partial(models.detector.detect, [picture]), rig.device)
             took.append(elapsed_ms)
         if len(took) < count:
             rig.left_out.append(f"{count - len(took)} of {count} sizes, {visit} visit")
         count = len(took)
         rig.rows[f"{visit} visit"] = Row(ms=Summary.of(took))
-        if before is not None and (now := peak_resident_mib([os.getpid()])) is not None:
-            rig.facts[f"host memory added after the {visit} visit, MiB"] = round(now - before, 1)
+        added_mib = (memory().rss - before) / 2**20
+        rig.facts[f"host memory added after the {visit} visit, MiB"] = round(added_mib, 1)
+    # What was recorded before so many other plans were made.
+    with torch_switches(cudnn_benchmark=True):
+        levels = (rig.restored(models, 1, 0.5).short() - face.short()).abs().max()
+    rig.facts["largest change of a face that was restored before them, levels"] = float(levels)
+    if levels > 0:
+        raise BenchmarkError("a face is another one after all these sizes")
 
 
 def tensorrt(rig: Rig) -> None:
@@ -296,22 +339,20 @@ def tensorrt(rig: Rig) -> None:
     if importlib.util.find_spec("torch_tensorrt") is None:
         raise NotRunError("not run: torch-tensorrt is not installed")
     importlib.import_module("torch_tensorrt")
-    plain, trial = (rig.models.optimized(None, "contiguous", may_record=False) for _ in range(2))
-    network: Any = trial.restorers["codeformer"].network
-    network.decode = torch.compile(network.decode, backend="torch_tensorrt")
-    rig.compare_models({"used": plain, "TensorRT": trial}, rig.sizes[:2], (0.5,))
+    variants = {"used": rig.models.optimized(None), "TensorRT": rig.models.optimized("torch_tensorrt")}
+    rig.compare_models(variants, rig.sizes[:2], (0.5,))
 
 
 # In the order of their worth, the harmless ones first; each with its share of the time that is left, so that
 # what one does not use goes to those behind it.
 SECTIONS: Final[dict[str, tuple[Callable[[Rig], None], float]]] = {
-    "setup": (setup, 30),
+    "setup": (setup, 45),
     "graphs": (graphs, 75),
     "suite": (suite, 75),
     "predecessor": (predecessor, 40),
     "stages": (stage_limits, 80),
-    "http": (http, 75),
-    "layouts": (layouts, 35),
+    "http": (http, 100),
+    "layouts": (layouts, 45),
     "deviation": (deviation, 20),
     "sizes": (sizes, 30),
     "shortages": (shortages, 45),

@@ -7,6 +7,7 @@ header. To {"section": NAME, "seconds": how long it may take} it answers with an
 import faulthandler
 import gc
 import json
+import os
 import signal
 import sys
 import time
@@ -20,6 +21,7 @@ from benchmarks.gpu.rig import Fact, NotRunError, Options, Rig, Row
 from benchmarks.gpu.sections import SECTIONS
 from benchmarks.measure import Amount, Model
 from benchmarks.worker import answers
+from codeformer.engine.devices import DEVICE_VARIABLE
 from codeformer.errors import CodeFormerError, in_words
 from codeformer.machine import output_of
 
@@ -57,6 +59,8 @@ def main(options: Options, questions: IO[str], out: IO[str]) -> None:
     except (CodeFormerError, RuntimeError) as failure:
         print(json.dumps({"error": f"{type(failure).__name__}: {failure}"[:2000]}), file=out, flush=True)
         return
+    # For the processes that sections start.
+    os.environ[DEVICE_VARIABLE] = str(rig.device)
     header = {name: value.model_dump(mode="json") for name, value in rig.header.items()}
     gpu = dict(zip(_FACTS.split(","), said_by_gpu(rig.device, _FACTS).split(", "), strict=False))
     print(json.dumps({"header": header, "gpu": gpu if rig.on_gpu else {}}), file=out, flush=True)

@@ -151,7 +151,7 @@ def measure(
         ceilings = measure_ceilings(device, dict.fromkeys([torch.float32, *dtypes]))
     # A pipeline each: a process may use one compile backend, and these are compared.
     pipelines = {name: Pipeline(models, device) for name in configurations}
-    own_mib, least = _weights_mib(models), models.optimized("eager")
+    own_mib, least = weights_mib(models), models.optimized("eager")
     failures: list[str] = []
     left_out: list[str] = []
     cases: dict[str, Case] = {}
@@ -204,7 +204,7 @@ def measure(
     )
 
 
-def _weights_mib(models: Models) -> float:
+def weights_mib(models: Models) -> float:
     """What one copy of the networks takes."""
     adapters = (models.detector, *models.restorers.values(), models.masker)
     networks = [adapter.network for adapter in adapters if hasattr(adapter, "network")]

@@ -25,12 +25,12 @@ class CodeFormerRestorer(FaceRestorer):
 
     def __init__(self, network: CodeFormer, execution: Execution = AS_IT_IS, version: str = "") -> None:
         super().__init__(network, execution, version)
+        self._channels_last = execution.float32_channels_last
         # One graph serves every fidelity above 0 if it is a tensor.
         self._fidelity_in_graph = execution.compile_backend is not None or execution.recorder is not None
         self._predict = execution.compiled(network.predict)
-        parts = [network.generator, network.fuse_convs_dict]
-        if network.correction is not None:
-            parts.append(network.correction)
+        branches = (network.correction, network.detail)
+        parts = [network.generator, network.fuse_convs_dict, *(part for part in branches if part is not None)]
         self._generate = Precisions(network, lambda one: one.generate, parts, execution)
 
     @classmethod
@@ -61,10 +61,19 @@ class CodeFormerRestorer(FaceRestorer):
     ) -> Tensor:
         w = conditions if constant_w is None else constant_w
         logits, lq_feat, features = self._predict(batch)
+        if self._execution.float32_contiguous:
+            # Otherwise each operation that meets both layouts would choose its own.
+            features = {
+                size: feature.contiguous(memory_format=torch.channels_last)
+                for size, feature in features.items()
+            }
         generate = self._generate(half_dtype)
         with torch.autocast(self.device.type, dtype=half_dtype, enabled=half_dtype is not None):
             restored: Tensor = generate(logits, lq_feat, features, w, adain=True)
         return restored
+
+    def optimized(self, execution: Execution) -> Self:
+        return type(self)(execution.rewritten(self.network, float32=["encoder"]), execution, self.version)
 
     def kinds_of_fidelities(self, count: int) -> list[list[float | None]]:
         kinds: list[list[float | None]] = [[0.5] * count, [0.0] * count]
@@ -80,7 +89,7 @@ class CodeFormerRestorer(FaceRestorer):
         Returns:
             (N, T) int64 indices of the codebook, row by row from the top left.
         """
-        batch = faces_to_batch(crops_bgr, channels_last=self._execution.channels_last)
+        batch = faces_to_batch(crops_bgr, channels_last=self._channels_last)
         logits, _, _ = self._predict(batch)
         codes: Tensor = logits.argmax(dim=2)
         return codes

@@ -4,11 +4,13 @@ Method: Wang et al., "Towards Real-World Blind Face Restoration with Generative 
 """
 
 from collections.abc import Hashable, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
+from codeformer.engine.precision import half_dtype_of
 from codeformer.engine.restorer import FaceRestorer
 from codeformer.engine.runner import AS_IT_IS, Execution, Precisions
 from codeformer.errors import ManifestError
@@ -38,6 +40,12 @@ class GfpganRestorer(FaceRestorer):
             )
         load_into(network, file)
         return cls(place(network, device), version=file.label)
+
+    def optimized(self, execution: Execution) -> Self:
+        if execution.float32_contiguous and half_dtype_of(self.device) not in self.facts.half_dtypes:
+            # All of it always runs in float32 here.
+            execution = replace(execution, channels_last=False, float32_contiguous=False)
+        return super().optimized(execution)
 
     def conditions(self, _fidelities: Sequence[float | None]) -> tuple[Tensor, tuple[Hashable, ...]]:
         """Nothing but the faces: a tensor that is not read."""

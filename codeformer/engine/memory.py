@@ -64,11 +64,17 @@ def _is_a_gpu_short_of_memory() -> bool:
         return False
     used = [index for index in range(torch.cuda.device_count()) if torch.cuda.memory_reserved(index)]
     try:
-        memory = [torch.cuda.mem_get_info(index) for index in used]
+        return any(_free_share(index) < _SHORT_SHARE for index in used)
     except RuntimeError:
         # One that does not answer any more has another problem.
         return False
-    return any(free < _SHORT_SHARE * total for free, total in memory)
+
+
+def _free_share(index: int) -> float:
+    """How much of a GPU's memory this process may still take, as a share of all."""
+    free, total = torch.cuda.mem_get_info(index)
+    allowed = torch.cuda.get_per_process_memory_fraction(index) * total - torch.cuda.memory_reserved(index)
+    return min(free, allowed) / total
 
 
 def clear_frames_of(failure: BaseException) -> None:

@@ -37,10 +37,12 @@ logger = logging.getLogger(__name__)
 RESTORERS: Final[dict[str, type[FaceRestorer]]] = {
     restorer.facts.name: restorer for restorer in (CodeFormerRestorer, GfpganRestorer)
 }
-# How the optimized copies lie in memory; "fused" with Triton's group norms.
-Layout = Literal["contiguous", "channels_last", "channels_last_fused"]
-# Where nothing is compiled on a GPU. Chosen by what each has to move through memory; not measured on a GPU.
-GPU_LAYOUT: Final[Layout] = "channels_last_fused"
+# How the optimized copies lie in memory; "fused" with Triton's group norms; "mixed" is that, but what always
+# runs in float32 is contiguous.
+Layout = Literal["contiguous", "channels_last", "channels_last_fused", "mixed"]
+# Where nothing is compiled on a GPU: half precision moves least that way, and cuDNN's float32 convolutions
+# without tensor cores are made for contiguous maps. Not measured on a GPU.
+GPU_LAYOUT: Final[Layout] = "mixed"
 # In units of a precision's own rounding.
 _ROUNDING: Final = 100.0
 
@@ -58,12 +60,14 @@ class Models:
         masker: tells faces from what is around them.
         recorder: makes the recordings of CUDA graphs that restorers and masker replay, one for each size of a
             batch; None where they run without.
+        shortcoming: what makes them slower than they should be; None for nothing.
     """
 
     detector: FaceDetector
     restorers: Mapping[str, FaceRestorer]
     masker: FaceMasker
     recorder: Recorder | None = None
+    shortcoming: str | None = None
 
     @property
     def is_graphed(self) -> bool:
@@ -88,22 +92,29 @@ class Models:
         is_plain_gpu = compile_backend is None and device.type == "cuda"
         if layout is None:
             layout = GPU_LAYOUT if is_plain_gpu else "channels_last"
+        shortcoming = None
+        group_norm = fused_group_norm(device) if layout in ("channels_last_fused", "mixed") else None
+        if is_plain_gpu and layout == "mixed" and group_norm is None:
+            # torch's group norm would make contiguous maps of all the others.
+            layout, shortcoming = "contiguous", "Triton's group norm is not used: see the log"
         execution = Execution(
             channels_last=layout != "contiguous",
+            float32_contiguous=layout == "mixed",
             compile_backend=compile_backend,
             recorder=CudaRecorder(device) if is_plain_gpu and may_record else None,
             # On a CPU the conversions take no time that could be measured.
             half_weights=device.type == "cuda",
-            group_norm=fused_group_norm(device) if layout == "channels_last_fused" else None,
+            group_norm=group_norm,
         )
         return Models(
             detector=FaceDetector(
-                for_inference(self.detector.network, channels_last=execution.channels_last),
-                channels_last=execution.channels_last,
+                for_inference(self.detector.network, channels_last=execution.float32_channels_last),
+                channels_last=execution.float32_channels_last,
             ),
             restorers={name: restorer.optimized(execution) for name, restorer in self.restorers.items()},
             masker=self.masker.optimized(execution),
             recorder=execution.recorder,
+            shortcoming=shortcoming,
         )
 
 
@@ -195,6 +206,13 @@ class ModelStore:
         if self._optimized is not None and self._optimized.recorder is not None:
             self._graph_failure = self._graph_failure or self._optimized.recorder.failure
         return self._graph_failure
+
+    @property
+    def degraded(self) -> list[str]:
+        """What runs slower than optimized requests have asked for since the start, and why."""
+        failure, models = self.graph_failure, self._optimized
+        found = [] if failure is None else [f"CUDA graphs are not used: {failure}"]
+        return found if models is None or models.shortcoming is None else [*found, models.shortcoming]
 
     def prove(self, plan: ExecutionPlan, *, with_a_face: bool) -> None:
         """Notes that a picture has come through with a plan's models.

@@ -68,8 +68,7 @@ class Pipeline:
     @property
     def degraded(self) -> list[str]:
         """What runs slower than requests have asked for since the start, and why."""
-        failure = self.store.graph_failure
-        return [] if failure is None else [f"CUDA graphs are not used: {failure}"]
+        return self.store.degraded
 
     @classmethod
     def load(

@@ -58,6 +58,7 @@ class FaceRestorer(ABC):
         self.version = version
         self.device: torch.device = next(network.parameters()).device
         self._execution = execution
+        self._channels_last = execution.channels_last
         self._run = execution.runner(self._forward)
 
     @classmethod
@@ -134,7 +135,7 @@ class FaceRestorer(ABC):
     def _forward(
         self, crops_bgr: Tensor, conditions: Tensor, half_dtype: torch.dtype | None, *settings: Hashable
     ) -> tuple[Tensor, Tensor]:
-        batch = faces_to_batch(crops_bgr, channels_last=self._execution.channels_last)
+        batch = faces_to_batch(crops_bgr, channels_last=self._channels_last)
         restored = self.compute(batch, conditions, half_dtype, *settings)
         return batch_to_faces(restored), torch.isfinite(restored).flatten(1).all(dim=1)
 

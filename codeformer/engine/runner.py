@@ -1,7 +1,7 @@
 """How a network's calls are run: as they are, compiled, or as CUDA graphs."""
 
 import functools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -27,6 +27,7 @@ class Execution:
 
     Attributes:
         channels_last: feed it channels-last batches; its parameters have to be in that layout.
+        float32_contiguous: except for what always runs in float32.
         group_norm: what computes the group norms of a rewritten copy; None for torch.
         compile_backend: compile it with this `torch.compile` backend; None not to.
         recorder: makes recordings of its calls, CUDA graphs; None for none.
@@ -35,14 +36,30 @@ class Execution:
     """
 
     channels_last: bool = False
+    float32_contiguous: bool = False
     compile_backend: str | None = None
     recorder: Recorder | None = None
     half_weights: bool = False
     group_norm: GroupNormFunction | None = None
 
-    def rewritten(self, network: NetworkT) -> NetworkT:
-        """A copy of a network rewritten for inference, to be run like this."""
-        return for_inference(network, channels_last=self.channels_last, group_norm=self.group_norm)
+    @property
+    def float32_channels_last(self) -> bool:
+        """Whether what always runs in float32 is channels-last, too."""
+        return self.channels_last and not self.float32_contiguous
+
+    def rewritten(self, network: NetworkT, float32: Collection[str] = ()) -> NetworkT:
+        """A copy of a network rewritten for inference, to be run like this.
+
+        Args:
+            network: the original.
+            float32: names of its children that always run in float32.
+        """
+        return for_inference(
+            network,
+            channels_last=self.channels_last,
+            group_norm=self.group_norm,
+            contiguous=float32 if self.float32_contiguous else (),
+        )
 
     def compiled(self, function: Any) -> Any:
         """A function of the network, compiled as one graph if that is asked for."""

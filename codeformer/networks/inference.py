@@ -11,7 +11,7 @@
 """
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -35,7 +35,11 @@ class GroupNormFunction(Protocol):
 
 
 def for_inference(
-    network: NetworkT, *, channels_last: bool = True, group_norm: GroupNormFunction | None = None
+    network: NetworkT,
+    *,
+    channels_last: bool = True,
+    group_norm: GroupNormFunction | None = None,
+    contiguous: Collection[str] = (),
 ) -> NetworkT:
     """A copy with the same outputs, for inference only; the original is not changed.
 
@@ -43,11 +47,17 @@ def for_inference(
         network: a CodeFormer, a GFPGAN, a RetinaFace or a face parser, in evaluation mode.
         channels_last: the copy's memory layout; contiguous otherwise.
         group_norm: what computes its group norms; None for torch.
+        contiguous: names of its children that are contiguous all the same, with torch's group norms.
     """
     rewritten: Any = copy.deepcopy(network)
-    _rewrite(rewritten, group_norm)
     layout = torch.channels_last if channels_last else torch.contiguous_format
+    kept = {name: rewritten.get_submodule(name) for name in contiguous}
+    for child in kept.values():
+        _rewrite(child, None)
+    _rewrite(rewritten, group_norm, kept)
     laid_out: NetworkT = rewritten.requires_grad_(requires_grad=False).to(memory_format=layout)
+    for child in kept.values():
+        child.to(memory_format=torch.contiguous_format)
     return laid_out
 
 
@@ -100,8 +110,25 @@ class TransposedUpsample(nn.Module):
         """(B, C, H, W) to (B, C', 2 H, 2 W)."""
         if self._reflect:
             # The first two rows of the enlarged picture are equal, so reflection repeats the edge.
-            x = F.pad(x, (1, 1, 1, 1), mode="replicate")
+            x = _padded(x, 0)
         return F.conv_transpose2d(x, self.weight, self.bias, stride=2, padding=3 if self._reflect else 1)
+
+
+def _padded(x: Tensor, edge: int) -> Tensor:
+    """Pads by one pixel on each side, with a copy of the row or column `edge` px from it.
+
+    torch's own paddings by reflection and replication make contiguous maps of channels-last ones on a GPU
+    (ReflectionPad.cu, ReplicationPadding.cu), which then change their layout twice.
+    """
+    faces, channels, height, width = x.shape
+    layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
+    out = torch.empty(
+        (faces, channels, height + 2, width + 2), dtype=x.dtype, device=x.device, memory_format=layout
+    )
+    out[:, :, 1:-1, 1:-1] = x
+    out[:, :, 1:-1, 0], out[:, :, 1:-1, -1] = x[..., edge], x[..., -1 - edge]
+    out[:, :, 0], out[:, :, -1] = out[:, :, 1 + edge], out[:, :, -2 - edge]
+    return out
 
 
 class _FixedModulatedConvolution(ModulatedConvolution):
@@ -132,13 +159,13 @@ class _ParserLayer(nn.Module):
         activation = layer.relu.func
         self.slope = activation.negative_slope if isinstance(activation, nn.LeakyReLU) else 1.0
         doubles = layer.scale_func(torch.zeros(1, 1, 2, 2)).shape[2] == 4
-        self.pad: nn.Module = nn.Identity() if doubles else layer.reflection_pad
+        self.pads = not doubles
         self.convolution: nn.Module = (
             TransposedUpsample(convolution, reflect=True) if doubles else convolution
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.convolution(self.pad(x))
+        x = self.convolution(_padded(x, 1) if self.pads else x)
         return x if self.slope == 1.0 else F.leaky_relu_(x, self.slope)
 
 
@@ -169,10 +196,12 @@ class _FusedResidualBlock(nn.Module):
         return residual.add_(x if self.conv_out is None else self.conv_out(x))
 
 
-def _rewrite(parent: nn.Module, group_norm: GroupNormFunction | None) -> None:
-    """Replaces, recursively, child modules that have a faster equivalent."""
+def _rewrite(parent: nn.Module, group_norm: GroupNormFunction | None, kept: Collection[str] = ()) -> None:
+    """Replaces, recursively, child modules that have a faster equivalent, except those that are kept."""
     before: tuple[str, nn.Module] | None = None
     for name, child in list(parent.named_children()):
+        if name in kept:
+            continue
         if isinstance(child, Upsample):
             setattr(parent, name, TransposedUpsample(child.conv))
         elif isinstance(child, ResidualBlock) and group_norm is not None:
