@@ -1,9 +1,12 @@
 """Crops and paste-back in torch compared with OpenCV."""
 
+from typing import Any
+
 import cv2
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from codeformer.engine import device_pixels
 from codeformer.engine.masker import TemplateMask
@@ -67,6 +70,30 @@ def test_pastes_as_opencv_does(
     assert_pictures_close(pasted, expected, mean=0.3, within=3, share=0.999)
     untouched = (expected == picture).all(axis=2)
     np.testing.assert_array_equal(pasted[untouched], picture[untouched])
+
+
+class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """The names of all operations."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_pasting_plans_no_convolution_for_each_size_of_a_face(face: np.ndarray, picture: np.ndarray) -> None:
+    with Operations() as seen:
+        device_pixels.paste_face(
+            torch.from_numpy(picture.copy()),
+            torch.from_numpy(face),
+            similarity(0.3, 0, 100, 100),
+            torch.ones(512, 512),
+        )
+    assert any("grid_sampler" in name for name in seen.names)
+    assert not [name for name in seen.names if "conv" in name or "pool" in name]
 
 
 def test_a_face_outside_the_picture_is_not_pasted(picture: np.ndarray, face: np.ndarray) -> None:
