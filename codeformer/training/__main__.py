@@ -139,7 +139,7 @@ def _parser() -> argparse.ArgumentParser:
         ("gfpgan", _gfpgan, 2000, 1, 1e-3, "a GFPGAN, on the correction of stage 4 if it is to have one"),
     ):
         stage = commands.add_parser(name, help=text)
-        _add_loop_options(stage, steps=steps, batch=batch, rate=rate, optimiser="muon")
+        _add_loop_options(stage, steps=steps, batch=batch, rate=rate)
         stage.add_argument("--faces", type=Path, required=True, metavar="DIR", help="aligned 512 px faces")
         stage.add_argument(
             "--config",
@@ -172,7 +172,7 @@ def _parser() -> argparse.ArgumentParser:
     detector = commands.add_parser(
         "detector", help="train a detector from a trained one of the same architecture"
     )
-    _add_loop_options(detector, steps=4000, batch=4, rate=1e-2, optimiser="muon")
+    _add_loop_options(detector, steps=4000, batch=4, rate=1e-2)
     detector.add_argument(
         "--teacher", type=Path, required=True, metavar="FILE", help="RetinaFace mobile0.25 checkpoint"
     )
@@ -183,7 +183,7 @@ def _parser() -> argparse.ArgumentParser:
     harden = commands.add_parser(
         "harden", help="train a detector further, on degraded pictures and on no faces"
     )
-    _add_loop_options(harden, steps=2000, batch=4, rate=2e-3, optimiser="muon")
+    _add_loop_options(harden, steps=2000, batch=4, rate=2e-3)
     harden.add_argument(
         "--teacher", type=Path, required=True, metavar="FILE", help="RetinaFace mobile0.25 checkpoint"
     )
@@ -241,18 +241,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_loop_options(
-    parser: argparse.ArgumentParser, *, steps: int, batch: int, rate: float, optimiser: str = "adamw"
-) -> None:
+def _add_loop_options(parser: argparse.ArgumentParser, *, steps: int, batch: int, rate: float) -> None:
     parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="where checkpoints are kept")
     parser.add_argument(
         "--steps", type=_positive, default=steps, help=f"steps of the whole stage, default {steps}"
     )
     parser.add_argument("--batch", type=_positive, default=batch, help=f"default {batch}")
     parser.add_argument("--learning-rate", type=float, default=rate, help=f"default {rate:g}")
-    parser.add_argument(
-        "--optimiser", choices=["adamw", "muon"], default=optimiser, help=f"default {optimiser}"
-    )
+    parser.add_argument("--optimiser", choices=["adamw", "muon"], default="muon", help="default muon")
     parser.add_argument("--seed", type=_count, default=0)
     parser.add_argument("--device", help="cuda or cpu; default: cuda if there is a GPU")
     parser.add_argument("--workers", type=_count, default=1, help="processes that prepare samples, default 1")
