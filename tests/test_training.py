@@ -219,9 +219,9 @@ def test_a_gfpgan_learns_on_top_of_its_correction(options: Options) -> None:
     stage = make_stage("gfpgan", options)
     before = {name: value.clone() for name, value in stage.network.state_dict().items()}
     degraded, clean, _ = (part[None].to(options.device) for part in Tinted(1)[0])
-    losses = [float(picture_loss(stage.network(degraded)[0], clean).detach())]
+    losses = [float(picture_loss(stage.network(degraded), clean).detach())]
     average = train(stage, Tinted, options, header=SMALL_GFPGAN)
-    losses.append(float(picture_loss(average(degraded)[0], clean).detach()))
+    losses.append(float(picture_loss(average(degraded), clean).detach()))
     assert losses[1] < 0.9 * losses[0]
     kept = [torch.equal(value, before[name]) for name, value in stage.network.state_dict().items()]
     named = [name.startswith(("correction.", "stylegan_decoder.noises.")) for name in before]
@@ -413,7 +413,7 @@ def test_a_gfpgan_begins_as_the_correction_of_a_codeformer() -> None:
     begin_from_correction(network, codeformer)
     picture = torch.stack([Pairs(2)[index][0] for index in range(2)])
     with torch.no_grad():
-        torch.testing.assert_close(network(picture)[0], codeformer(picture, w=1.0)[0])
+        torch.testing.assert_close(network(picture), codeformer(picture, w=1.0)[0])
     with pytest.raises(TrainingError, match="--config"):
         begin_from_correction(network, small_network())
 
