@@ -27,8 +27,9 @@ from codeformer.networks.codeformer import FACTS, CodeFormer
 from codeformer.networks.gfpgan import GFPGANv1Clean
 from codeformer.networks.retinaface import build_retinaface
 from codeformer.training import faces
-from codeformer.training.__main__ import CONFIGURATIONS, main
+from codeformer.training.__main__ import main
 from codeformer.training.align import aligned_faces
+from codeformer.training.configurations import CONFIGURATIONS
 from codeformer.training.detector import DistillationStage
 from codeformer.training.export import export_network, write_manifest
 from codeformer.training.faces import (
