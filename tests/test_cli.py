@@ -30,7 +30,7 @@ from codeformer.engine.pipeline import Pipeline
 from codeformer.errors import DeviceMemoryError
 from codeformer.imaging.files import decode_image, encode_jpeg
 from codeformer.options import COMPILE_CACHE_VARIABLE, Options
-from codeformer.serving import compile_cache, request
+from codeformer.serving import request
 from tests import pictures, shared
 from tests.compare import assert_pictures_close
 from tests.profiles import p3_profile
@@ -946,7 +946,7 @@ def test_compiling_ahead_asks_for_every_graph_and_fills_the_folder(
         )
 
     monkeypatch.setenv(COMPILE_CACHE_VARIABLE, "before")
-    monkeypatch.setattr(compile_cache, "serve", record)
+    monkeypatch.setattr(request, "serve", record)
     assert main(["compile", str(tmp_path / "cache")]) == 0
     assert {(count, fidelity) for count, fidelity, *_ in asked} == {(1, 0.5), (2, 0.5), (1, 0.0), (2, 0.0)}
     assert {call[2:] for call in asked} == {("optimized", "inductor")}

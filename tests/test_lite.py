@@ -15,7 +15,7 @@ from codeformer.engine.detector import FaceDetector
 from codeformer.engine.models import Models, load_models
 from codeformer.evaluation.degradation import HEAVY, MODERATE, DegradationRange
 from codeformer.imaging.geometry import align_faces, crop_face, make_working_copy
-from codeformer.training.__main__ import LITE, LITE_GFPGAN
+from codeformer.training.configurations import LITE, LITE_GFPGAN
 from codeformer.training.faces import pictures_in
 from codeformer.training.scores import measure_detector, measure_restorer, restore_face
 from codeformer.weights.manifest import WEIGHTS_ROOT, load_weight_set

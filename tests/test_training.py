@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from PIL import Image
 from skimage.metrics import structural_similarity
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -20,16 +21,25 @@ from codeformer.engine.detector import FaceDetector
 from codeformer.engine.models import load_models
 from codeformer.errors import InputError, TrainingError
 from codeformer.evaluation.matching import Agreement, box_iou
+from codeformer.imaging.files import decode_image
 from codeformer.imaging.geometry import FFHQ_TEMPLATE_XY, Detection
 from codeformer.networks.codeformer import FACTS, CodeFormer
 from codeformer.networks.gfpgan import GFPGANv1Clean
 from codeformer.networks.retinaface import build_retinaface
 from codeformer.training import faces
-from codeformer.training.__main__ import CONFIGURATIONS, main
+from codeformer.training.__main__ import main
 from codeformer.training.align import aligned_faces
+from codeformer.training.configurations import CONFIGURATIONS
 from codeformer.training.detector import DistillationStage
 from codeformer.training.export import export_network, write_manifest
-from codeformer.training.faces import FacePairs, read_face, read_photograph, split_faces, split_pictures
+from codeformer.training.faces import (
+    FacePairs,
+    pictures_in,
+    read_face,
+    read_photograph,
+    split_faces,
+    split_pictures,
+)
 from codeformer.training.gfpgan import GfpganStage, begin_from_correction
 from codeformer.training.loop import MuonWithAdamW, Options, digest_of, read_checkpoint, train
 from codeformer.training.losses import (
@@ -51,11 +61,12 @@ from codeformer.training.restorer import (
     positions_of,
     zero_residual_branches,
 )
-from codeformer.training.scenes import SCENE_SIDE, Scenes
+from codeformer.training.scenes import SCENE_SIDE, Scenes, read_picture
 from codeformer.training.scores import measure_detector, measure_restorer
 from codeformer.weights.manifest import load_weight_set
 from tests import pictures
 from tests.conftest import CPU, TINY_CONFIG, all_finite, make_blind_detector, make_tiny_restorer
+from tests.heif_files import heic_file
 
 SIDE = 32
 SMALL: dict[str, Any] = {
@@ -209,9 +220,9 @@ def test_a_gfpgan_learns_on_top_of_its_correction(options: Options) -> None:
     stage = make_stage("gfpgan", options)
     before = {name: value.clone() for name, value in stage.network.state_dict().items()}
     degraded, clean, _ = (part[None].to(options.device) for part in Tinted(1)[0])
-    losses = [float(picture_loss(stage.network(degraded)[0], clean).detach())]
+    losses = [float(picture_loss(stage.network(degraded), clean).detach())]
     average = train(stage, Tinted, options, header=SMALL_GFPGAN)
-    losses.append(float(picture_loss(average(degraded)[0], clean).detach()))
+    losses.append(float(picture_loss(average(degraded), clean).detach()))
     assert losses[1] < 0.9 * losses[0]
     kept = [torch.equal(value, before[name]) for name, value in stage.network.state_dict().items()]
     named = [name.startswith(("correction.", "stylegan_decoder.noises.")) for name in before]
@@ -403,7 +414,7 @@ def test_a_gfpgan_begins_as_the_correction_of_a_codeformer() -> None:
     begin_from_correction(network, codeformer)
     picture = torch.stack([Pairs(2)[index][0] for index in range(2)])
     with torch.no_grad():
-        torch.testing.assert_close(network(picture)[0], codeformer(picture, w=1.0)[0])
+        torch.testing.assert_close(network(picture), codeformer(picture, w=1.0)[0])
     with pytest.raises(TrainingError, match="--config"):
         begin_from_correction(network, small_network())
 
@@ -629,6 +640,11 @@ def test_unusable_folders_and_faces_are_refused(tmp_path: Path) -> None:
     for read in (lambda path: split_faces(path.parent), read_face, read_photograph):
         with pytest.raises(InputError, match=r"text.jpg"):
             read(tmp_path / "text.jpg")
+    (tmp_path / "text.jpg").unlink()
+    (tmp_path / "phone.heic").write_bytes(heic_file("plain"))
+    for read in (lambda path: split_faces(path.parent), read_face):
+        with pytest.raises(InputError, match=r"phone.heic: expected an aligned 512 px face.*align"):
+            read(tmp_path / "phone.heic")
 
 
 def test_scenes_depend_only_on_seed_and_index(face_folder: Path) -> None:
@@ -805,6 +821,24 @@ def test_aligned_faces_lie_on_the_template(detector: FaceDetector, tmp_path: Pat
     # The faces of the group would have to be enlarged too much; the large one not.
     kept = list(aligned_faces(detector, sorted(tmp_path.iterdir())))
     assert [file.name for file, _ in kept] == ["large.png"]
+
+
+def test_photographs_of_every_format_are_found_and_read(tmp_path: Path) -> None:
+    (tmp_path / "a.HEIC").write_bytes(heic_file("plain"))
+    for name, kind in (("b.avif", "AVIF"), ("c.gif", "GIF"), ("d.jfif", "JPEG")):
+        Image.fromarray(pictures.plain()).save(tmp_path / name, kind)
+    (tmp_path / "notes.txt").write_text("no picture")
+    files = pictures_in(tmp_path)
+    assert [file.name for file in files] == ["a.HEIC", "b.avif", "c.gif", "d.jfif"]
+
+    class FindsOne(FaceDetector):
+        def detect(self, images_bgr: Sequence[np.ndarray], **_: Any) -> list[list[Detection]]:
+            box = np.array([100, 100, 400, 400], np.float32)
+            return [[Detection(box, 0.9, FFHQ_TEMPLATE_XY.astype(np.float32))] for _ in images_bgr]
+
+    found = aligned_faces(FindsOne(make_blind_detector()), files, max_enlargement=10)
+    assert [file for file, _ in found] == files
+    np.testing.assert_array_equal(read_picture(files[0]), decode_image(heic_file("plain")))
 
 
 def test_the_commands_say_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

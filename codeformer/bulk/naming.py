@@ -6,7 +6,7 @@ import re
 from pathlib import PurePosixPath
 from typing import Final
 
-from codeformer.bulk.sources import PICTURE_SUFFIXES
+from codeformer.imaging.kinds import PICTURE_SUFFIXES
 
 # Endings that an output of a format may have; the first is the usual one.
 _SUFFIXES: Final = {"jpg": (".jpg", ".jpeg"), "png": (".png",), "webp": (".webp",)}

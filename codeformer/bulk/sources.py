@@ -11,12 +11,8 @@ from typing import Any, BinaryIO, Final, NamedTuple
 from codeformer.bulk.extras import load
 from codeformer.bulk.stores import LocalStore, Store, is_uri, open_store, query_of
 from codeformer.errors import SourceError
+from codeformer.imaging.kinds import PICTURE_SUFFIXES
 
-# The names of pictures in folders; a pattern or a list may name others.
-PICTURE_SUFFIXES: Final = frozenset(
-    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
-    | {".heic", ".heif", ".avif"}
-)
 LEDGER_FOLDER: Final = "_ledger"
 DEFAULT_COLUMN: Final = "address"
 _LIST_SUFFIXES: Final = (".parquet", ".csv", ".jsonl", ".ndjson")

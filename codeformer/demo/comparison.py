@@ -182,9 +182,7 @@ def title_of(restorer: str) -> str:
     return ", then ".join(_TITLES.get(name, name) for name in restorer.split("+"))
 
 
-def variants_of(
-    restorers: Sequence[str], fidelities: Sequence[float], strength: float = 1.0
-) -> list[Variant]:
+def variants_of(restorers: Sequence[str], fidelities: Sequence[float]) -> list[Variant]:
     """Every restorer or chain with every fidelity; those that take no fidelity once.
 
     Raises:
@@ -195,7 +193,7 @@ def variants_of(
         check_choice("restorers", restorer, RESTORER_CHOICES)
         check_fidelity(fidelity)
         takes_fidelity = any(RESTORERS[name].facts.takes_fidelity for name in restorer.split("+"))
-        recipe = recipe_of(restorer, float(fidelity), strength)
+        recipe = recipe_of(restorer, float(fidelity))
         label = f"{title_of(restorer)}, fidelity {fidelity:g}" if takes_fidelity else title_of(restorer)
         variants.setdefault(recipe, Variant(label, recipe))
     if not 1 <= len(variants) <= MAX_VARIANTS:

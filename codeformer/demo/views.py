@@ -128,14 +128,14 @@ def shown_time(milliseconds: float) -> str:
     return text.replace(" ", "\N{NO-BREAK SPACE}")
 
 
-def to_jpeg(image_bgr: ImageU8, longest_px: int, quality: int = _QUALITY) -> bytes:
+def to_jpeg(image_bgr: ImageU8, longest_px: int) -> bytes:
     """A JPEG to look at, whose longer side is at most this long."""
     scale = longest_px / max(image_bgr.shape[:2])
     if scale < 1:
         image_bgr = np.asarray(
             cv2.resize(image_bgr, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA), np.uint8
         )
-    _, data = cv2.imencode(".jpg", image_bgr, [cv2.IMWRITE_JPEG_QUALITY, quality])
+    _, data = cv2.imencode(".jpg", image_bgr, [cv2.IMWRITE_JPEG_QUALITY, _QUALITY])
     return data.tobytes()
 
 

@@ -56,5 +56,5 @@ class GfpganRestorer(FaceRestorer):
     ) -> Tensor:
         restore = self._restore(half_dtype)
         with torch.autocast(self.device.type, dtype=half_dtype, enabled=half_dtype is not None):
-            restored: Tensor = restore(batch)[0]
+            restored: Tensor = restore(batch)
         return restored

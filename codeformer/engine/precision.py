@@ -6,7 +6,6 @@ import math
 import os
 import threading
 import time
-from collections.abc import Mapping
 from typing import Final
 
 import torch
@@ -52,13 +51,13 @@ def half_dtype_of(device: torch.device) -> torch.dtype | None:
     return torch.bfloat16 if chosen == "bfloat16" else None
 
 
-def cpu_precision(environment: Mapping[str, str] = os.environ) -> str:
+def cpu_precision() -> str:
     """What the environment says of half precision on a CPU: one of CPU_PRECISIONS.
 
     Raises:
         OptionError: it says something else.
     """
-    chosen = environment.get(CPU_PRECISION_VARIABLE, "").strip() or "auto"
+    chosen = os.environ.get(CPU_PRECISION_VARIABLE, "").strip() or "auto"
     if chosen not in CPU_PRECISIONS:
         raise OptionError(CPU_PRECISION_VARIABLE, chosen, f"one of {', '.join(CPU_PRECISIONS)}")
     return chosen

@@ -81,17 +81,13 @@ def check_format(image_bgr: ImageU8, output: Output, index: int | None = None) -
         )
 
 
-def encode_jpeg(image_bgr: ImageU8, index: int | None = None) -> bytes:
+def encode_jpeg(image_bgr: ImageU8) -> bytes:
     """Encodes (H, W, 3) uint8 BGR as the service does: a JPEG of quality 95, in sRGB, without metadata.
-
-    Args:
-        image_bgr: the picture.
-        index: its number in the request, from 1, for error messages.
 
     Raises:
         ImageError: OpenCV's encoder refused the picture, or had too little memory for it.
     """
-    return encode(image_bgr, index=index)
+    return encode(image_bgr)
 
 
 def _as_jpeg(image_bgr: ImageU8, output: Output, metadata: Metadata, icc_profile: bytes | None) -> bytes:

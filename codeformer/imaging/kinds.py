@@ -10,6 +10,11 @@ AVIF: Final = "AVIF"
 HEIC: Final = "HEIC"
 # The formats that Pillow reads here; HEIC has its own reader.
 FORMATS: Final = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", AVIF)
+# The names of pictures in folders, in lower case; what a file is tells only its content.
+PICTURE_SUFFIXES: Final = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"),
+    *(".heic", ".heif", ".avif"),
+)
 
 _HEAD_BYTES: Final = 4096
 _NO_PICTURE: Final = "not a picture that can be read here"

@@ -307,6 +307,7 @@ class GFPGANv1Clean(nn.Module):
         )
         self.final_conv = conv3x3(unet[SMALLEST], unet[SMALLEST])
         self.conv_body_up = nn.ModuleList(ResizingBlock(unet[size // 2], unet[size], 2.0) for size in upwards)
+        # Read by the published training only; here they keep their place in checkpoints.
         self.toRGB = nn.ModuleList(nn.Conv2d(unet[size], COLOURS, 1) for size in upwards)
         self._style_shape = (2 * levels + 2, num_style_feat)
         self.final_linear = nn.Linear(unet[SMALLEST] * SMALLEST**2, math.prod(self._style_shape))
@@ -314,16 +315,14 @@ class GFPGANv1Clean(nn.Module):
         self.condition_scale = nn.ModuleList(_condition_layers(unet[size]) for size in upwards)
         self.condition_shift = nn.ModuleList(_condition_layers(unet[size]) for size in upwards)
 
-    def forward(self, x: Tensor, *, return_rgb: bool = False) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, x: Tensor) -> Tensor:
         """Restores aligned faces.
 
         Args:
             x: (B, 3, out_size, out_size) RGB in [-1, 1].
-            return_rgb: also compute what the U-Net's levels make of the face, which only training reads.
 
         Returns:
-            Faces like `x`, not clamped; and those pictures (B, 3, size, size) from 8 px up, none
-            unless asked for.
+            Faces like `x`, not clamped.
         """
         corrected = None if self.correction is None else self.correction(x)
         x = leaky_relu(self.conv_body_first(x if corrected is None else corrected))
@@ -337,14 +336,11 @@ class GFPGANv1Clean(nn.Module):
                 -1, *self._style_shape
             )
         conditions: list[tuple[Tensor, Tensor]] = []
-        pictures: list[Tensor] = []
         for level, block in enumerate(self.conv_body_up):
             x = block(x + skips.pop())
             conditions.append((self.condition_scale[level](x), self.condition_shift[level](x)))
-            if return_rgb:
-                pictures.append(self.toRGB[level](x))
-        painted = self.stylegan_decoder(styles, conditions)
-        return painted if corrected is None else painted + corrected, pictures
+        painted: Tensor = self.stylegan_decoder(styles, conditions)
+        return painted if corrected is None else painted + corrected
 
 
 def _condition_layers(channels: int) -> nn.Sequential:

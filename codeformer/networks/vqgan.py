@@ -204,11 +204,12 @@ def nearest_codes(vectors: Tensor, codes: Tensor) -> Tensor:
     return (codes.square().sum(dim=1) - 2 * vectors @ codes.T).argmin(dim=-1)
 
 
-def match_statistics(content: Tensor, style: Tensor, eps: float = 1e-5) -> Tensor:
+def match_statistics(content: Tensor, style: Tensor) -> Tensor:
     """Adaptive instance normalisation (Huang and Belongie, 2017).
 
     Gives `content` (B, C, H, W) the per-channel mean and (unbiased) standard deviation of `style`.
     """
+    eps = 1e-5
     content_std = (torch.var(content, dim=(2, 3), keepdim=True) + eps).sqrt()
     style_std = (torch.var(style, dim=(2, 3), keepdim=True) + eps).sqrt()
     normalised = (content - content.mean(dim=(2, 3), keepdim=True)) / content_std

@@ -6,13 +6,12 @@ import json
 import logging
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import cv2
 import torch
-from torch import nn
 from torch.utils.data import DataLoader
 
 from codeformer.engine.detector import FaceDetector
@@ -23,17 +22,16 @@ from codeformer.engine.plan import torch_switches
 from codeformer.errors import CodeFormerError, InputError, TrainingError
 from codeformer.evaluation.machine import describe_machine
 from codeformer.imaging.files import lift_pillow_limits
-from codeformer.imaging.geometry import FACE_SIZE
 from codeformer.networks.codeformer import CodeFormer
 from codeformer.networks.gfpgan import GFPGANv1Clean
 from codeformer.networks.retinaface import build_retinaface
 from codeformer.training.align import aligned_faces
+from codeformer.training.arguments import parser_of
 from codeformer.training.detection_scores import measure_robustness
 from codeformer.training.detector import BACKBONE, DistillationStage, load_teacher
 from codeformer.training.export import copy_network, export_network, write_manifest
 from codeformer.training.faceless import TAUGHT, shipped_picture
 from codeformer.training.faces import (
-    CROP_GRID,
     TRAINING_MIXTURE,
     FacePairs,
     Mixture,
@@ -62,23 +60,6 @@ from codeformer.training.scores import measure_detector, measure_restorer
 from codeformer.weights.checkpoints import build, load_into
 from codeformer.weights.manifest import WeightSet, load_weight_set
 
-LITE: Final[dict[str, Any]] = {
-    "dim_embd": 192,
-    "n_head": 6,
-    "n_layers": 3,
-    "codebook_size": 512,
-    "latent_size": 1024,
-    "base_channels": 8,
-    "channel_multipliers": [1, 2, 6, 6, 12],
-    "code_dim": 32,
-    "norm_groups": 1,
-    "connect_list": [],
-    "correction_blocks": 12,
-    "correction_channels": 96,
-    "detail_blocks": 3,
-    "detail_channels": 80,
-    "colour_patch": 64,
-}
 # The stages that train a network, the last first.
 STAGES_OF: Final = {
     "restorer": ("detail", "correction", "transform"),
@@ -90,15 +71,6 @@ VALIDATION_FACES: Final = 12
 VALIDATION_SCENES: Final = 60
 DETAIL_FOCUS: Final = 0.6
 VALIDATION_SEED: Final = 1_000_003
-CONFIGURATIONS: Final[dict[str, dict[str, Any]]] = {"lite": LITE, "official": {}}
-LITE_GFPGAN: Final[dict[str, Any]] = {
-    "num_style_feat": 32,
-    "num_mlp": 0,
-    "narrow": 0.125,
-    "correction_blocks": 12,
-    "correction_channels": 96,
-}
-GFPGAN_CONFIGURATIONS: Final[dict[str, dict[str, Any]]] = {"lite": LITE_GFPGAN, "official": {}}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -108,201 +80,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0 on success, 1 if something failed, 2 for wrong usage.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    options = _parser().parse_args(arguments)
+    options = parser_of(__doc__).parse_args(arguments)
     lift_pillow_limits()
     # OpenCV's threads do not survive forking a worker process, and the workers do not need them.
     cv2.setNumThreads(1)
     try:
-        options.command(options)
+        _COMMANDS[options.command](options)
     except CodeFormerError as failure:
         print(f"error: {failure}", file=sys.stderr)
         return 1
     return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m codeformer.training", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name, command, steps, batch, rate, text in (
-        (
-            "autoencoder",
-            _autoencoder,
-            2000,
-            4,
-            1e-3,
-            "stage 1: encoder, codebook and generator, on clean faces",
-        ),
-        ("codes", _codes, 1000, 2, 1e-3, "stage 2: prediction of codes from degraded faces"),
-        ("transform", _transform, 5000, 3, 1e-3, "stage 3: restoration at every fidelity"),
-        ("correction", _correction, 10000, 4, 1e-3, "stage 4: the branch that corrects the input"),
-        ("detail", _detail, 2000, 4, 1e-3, "stage 5: the detail that is added at low fidelity"),
-        ("gfpgan", _gfpgan, 2000, 1, 1e-3, "a GFPGAN, on the correction of stage 4 if it is to have one"),
-    ):
-        stage = commands.add_parser(name, help=text)
-        _add_loop_options(stage, steps=steps, batch=batch, rate=rate, optimiser="muon")
-        stage.add_argument("--faces", type=Path, required=True, metavar="DIR", help="aligned 512 px faces")
-        stage.add_argument(
-            "--config",
-            type=_gfpgan_config if name == "gfpgan" else _config,
-            default="lite",
-            metavar="NAME",
-            help=f"{' or '.join(CONFIGURATIONS)}, or a JSON file of the network's arguments; default: lite",
-        )
-        stage.add_argument("--half", action="store_true", help="use bfloat16 where autocast allows it")
-        stage.add_argument(
-            "--compiled",
-            action="store_true",
-            help="compile the networks: takes minutes, then steps are faster",
-        )
-        stage.set_defaults(command=command)
-        if name in {"transform", "correction", "detail"}:
-            side = 256 if name == "transform" else 192
-            stage.add_argument(
-                "--crop", type=_crop, default=side, metavar="PX", help=f"side of the crops, default {side}"
-            )
-        if name in {"transform", "detail", "gfpgan"}:
-            weight = 0.0 if name == "transform" else 0.8
-            stage.add_argument(
-                "--adversarial",
-                type=float,
-                default=weight,
-                metavar="WEIGHT",
-                help=f"weight of the adversarial loss, default {weight:g}",
-            )
-    detector = commands.add_parser(
-        "detector", help="train a detector from a trained one of the same architecture"
-    )
-    _add_loop_options(detector, steps=4000, batch=4, rate=1e-2, optimiser="muon")
-    detector.add_argument(
-        "--teacher", type=Path, required=True, metavar="FILE", help="RetinaFace mobile0.25 checkpoint"
-    )
-    detector.add_argument("--photographs", type=Path, required=True, metavar="DIR", help="whole pictures")
-    detector.add_argument("--faces", type=Path, required=True, metavar="DIR", help="aligned faces")
-    detector.set_defaults(command=_detector)
-
-    harden = commands.add_parser(
-        "harden", help="train a detector further, on degraded pictures and on no faces"
-    )
-    _add_loop_options(harden, steps=2000, batch=4, rate=2e-3, optimiser="muon")
-    harden.add_argument(
-        "--teacher", type=Path, required=True, metavar="FILE", help="RetinaFace mobile0.25 checkpoint"
-    )
-    harden.add_argument("--photographs", type=Path, required=True, metavar="DIR", help="whole pictures")
-    harden.add_argument("--faces", type=Path, required=True, metavar="DIR", help="aligned faces")
-    harden.set_defaults(command=_harden)
-
-    begin = commands.add_parser(
-        "begin", help="make checkpoints of a weight set, for stages that train it further"
-    )
-    begin.add_argument("--run", type=Path, required=True, metavar="DIR", help="where checkpoints are kept")
-    begin.add_argument("--weights", metavar="SET", help="default: CODEFORMER_WEIGHTS, else official")
-    begin.add_argument(
-        "--config",
-        type=_config,
-        metavar="NAME",
-        help="of the restorer, if it is to have other parts; as for the stages. New ones start from zero",
-    )
-    begin.set_defaults(command=_begin)
-
-    export = commands.add_parser("export", help="write trained networks to a weight set")
-    export.add_argument("--run", type=Path, required=True, metavar="DIR", help="where checkpoints are kept")
-    export.add_argument("--to", type=Path, required=True, metavar="DIR", help="the folder of the weight set")
-    export.add_argument("--detector-from", metavar="SET", help="copy the detector of another weight set")
-    export.add_argument("--description", required=True, help="one sentence for the manifest")
-    export.add_argument("--licence", required=True, help="the terms of the weights")
-    export.set_defaults(command=_export)
-
-    evaluate = commands.add_parser("evaluate", help="score a weight set on held-out pictures")
-    evaluate.add_argument("--weights", metavar="SET", help="default: CODEFORMER_WEIGHTS, else official")
-    evaluate.add_argument("--faces", type=Path, metavar="DIR", help="aligned faces, to score the restorer")
-    evaluate.add_argument("--photographs", type=Path, metavar="DIR", help="to score the detector, with:")
-    evaluate.add_argument("--teacher", type=Path, metavar="FILE", help="RetinaFace mobile0.25 checkpoint")
-    evaluate.add_argument("--compared-with", metavar="SET", help="another set, to be scored as well")
-    evaluate.add_argument("--device", help="cuda or cpu; default: cuda if there is a GPU")
-    evaluate.add_argument("--output", type=Path, metavar="FILE", help="also write the scores as JSON")
-    evaluate.set_defaults(command=_evaluate)
-
-    page = commands.add_parser("page", help="write a page of held-out pictures before and after")
-    page.add_argument("--weights", metavar="SET", help="as for evaluate")
-    page.add_argument("--faces", type=Path, required=True, metavar="DIR", help="aligned faces")
-    page.add_argument("--photographs", type=Path, required=True, metavar="DIR", help="whole pictures")
-    page.add_argument("--to", type=Path, required=True, metavar="DIR")
-    page.add_argument("--device", help="cuda or cpu; default: cuda if there is a GPU")
-    page.set_defaults(command=_page)
-
-    align = commands.add_parser("align", help="extract aligned faces from photographs")
-    align.add_argument("photographs", type=Path, metavar="DIR")
-    align.add_argument("--to", type=Path, required=True, metavar="DIR")
-    align.add_argument(
-        "--weights", metavar="SET", help="set with the detector to use; default: as for evaluate"
-    )
-    align.add_argument("--device", help="cuda or cpu; default: cuda if there is a GPU")
-    align.set_defaults(command=_align)
-    return parser
-
-
-def _add_loop_options(
-    parser: argparse.ArgumentParser, *, steps: int, batch: int, rate: float, optimiser: str = "adamw"
-) -> None:
-    parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="where checkpoints are kept")
-    parser.add_argument(
-        "--steps", type=_positive, default=steps, help=f"steps of the whole stage, default {steps}"
-    )
-    parser.add_argument("--batch", type=_positive, default=batch, help=f"default {batch}")
-    parser.add_argument("--learning-rate", type=float, default=rate, help=f"default {rate:g}")
-    parser.add_argument(
-        "--optimiser", choices=["adamw", "muon"], default=optimiser, help=f"default {optimiser}"
-    )
-    parser.add_argument("--seed", type=_count, default=0)
-    parser.add_argument("--device", help="cuda or cpu; default: cuda if there is a GPU")
-    parser.add_argument("--workers", type=_count, default=1, help="processes that prepare samples, default 1")
-    parser.add_argument("--save-every", type=_positive, default=200, metavar="STEPS")
-    parser.add_argument(
-        "--patience", type=_count, default=0, help="stop after so many validations without a better score"
-    )
-
-
-def _count(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"expected a whole number, at least 0, got {text}")
-    return number
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number, at least 1, got {text}")
-    return number
-
-
-def _crop(text: str) -> int:
-    number = int(text)
-    if not (0 < number <= FACE_SIZE and number % CROP_GRID == 0):
-        raise argparse.ArgumentTypeError(f"expected a multiple of {CROP_GRID} up to {FACE_SIZE}, got {text}")
-    return number
-
-
-def _config(text: str) -> dict[str, Any]:
-    return _config_of(text, CONFIGURATIONS, CodeFormer)
-
-
-def _gfpgan_config(text: str) -> dict[str, Any]:
-    return _config_of(text, GFPGAN_CONFIGURATIONS, GFPGANv1Clean)
-
-
-def _config_of(
-    text: str, configurations: Mapping[str, dict[str, Any]], network: type[nn.Module]
-) -> dict[str, Any]:
-    if text in configurations:
-        return configurations[text]
-    try:
-        config = json.loads(Path(text).read_text(encoding="utf-8"))
-        network(**config)
-    except (OSError, ValueError, TypeError) as cause:
-        known = ", ".join(configurations)
-        raise argparse.ArgumentTypeError(f"expected {known} or a usable JSON file: {cause}") from cause
-    return dict(config)
 
 
 def _loop_options(options: argparse.Namespace, stage: str, *after: str) -> Options:
@@ -541,7 +328,6 @@ def _evaluate(options: argparse.Namespace) -> None:
         raise InputError("expected --faces, or --photographs with --teacher, or all three.")
     device = available_device(options.device)
     weight_set = load_weight_set(options.weights)
-    # The rewritten networks compute the same in less time.
     models = load_models(weight_set, device, _restorers_of(weight_set))
     other = load_models(load_weight_set(options.compared_with), device) if options.compared_with else None
     scores: dict[str, Any] = {
@@ -634,6 +420,23 @@ def _network(options: argparse.Namespace, loop: Options, start: str | None = Non
             )
         network.load_state_dict(state["average"])
     return network
+
+
+_COMMANDS: Final[Mapping[str, Callable[[argparse.Namespace], None]]] = {
+    "autoencoder": _autoencoder,
+    "codes": _codes,
+    "transform": _transform,
+    "correction": _correction,
+    "detail": _detail,
+    "gfpgan": _gfpgan,
+    "detector": _detector,
+    "harden": _harden,
+    "begin": _begin,
+    "export": _export,
+    "evaluate": _evaluate,
+    "page": _page,
+    "align": _align,
+}
 
 
 if __name__ == "__main__":

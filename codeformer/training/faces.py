@@ -17,8 +17,8 @@ from codeformer.errors import ImageError, InputError
 from codeformer.evaluation.degradation import HEAVY, MILD, MODERATE, DegradationRange
 from codeformer.imaging.files import ImageU8, decode_image
 from codeformer.imaging.geometry import BORDER_BGR, FACE_SIZE, FFHQ_TEMPLATE_XY
+from codeformer.imaging.kinds import PICTURE_SUFFIXES
 
-PICTURE_SUFFIXES: Final = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 # One face in this many is held out for validation.
 VALIDATION_SHARE: Final = 30
 # Crops start at multiples of this number of px, so that they align with the latent cells.
@@ -153,7 +153,7 @@ def split_faces(folder: Path) -> tuple[list[Path], list[Path]]:
     """Like `split_pictures`, for aligned faces. Checks their sizes, so that training does not fail later.
 
     Raises:
-        InputError: there are fewer than two, or one is of another size.
+        InputError: there are fewer than two, or one cannot be read (HEIC) or is of another size.
     """
     parts = split_pictures(folder)
     for file in (*parts[0], *parts[1]):
@@ -161,7 +161,7 @@ def split_faces(folder: Path) -> tuple[list[Path], list[Path]]:
             with Image.open(file) as picture:
                 size_wh = picture.size
         except OSError as cause:
-            raise InputError(f"{file}: expected a picture, cannot read one ({cause}).") from cause
+            raise InputError(f"{file}: {_EXPECTED}, cannot read one ({cause}); {_REMEDY}") from cause
         if size_wh != (FACE_SIZE, FACE_SIZE):
             raise InputError(f"{file}: {_EXPECTED}, got {size_wh[0]} x {size_wh[1]} px; {_REMEDY}")
     return parts
@@ -175,7 +175,7 @@ def read_face(file: Path) -> ImageU8:
     """An aligned face, (512, 512, 3) uint8 BGR.
 
     Raises:
-        InputError: the file is not a picture, or has another size.
+        InputError: the file is not a picture that OpenCV reads (all but HEIC), or has another size.
     """
     image = cv2.imread(str(file), cv2.IMREAD_COLOR)
     if image is None or image.shape != (FACE_SIZE, FACE_SIZE, 3):

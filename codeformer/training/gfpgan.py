@@ -66,9 +66,9 @@ class GfpganStage:
     def losses(self, batch: Sequence[Tensor], progress: float, /) -> dict[str, Tensor]:
         degraded, clean = (part.contiguous(memory_format=torch.channels_last) for part in batch[:2])
         with self._options.autocast():
-            output = self._restore(degraded)[0]
+            output = self._restore(degraded)
         return self._sharp(output.float(), clean, batch[2], progress)
 
     def score(self, network: GFPGANv1Clean) -> float:
         """How near restored faces are to the clean ones, see `sharp_score`."""
-        return sharp_score(lambda face: network(face)[0], self._validation, self._options.device)
+        return sharp_score(network, self._validation, self._options.device)

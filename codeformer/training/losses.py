@@ -39,12 +39,12 @@ def luma(picture: Tensor) -> Tensor:
     return (picture * picture.new_tensor(LUMA_RGB).view(1, 3, 1, 1)).sum(dim=1, keepdim=True)
 
 
-def ssim(a: Tensor, b: Tensor, window: int = 7) -> Tensor:
-    """Mean structural similarity (Wang et al., 2004) with a uniform window, for a range of 2."""
+def ssim(a: Tensor, b: Tensor) -> Tensor:
+    """Mean structural similarity (Wang et al., 2004) with a uniform window of 7 px, for a range of 2."""
     c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2
 
     def mean(x: Tensor) -> Tensor:
-        return F.avg_pool2d(x, window, stride=2)
+        return F.avg_pool2d(x, 7, stride=2)
 
     mean_a, mean_b = mean(a), mean(b)
     var_a, var_b = mean(a * a) - mean_a**2, mean(b * b) - mean_b**2
@@ -59,14 +59,13 @@ class PatchDiscriminator(nn.Module):
     """Distinguishes real from restored patches (Isola et al., 2017): (B, 3, S, S) to (B, 1, S / 8, S / 8).
 
     Args:
-        channels: of the first layer.
         knows_place: whether it is also told where in the face each pixel lies, see `with_place`; eyes and
             cheeks are then not judged alike.
     """
 
-    def __init__(self, channels: int = 32, *, knows_place: bool = False) -> None:
+    def __init__(self, *, knows_place: bool = False) -> None:
         super().__init__()
-        widths = (5 if knows_place else 3, channels, 2 * channels, 4 * channels)
+        widths = (5 if knows_place else 3, 32, 64, 128)
         layers: list[nn.Module] = []
         for inner, outer in itertools.pairwise(widths):
             layers += [
@@ -106,7 +105,7 @@ def with_place(pictures: Tensor, corners: Tensor, whole: int) -> Tensor:
     return torch.cat([pictures, planes.to(pictures.dtype)], dim=1)
 
 
-def contrast_loss(output: Tensor, target: Tensor, window: int = 8) -> Tensor:
+def contrast_loss(output: Tensor, target: Tensor) -> Tensor:
     """Absolute error of the local contrast of detail: how much of it there is, not where exactly.
 
     Single pixels are averaged first, because a regular mesh would be the cheapest contrast.
@@ -115,7 +114,7 @@ def contrast_loss(output: Tensor, target: Tensor, window: int = 8) -> Tensor:
     def contrast(picture: Tensor) -> Tensor:
         tones = F.avg_pool2d(luma(picture), 2)
         fine = tones - F.avg_pool2d(tones, 5, stride=1, padding=2, count_include_pad=False)
-        return (F.avg_pool2d(fine.square(), window, stride=window // 2) + 1e-5).sqrt()
+        return (F.avg_pool2d(fine.square(), 8, stride=4) + 1e-5).sqrt()
 
     return F.l1_loss(contrast(output), contrast(target))
 

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from codeformer.errors import InputError
 from codeformer.evaluation.degradation import MILD, MODERATE
 from codeformer.imaging.files import ImageU8
 from codeformer.imaging.geometry import FloatArray, compose
 from codeformer.networks.retinaface import MEAN_BGR
+from codeformer.training.faces import read_photograph
 
 SCENE_SIDE: Final = 512
 _KINDS: Final = ("photograph", "faces", "close_up")
@@ -69,9 +69,8 @@ class Scenes(Dataset[tuple[Tensor]]):
 
 def read_picture(file: Path) -> ImageU8:
     image = cv2.imread(str(file), cv2.IMREAD_COLOR)
-    if image is None:
-        raise InputError(f"{file}: expected a picture, cannot read one.")
-    return np.asarray(image, dtype=np.uint8)
+    # OpenCV reads no HEIC.
+    return read_photograph(file) if image is None else np.asarray(image, dtype=np.uint8)
 
 
 def log_uniform(rng: np.random.Generator, low: float, high: float) -> float:

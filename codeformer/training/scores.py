@@ -131,7 +131,7 @@ def denoise_and_sharpen(face_bgr: ImageU8) -> ImageU8:
     return np.asarray(cv2.addWeighted(smooth, 1.5, blurred, -0.5, 0), dtype=np.uint8)
 
 
-def sharpness(face_bgr: ImageU8) -> float:
+def eye_sharpness(face_bgr: ImageU8) -> float:
     """The root mean square of the Laplacian of the eyes' luma, of what is coarser than a pixel.
 
     Noise counts as well: compare denoised faces only.
@@ -146,5 +146,5 @@ def sharpness(face_bgr: ImageU8) -> float:
 
 def _compare(result: ImageU8, truth: ImageU8) -> tuple[float, ...]:
     """In the order of `QUALITIES`."""
-    sharp = sharpness(result) / max(sharpness(truth), 1e-6)
+    sharp = eye_sharpness(result) / max(eye_sharpness(truth), 1e-6)
     return psnr_db(result, truth), ssim(result, truth), colour_shift(result, truth), sharp
