@@ -1019,7 +1019,7 @@ def test_the_page_is_whole_and_shows_what_was_measured(tmp_path: Path) -> None:
     for file in COMMITTED:
         assert read_report(file).machine.commit in html
     charts = [ElementTree.fromstring(svg) for svg in re.findall(r"<svg .*?</svg>", html, re.DOTALL)]
-    assert len(charts) == 14
+    assert len(charts) == 12
     for chart in charts:
         right, bottom = map(float, chart.attrib["viewBox"].split()[2:])
         drawn = [mark for mark in chart.iter() if mark.tag in {"rect", "line", "circle", "polyline"}]
