@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 
+from codeformer import environment
 from codeformer.engine import models
 from codeformer.engine.pipeline import Pipeline, recipe_of
 from codeformer.engine.plan import resolve_plan
 from codeformer.errors import OptionError
 from codeformer.imaging.geometry import FFHQ_TEMPLATE_XY, crop_face, make_working_copy, transform_points
 from codeformer.imaging.pasting import paste_face
-from codeformer.options import Options, Recipe, Selection, Step
+from codeformer.options import RESTORERS, Options, Recipe, Selection, Step
 from tests import pictures
 from tests.compare import assert_pictures_close
 from tests.conftest import CPU, models_of
@@ -29,9 +30,14 @@ NEGATIVE = Step("negative", None)
 
 @pytest.fixture
 def both(monkeypatch: pytest.MonkeyPatch, tiny_weights: Path) -> Pipeline:
-    """CodeFormer in small, and another restorer by one line in the table of them."""
+    """CodeFormer in small, and another restorer by a line in the table of them and its name."""
     monkeypatch.setitem(models.RESTORERS, "negative", NegativeRestorer)
+    monkeypatch.setattr(environment, "RESTORERS", (*RESTORERS, "negative"))
     return Pipeline.load(tiny_weights, "cpu", restorers=("codeformer", "negative"), download=False)
+
+
+def test_every_restorer_that_may_be_asked_for_has_an_adapter() -> None:
+    assert tuple(models.RESTORERS) == RESTORERS
 
 
 @pytest.mark.parametrize("mode", ["safe", "optimized"])

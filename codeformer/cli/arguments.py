@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from codeformer.environment import restorers_for
 from codeformer.options import (
     COMPILE_BACKENDS,
     DEFAULT_FIDELITY,
@@ -167,7 +168,6 @@ def load_pipeline(arguments: argparse.Namespace, restorers: Sequence[str] | None
         restorers: which to load; None for those that the environment names.
     """
     from codeformer.engine.devices import available_device
-    from codeformer.engine.models import restorers_for
     from codeformer.engine.pipeline import Pipeline
     from codeformer.process import tune_process
 

@@ -10,9 +10,9 @@ import time
 from typing import TYPE_CHECKING, Any, Final
 
 from codeformer.cli.arguments import add_command, add_networks, add_options, add_output, options_of, output_of
+from codeformer.environment import is_second_look_on, restorers_for
 from codeformer.errors import BulkError, InputError, OptionError
 from codeformer.limits import Limits
-from codeformer.options import Options
 
 if TYPE_CHECKING:
     from codeformer.bulk.drain import Drain
@@ -212,25 +212,13 @@ def job_of(arguments: argparse.Namespace, source: "Source") -> "Job":
         options=options,
         output=output_of(arguments),
         weights=arguments.weights,
-        restorers=tuple(_restorers(options)),
+        restorers=restorers_for(options.restorer.split("+")),
         device=arguments.device,
-        second_look=arguments.second_look is None and _is_second_look_on(),
+        second_look=arguments.second_look is None and is_second_look_on(),
         hashed_folders=arguments.hashed_folders,
         limits=Limits.from_environment(),
         threads=_threads(arguments),
     )
-
-
-def _restorers(options: Options) -> list[str]:
-    """What to load, each restorer in the version that the environment names."""
-    named = [name.strip() for name in os.environ.get("CODEFORMER_RESTORERS", "").split(",")]
-    versions = {name.partition("-")[0]: name for name in named}
-    return [versions.get(name, name) for name in options.restorer.split("+")]
-
-
-def _is_second_look_on() -> bool:
-    """What the environment says; a worker checks that it is one of both."""
-    return os.environ.get("CODEFORMER_SECOND_LOOK", "").strip().lower() != "off"
 
 
 def _threads(arguments: argparse.Namespace) -> int:

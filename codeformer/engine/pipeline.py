@@ -11,20 +11,18 @@ import torch
 
 from codeformer.engine.devices import as_device, available_device
 from codeformer.engine.engine import Engine
-from codeformer.engine.finder import is_second_look_on
 from codeformer.engine.graphs import recording_lock
 from codeformer.engine.memory import is_out_of_memory
 from codeformer.engine.models import (
     RESTORERS,
     Models,
     ModelStore,
-    check_restorers,
     load_models,
-    restorers_to_load,
 )
 from codeformer.engine.picture import RestoredImage
 from codeformer.engine.plan import ExecutionPlan, resolve_plan
 from codeformer.engine.stream import DEFAULT_WINDOW, Work, check_array, stream
+from codeformer.environment import check_restorers, is_second_look_on, restorers_to_load
 from codeformer.errors import CodeFormerError, OptionError
 from codeformer.imaging.files import ImageU8
 from codeformer.limits import DEFAULT_LIMITS, Deadline, Limits
