@@ -74,8 +74,13 @@ def is_progress_shown(*, quiet: bool = False) -> bool:
     return not quiet and sys.stderr.isatty()
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """What is done to photos: everything that `options_of` reads."""
+def add_options(parser: argparse.ArgumentParser, *, pastes: bool = True) -> None:
+    """What is done to photos: everything that `options_of` reads.
+
+    Args:
+        parser: of the command.
+        pastes: whether it pastes faces into photos, and so can do that with less strength.
+    """
     parser.add_argument(
         "--codeformer-fidelity",
         "--fidelity",
@@ -93,13 +98,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         default="codeformer",
         help="which network, or which after which on the same crops; its weights are fetched at first use",
     )
-    parser.add_argument(
-        "--strength",
-        type=float,
-        default=1.0,
-        metavar="S",
-        help="how much of each restored face goes into the photo, 0 to 1, default 1",
-    )
+    parser.set_defaults(strength=Options.strength)
+    if pastes:
+        parser.add_argument(
+            "--strength",
+            type=float,
+            metavar="S",
+            help="how much of each restored face goes into the photo, 0 to 1, default 1",
+        )
     parser.add_argument("--faces", choices=FACE_CHOICES, default="all", help="which faces; default: all")
     parser.add_argument(
         "--min-face-px",

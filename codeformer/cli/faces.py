@@ -1,6 +1,7 @@
 """`codeformer faces`: each face's crop and restored crop as PNG files, and its place in the photo as JSON."""
 
 import argparse
+import dataclasses
 import errno
 import os
 import re
@@ -56,7 +57,7 @@ def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     parser.add_argument(
         "-o", "--output", type=Path, default=Path("faces"), metavar="DIR", help="default: faces"
     )
-    add_options(parser)
+    add_options(parser, pastes=False)
     add_networks(parser)
     parser.add_argument("-r", "--recursive", action="store_true", help="include subfolders")
     parser.add_argument(
@@ -110,11 +111,13 @@ def _restored(pipeline: "Pipeline", photo: "Photo", asked: Options, limits: Limi
 
     deadline = Deadline(limits.max_seconds)
     image = decode_image(read_source(photo.path, 1, limits, DEFAULT_POLICY, deadline), 1, limits)
+    plan = resolve_plan(
+        asked.runtime_profile, asked.stability_mode, asked.compile_backend, device=pipeline.device
+    )
     [result] = pipeline.restore(
         [image],
-        plan=resolve_plan(
-            asked.runtime_profile, asked.stability_mode, asked.compile_backend, device=pipeline.device
-        ),
+        # Crops are taken before the paste, so nobody reads a mask.
+        plan=dataclasses.replace(plan, parse_faces=False),
         limits=limits,
         recipe=recipe_of(asked.restorer, asked.codeformer_fidelity),
         selection=asked.selection,
