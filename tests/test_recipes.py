@@ -11,7 +11,7 @@ import torch
 
 from codeformer import environment
 from codeformer.engine import models
-from codeformer.engine.pipeline import Pipeline, recipe_of
+from codeformer.engine.pipeline import Pipeline, recipe_for, recipe_of
 from codeformer.engine.plan import resolve_plan
 from codeformer.errors import OptionError
 from codeformer.imaging.geometry import FFHQ_TEMPLATE_XY, crop_face, make_working_copy, transform_points
@@ -38,6 +38,12 @@ def both(monkeypatch: pytest.MonkeyPatch, tiny_weights: Path) -> Pipeline:
 
 def test_every_restorer_that_may_be_asked_for_has_an_adapter() -> None:
     assert tuple(models.RESTORERS) == RESTORERS
+
+
+def test_the_recipe_of_a_request_has_its_restorers_fidelity_and_strength() -> None:
+    options = Options(0.25, restorer="gfpgan+codeformer", strength=0.75)
+    steps = (Step("gfpgan", None), Step("codeformer", 0.25))
+    assert recipe_for(options) == Recipe(steps, 0.75)
 
 
 @pytest.mark.parametrize("mode", ["safe", "optimized"])

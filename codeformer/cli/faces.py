@@ -102,8 +102,8 @@ def _faces(options: argparse.Namespace) -> int:
 
 
 def _restored(pipeline: "Pipeline", photo: "Photo", asked: Options, limits: Limits) -> "RestoredImage":
-    from codeformer.engine.pipeline import recipe_of
-    from codeformer.engine.plan import resolve_plan
+    from codeformer.engine.pipeline import recipe_for
+    from codeformer.engine.plan import plan_for
     from codeformer.imaging.files import decode_image
     from codeformer.limits import Deadline
     from codeformer.serving.fetching import DEFAULT_POLICY
@@ -111,15 +111,12 @@ def _restored(pipeline: "Pipeline", photo: "Photo", asked: Options, limits: Limi
 
     deadline = Deadline(limits.max_seconds)
     image = decode_image(read_source(photo.path, 1, limits, DEFAULT_POLICY, deadline), 1, limits)
-    plan = resolve_plan(
-        asked.runtime_profile, asked.stability_mode, asked.compile_backend, device=pipeline.device
-    )
     [result] = pipeline.restore(
         [image],
         # Crops are taken before the paste, so nobody reads a mask.
-        plan=dataclasses.replace(plan, parse_faces=False),
+        plan=dataclasses.replace(plan_for(asked, pipeline.device), parse_faces=False),
         limits=limits,
-        recipe=recipe_of(asked.restorer, asked.codeformer_fidelity),
+        recipe=recipe_for(asked),
         selection=asked.selection,
         keep_crops=True,
     )

@@ -26,7 +26,15 @@ from codeformer.environment import check_restorers, is_second_look_on, restorers
 from codeformer.errors import CodeFormerError, OptionError
 from codeformer.imaging.files import ImageU8
 from codeformer.limits import DEFAULT_LIMITS, Deadline, Limits
-from codeformer.options import DEFAULT_FIDELITY, Recipe, Selection, Step, check_aligned, check_fidelity
+from codeformer.options import (
+    DEFAULT_FIDELITY,
+    Options,
+    Recipe,
+    Selection,
+    Step,
+    check_aligned,
+    check_fidelity,
+)
 from codeformer.weights.download import fetch_set
 from codeformer.weights.manifest import WeightSet, load_weight_set
 
@@ -296,3 +304,8 @@ def recipe_of(restorer: str, fidelity: float, strength: float = 1.0) -> Recipe:
         ),
         strength,
     )
+
+
+def recipe_for(options: Options) -> Recipe:
+    """The recipe of a request, see `recipe_of`."""
+    return recipe_of(options.restorer, options.codeformer_fidelity, options.strength)

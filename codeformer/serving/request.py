@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import unquote_to_bytes
 
-from codeformer.engine.pipeline import Pipeline, RestoredImage, recipe_of
-from codeformer.engine.plan import resolve_plan
+from codeformer.engine.pipeline import Pipeline, RestoredImage, recipe_for
+from codeformer.engine.plan import plan_for
 from codeformer.engine.restorer import FaceRestorer
 from codeformer.engine.stages import STAGES
 from codeformer.errors import CancelledError, CodeFormerError, ImageError, OptionError
@@ -92,10 +92,8 @@ def serve(
     """
     started = time.perf_counter()
     deadline = Deadline(limits.max_seconds, stop)
-    plan = resolve_plan(
-        options.runtime_profile, options.stability_mode, options.compile_backend, device=pipeline.device
-    )
-    recipe = recipe_of(options.restorer, options.codeformer_fidelity, options.strength)
+    plan = plan_for(options, pipeline.device)
+    recipe = recipe_for(options)
     pipeline.check(plan, recipe)
     check_count(paths)
     found: dict[int, RestoredImage] = {}
