@@ -36,7 +36,7 @@ from codeformer.serving.request import (
     SAMPLES,
     Metrics,
     check_count,
-    describe,
+    log_outcome,
     metrics_of,
     read_source,
 )
@@ -207,7 +207,7 @@ class Service:
                 total_s=time.perf_counter() - started,
                 degraded=self._pipeline.degraded,
             )
-        logger.info("%s", describe(metrics))
+        log_outcome(ordered, metrics)
         return paths, metrics
 
     def _read(self, source: object, number: int, deadline: Deadline) -> tuple[bytes, int]:
