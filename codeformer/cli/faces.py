@@ -2,11 +2,8 @@
 
 import argparse
 import dataclasses
-import errno
 import os
 import re
-import secrets
-import unicodedata
 from collections.abc import Iterator, Sequence
 from itertools import count
 from pathlib import Path
@@ -21,6 +18,7 @@ from codeformer.cli.arguments import (
     options_of,
     shown,
 )
+from codeformer.cli.files import FULL_DISK, folded, temporary
 from codeformer.cli.reports import Report, json_line, numbers_of, photo_in_log, place_of, progress, say
 from codeformer.errors import CodeFormerError, InputError
 from codeformer.limits import Limits
@@ -37,7 +35,6 @@ INDEX: Final = "faces.jsonl"
 _CROP: Final = "crop"
 _RESTORED: Final = "restored"
 _LONGEST_STEM_BYTES: Final = 200
-_FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 _NAME: Final = re.compile(rf"(.*)_\d+_(?:{_CROP}|{_RESTORED})\.png", re.DOTALL)
 _FACTS: Final = (
     *("number", "reason", "box", "landmarks", "score"),
@@ -86,7 +83,7 @@ def _faces(options: argparse.Namespace) -> int:
                     try:
                         lines = folder.write(photo, _restored(pipeline, photo, asked, limits))
                     except (CodeFormerError, OSError) as failure:
-                        if isinstance(failure, OSError) and failure.errno in _FULL:
+                        if isinstance(failure, OSError) and failure.errno in FULL_DISK:
                             raise InputError(
                                 f"--output {shown(options.output)}: expected room for the crops, got: "
                                 f"{failure.strerror}; free space there."
@@ -156,10 +153,10 @@ class FaceFolder:
         except OSError as cause:
             raise InputError(f"--output {shown(folder)}: cannot be written ({cause.strerror}).") from cause
         self._stems: dict[Photo, str] = {}
-        stems = {found[1] for name in taken if (found := _NAME.fullmatch(_folded(name)))}
+        stems = {found[1] for name in taken if (found := _NAME.fullmatch(folded(name)))}
         for photo in photos:
-            self._stems[photo] = next(stem for stem in _stems_of(photo) if _folded(stem) not in stems)
-            stems.add(_folded(self._stems[photo]))
+            self._stems[photo] = next(stem for stem in _stems_of(photo) if folded(stem) not in stems)
+            stems.add(folded(self._stems[photo]))
 
     def __enter__(self) -> "FaceFolder":
         return self
@@ -206,12 +203,8 @@ class FaceFolder:
         import cv2
 
         _, data = cv2.imencode(".png", image_bgr)
-        part = self._folder / f".codeformer-{secrets.token_hex(8)}.part"
-        try:
-            part.write_bytes(data.tobytes())
+        with temporary(self._folder, data.tobytes()) as part:
             part.replace(self._folder / name)
-        finally:
-            part.unlink(missing_ok=True)
 
 
 def _line(photo: "Photo", status: str, **facts: Any) -> str:
@@ -233,8 +226,3 @@ def _stems_of(photo: "Photo") -> Iterator[str]:
         name = name[:-1]
     yield name
     yield from (f"{name}_{number}" for number in count(2))
-
-
-def _folded(name: str) -> str:
-    """A form that is equal for names that some file systems treat as equal."""
-    return unicodedata.normalize("NFC", name).casefold()
