@@ -13,6 +13,7 @@ from codeformer.cli.arguments import add_command, add_networks, add_options, add
 from codeformer.environment import is_second_look_on, restorers_for
 from codeformer.errors import BulkError, InputError, OptionError
 from codeformer.limits import Limits
+from codeformer.machine import cores
 
 if TYPE_CHECKING:
     from codeformer.bulk.drain import Drain
@@ -223,12 +224,10 @@ def job_of(arguments: argparse.Namespace, source: "Source") -> "Job":
 
 def _threads(arguments: argparse.Namespace) -> int:
     """Threads that compute on a CPU: always set, since too many slow each other down."""
-    from codeformer.bulk.job import processors
-
     if arguments.cpus_per_worker is not None or arguments.ray is not None:
         return int(arguments.cpus_per_worker or 1)
     asked = os.environ.get("OMP_NUM_THREADS", "")
-    return int(asked) if asked.isdigit() and int(asked) else processors()
+    return int(asked) if asked.isdigit() and int(asked) else cores()
 
 
 def _slice_of(text: str | None) -> Any:
