@@ -38,7 +38,11 @@ exit codes:
 
 
 def add_command(
-    commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, purpose: str, example: str
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    name: str,
+    purpose: str,
+    example: str,
+    exit_codes: str = EXIT_CODES,
 ) -> argparse.ArgumentParser:
     """Adds a command whose help begins with what it does, and an example.
 
@@ -47,12 +51,13 @@ def add_command(
         name: of the command.
         purpose: what it does, a phrase without a full stop.
         example: a call.
+        exit_codes: what they mean.
     """
     return commands.add_parser(
         name,
         help=purpose,
         description=f"{purpose[0].upper()}{purpose[1:]}.\n\nexample:\n  {example}",
-        epilog=EXIT_CODES,
+        epilog=exit_codes,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 
@@ -89,14 +94,19 @@ def add_options(parser: argparse.ArgumentParser, *, pastes: bool = True) -> None
         metavar="W",
         help="0 (quality) to 1 (fidelity), default 0.5",
     )
-    parser.add_argument("--runtime-profile", choices=RUNTIME_PROFILES, default="baseline")
-    parser.add_argument("--stability-mode", choices=STABILITY_MODES, default="safe")
-    parser.add_argument("--compile-backend", choices=COMPILE_BACKENDS, default="eager")
+    add_profile(parser)
+    parser.add_argument(
+        "--compile-backend",
+        choices=COMPILE_BACKENDS,
+        default="eager",
+        help="backend of torch.compile, used only in optimized mode; default: eager",
+    )
     parser.add_argument(
         "--restorer",
         choices=RESTORER_CHOICES,
         default="codeformer",
-        help="which network, or which after which on the same crops; its weights are fetched at first use",
+        help="the network that restores the faces, or two that do it one after the other; weights are "
+        "downloaded at first use; default: codeformer",
     )
     parser.set_defaults(strength=Options.strength)
     if pastes:
@@ -116,16 +126,38 @@ def add_options(parser: argparse.ArgumentParser, *, pastes: bool = True) -> None
     )
 
 
+def add_profile(parser: argparse.ArgumentParser) -> None:
+    """How the networks run."""
+    parser.add_argument(
+        "--runtime-profile",
+        choices=RUNTIME_PROFILES,
+        default="baseline",
+        help="baseline: float32, face after face, as upstream; fast: batched, with mixed precision where the "
+        "device has it; max_speed: fast without face parsing; default: baseline",
+    )
+    parser.add_argument(
+        "--stability-mode",
+        choices=STABILITY_MODES,
+        default="safe",
+        help="safe: the networks as they are; optimized: rewritten, with torch.compile or CUDA graphs; "
+        "default: safe",
+    )
+
+
 def add_output(parser: argparse.ArgumentParser) -> None:
     """How results are written: everything that `output_of` reads."""
     parser.add_argument(
-        "--format", dest="file_format", choices=FILE_FORMATS, default="jpg", help="of results; default: jpg"
+        "--format",
+        dest="file_format",
+        choices=FILE_FORMATS,
+        default="jpg",
+        help="file format of the results; default: jpg",
     )
     parser.add_argument(
         "--quality",
         type=int,
         metavar="Q",
-        help=f"of jpg and webp, 1 to 100, default {DEFAULT_QUALITY}; png is lossless",
+        help=f"quality of jpg and webp, 1 to 100, default {DEFAULT_QUALITY}; png is lossless",
     )
     parser.add_argument(
         "--metadata",

@@ -24,6 +24,15 @@ if TYPE_CHECKING:
 
 _SHARD_SIZE: Final = 256
 _ENDED_BY_SIGNAL: Final = 128
+_EXIT_CODES: Final = """\
+exit codes:
+  0    all was done; photos that failed are counted in the summary and named in the ledger
+  1    the run could not go on, or more than --max-error-rate of its photos failed
+  2    wrong usage
+  130  stopped by Ctrl-C; the same command goes on
+  141  ended because the program that reads the output has closed it
+  143  stopped by SIGTERM; the same command goes on
+"""
 
 
 def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -33,6 +42,7 @@ def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
         "bulk",
         "restore any number of photos once each, with a record; goes on where it stopped",
         "codeformer bulk s3://archive/scans --to s3://archive/restored",
+        _EXIT_CODES,
     )
     parser.add_argument(
         "source",
@@ -40,8 +50,14 @@ def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
         help="a folder, a pattern in quotes, a bucket (s3://, gs://), or a list: .parquet, .csv or .jsonl",
     )
     parser.add_argument("--to", required=True, metavar="TARGET", help="a folder or a bucket for the outputs")
-    parser.add_argument("--ledger", metavar="DIR", help="default: _ledger in TARGET")
-    parser.add_argument("--column", default="address", help="of a list, with the addresses; default: address")
+    parser.add_argument(
+        "--ledger",
+        metavar="DIR",
+        help="a folder or a bucket for the record of what is done; default: _ledger in TARGET",
+    )
+    parser.add_argument(
+        "--column", default="address", help="the column of a list that holds the addresses; default: address"
+    )
     parser.add_argument(
         "--hashed-folders",
         action="store_true",
@@ -60,19 +76,30 @@ def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
         "--ray", metavar="ADDRESS", help="use Ray: local, auto (the cluster of this machine), or an address"
     )
     parser.add_argument(
-        "--workers", type=int, metavar="N", help="of Ray; default: as many as there is room for"
+        "--workers",
+        type=int,
+        metavar="N",
+        help="how many workers run on Ray; default: as many as there is room for",
     )
     parser.add_argument(
-        "--gpus-per-worker", type=float, metavar="G", help="of Ray; default: 1 unless --device cpu"
+        "--gpus-per-worker",
+        type=float,
+        metavar="G",
+        help="GPUs for each worker on Ray, or a part of one, such as 0.5; default: 1, or 0 with --device cpu",
     )
     parser.add_argument(
         "--cpus-per-worker",
         type=int,
         metavar="C",
-        help="also the threads that compute on a CPU; default: 1 with Ray, otherwise OMP_NUM_THREADS or all",
+        help="cores for each worker, and threads that compute on them; default: 1 with Ray, otherwise "
+        "OMP_NUM_THREADS or all",
     )
     parser.add_argument(
-        "--shard-size", type=int, default=_SHARD_SIZE, metavar="N", help=f"default: {_SHARD_SIZE} pictures"
+        "--shard-size",
+        type=int,
+        default=_SHARD_SIZE,
+        metavar="N",
+        help=f"pictures that a worker takes at a time; default: {_SHARD_SIZE}",
     )
     parser.add_argument("--retry-errors", action="store_true", help="also do pictures again that failed")
     parser.add_argument(

@@ -26,7 +26,10 @@ def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
         "codeformer demo --port 8080",
     )
     parser.add_argument(
-        "--port", type=int, default=_DEFAULT_PORT, help=f"default: {_DEFAULT_PORT}; 0 for any free one"
+        "--port",
+        type=int,
+        default=_DEFAULT_PORT,
+        help=f"port of the page; default: {_DEFAULT_PORT}; 0 for any free one",
     )
     add_networks(parser)
     parser.add_argument("-v", "--verbose", action="store_true", help="log faces and stage times")

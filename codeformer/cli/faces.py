@@ -52,7 +52,12 @@ def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     )
     parser.add_argument("photos", nargs="+", type=Path, metavar="PHOTO", help="a file or a folder")
     parser.add_argument(
-        "-o", "--output", type=Path, default=Path("faces"), metavar="DIR", help="default: faces"
+        "-o",
+        "--output",
+        type=Path,
+        default=Path("faces"),
+        metavar="DIR",
+        help="folder for the crops; default: faces",
     )
     add_options(parser, pastes=False)
     add_networks(parser)
