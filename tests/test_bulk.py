@@ -281,6 +281,20 @@ def test_other_options_or_foreign_files_are_refused(
     assert not (tmp_path / "t").exists()
 
 
+@pytest.mark.parametrize(
+    ("variable", "value"), [("CODEFORMER_SECOND_LOOK", "of"), ("CODEFORMER_RESTORERS", "gfpgn")]
+)
+def test_a_wrong_variable_stops_the_start(
+    bulk: Any, album: Path, target: Path, monkeypatch: pytest.MonkeyPatch, variable: str, value: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    for how in ([], ["--dry-run"]):
+        said = bulk(album, "--to", target, *how, status=1)["error"]
+        assert f"error: {variable}: expected " in said
+        assert f"got {value!r}" in said
+    assert not target.exists()
+
+
 def test_a_dry_run_writes_nothing_and_estimates(bulk: Any, album: Path, target: Path) -> None:
     result = bulk(album, "--to", target, "--dry-run", "--node", "T4=5@0.81", "--node", "H100=50@5")
     assert not target.exists()

@@ -180,17 +180,39 @@ def test_a_wrong_call_shows_the_usage(arguments: list[str], capsys: pytest.Captu
     assert "usage" in capsys.readouterr().err
 
 
-def commands() -> list[list[str]]:
+def parsers() -> dict[str, argparse.ArgumentParser]:
     """Every command of the command line, and every action of one."""
-    found: list[list[str]] = []
+    found: dict[str, argparse.ArgumentParser] = {}
     waiting: list[tuple[list[str], argparse.ArgumentParser]] = [([], cli._parser())]
     while waiting:
         words, parser = waiting.pop()
-        found.append(words)
+        found[" ".join(words)] = parser
         for action in parser._actions:
             if isinstance(action, argparse._SubParsersAction):
                 waiting += [([*words, name], inner) for name, inner in action.choices.items()]
     return found
+
+
+def commands() -> list[list[str]]:
+    return [name.split() for name in parsers()]
+
+
+def test_every_argument_has_a_help_that_says_what_it_is() -> None:
+    for name, parser in parsers().items():
+        for action in parser._actions:
+            if not isinstance(action, argparse._SubParsersAction):
+                words = (action.help or "").split()
+                assert words, f"{name}: {action.dest}"
+                assert words[0] not in {"of", "default:"}, f"{name}: {action.dest}: {action.help}"
+
+
+def test_bulk_has_exit_codes_of_its_own() -> None:
+    text = parsers()["bulk"].format_help()
+    assert "everything succeeded" not in text
+    assert "  0    all was done; photos that failed are counted" in text
+    assert {line.split()[0] for line in text.partition("exit codes:\n")[2].splitlines()} == {
+        *("0", "1", "2", "130", "141", str(128 + signal.SIGTERM))
+    }
 
 
 @pytest.mark.parametrize("command", commands(), ids=" ".join)

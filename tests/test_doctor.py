@@ -239,11 +239,23 @@ def test_a_torch_that_cannot_be_imported_is_a_problem_and_no_crash(tmp_path: Pat
     )
     run = subprocess.run(
         [sys.executable, "-m", "codeformer", "doctor", "--weights", "lite"],
-        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, timeout=100,
+        cwd=ROOT,
+        env=os.environ
+        | {
+            "PYTHONPATH": str(tmp_path),
+            "CODEFORMER_SECOND_LOOK": "perhaps",
+            "CODEFORMER_RESTORERS": "magic",
+        },
+        capture_output=True,
+        text=True,
+        timeout=100,
         check=False,
-    )  # fmt: skip
+    )
     assert run.returncode == 1
     assert "libcudart.so: cannot open shared object" in run.stdout
+    # What is found out without torch is told all the same.
+    assert "CODEFORMER_SECOND_LOOK: expected on or off, got 'perhaps'" in run.stdout
+    assert "CODEFORMER_RESTORERS: expected names out of" in run.stdout
     assert "Traceback" not in run.stderr
 
 

@@ -1,5 +1,6 @@
 """`codeformer faces`: crops, restored crops and places of faces."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -9,9 +10,12 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+import torch
+from torch import Tensor
 
 from codeformer.cli.main import main
 from codeformer.engine.pipeline import Pipeline
+from codeformer.engine.plan import resolve_plan
 from codeformer.imaging.files import decode_image
 from tests import pictures
 from tests.compare import assert_pictures_close
@@ -82,6 +86,46 @@ def test_each_face_has_its_crops_and_its_place(
         assert 0 < max(right - left, bottom - top) < 85
         assert line["crop_file"] is line["picture_to_face"] is None
     assert {path.name for path in output.iterdir()} == files
+
+
+@pytest.mark.parametrize("profile", ["baseline", "fast"])
+def test_faces_are_restored_as_always_but_not_parsed(
+    tmp_path: Path, tiny_pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, profile: str
+) -> None:
+    class LeftHalf:
+        """A parser to which the left half of each crop is face."""
+
+        parsed = 0
+
+        def masks(self, faces_bgr: Tensor, **_: object) -> tuple[Tensor, Tensor]:
+            self.parsed += len(faces_bgr)
+            mask = (torch.arange(512) < 256).float().expand(len(faces_bgr), 512, 512)
+            return mask, torch.ones(len(faces_bgr), dtype=torch.bool)
+
+        def optimized(self, execution: object) -> "LeftHalf":
+            return self
+
+    parser = LeftHalf()
+    pipeline = Pipeline(dataclasses.replace(tiny_pipeline.models, masker=parser), tiny_pipeline.device)
+    [expected] = pipeline.restore(
+        [pictures.group()], plan=resolve_plan(profile, device=pipeline.device), keep_crops=True
+    )
+    assert parser.parsed == len(expected.faces) == 4
+    monkeypatch.setattr(Pipeline, "load", lambda *_, **__: pipeline)
+    photo, output = put(tmp_path / "group.png", pictures.group()), tmp_path / "out"
+    assert run(photo, "-o", output, "--runtime-profile", profile) == 0
+    assert parser.parsed == 4
+    for number, crops in enumerate(expected.crops, start=1):
+        for kind, image in (("crop", crops.crop_bgr), ("restored", crops.restored_bgr)):
+            found = decode_image((output / f"group_{number}_{kind}.png").read_bytes())
+            np.testing.assert_array_equal(found, image)
+
+
+def test_no_strength_can_be_asked_for_where_nothing_is_pasted(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run("photo.png", "--strength", "0.5")
+    assert ended.value.code == 2
+    assert "unrecognized arguments: --strength 0.5" in capsys.readouterr().err
 
 
 def test_photos_without_faces_and_unusable_ones_have_a_line(

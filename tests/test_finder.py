@@ -12,8 +12,9 @@ import torch
 
 from codeformer.engine.codeformer import CodeFormerRestorer
 from codeformer.engine.detector import FaceDetector
-from codeformer.engine.finder import NO_POSE, FaceFinder, FoundFaces, is_second_look_on
+from codeformer.engine.finder import NO_POSE, FaceFinder, FoundFaces
 from codeformer.engine.pipeline import Pipeline
+from codeformer.environment import is_second_look_on
 from codeformer.errors import OptionError, TimeLimitError
 from codeformer.imaging.files import decode_image
 from codeformer.imaging.geometry import FFHQ_TEMPLATE_XY, Detection, WorkingCopy, make_working_copy

@@ -11,9 +11,9 @@ import torch
 from codeformer import Pipeline
 from codeformer.engine import pipeline
 from codeformer.engine.gfpgan import GfpganRestorer
-from codeformer.engine.models import restorers_for, restorers_to_load
 from codeformer.engine.pipeline import recipe_of
 from codeformer.engine.plan import resolve_plan
+from codeformer.environment import restorers_for, restorers_to_load
 from codeformer.errors import ManifestError, OptionError
 from codeformer.imaging.files import encode_jpeg
 from codeformer.imaging.geometry import crop_face

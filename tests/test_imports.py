@@ -13,6 +13,7 @@ from tests.shared import ROOT
 # The modules for finding, reading and pasting pictures, and for listing options and weights.
 WITHOUT_TORCH = [
     "codeformer",
+    "codeformer.environment",
     "codeformer.errors",
     "codeformer.limits",
     "codeformer.locations",
@@ -143,6 +144,7 @@ ROOMS = [
     "imaging",
     "networks",
     "weights",
+    "environment",
     "process",
     "engine",
     "serving",

@@ -13,9 +13,9 @@ import torch
 from codeformer import options as option_choices
 from codeformer.engine import devices
 from codeformer.engine.devices import as_device, available_device
-from codeformer.engine.plan import resolve_plan, torch_switches
+from codeformer.engine.plan import plan_for, resolve_plan, torch_switches
 from codeformer.errors import OptionError
-from codeformer.options import COMPILE_BACKENDS, RUNTIME_PROFILES, STABILITY_MODES, check_fidelity
+from codeformer.options import COMPILE_BACKENDS, RUNTIME_PROFILES, STABILITY_MODES, Options, check_fidelity
 from tests.conftest import CPU
 
 CUDA = torch.device("cuda")
@@ -65,6 +65,12 @@ def test_optimized_compiles_with_the_backend() -> None:
         assert plan.optimized
         assert plan.cudnn_benchmark
         assert plan.compile_backend == (None if backend == "none" else backend)
+
+
+def test_the_plan_of_a_request_has_its_profile_mode_and_backend() -> None:
+    for profile, mode, backend in itertools.product(RUNTIME_PROFILES, STABILITY_MODES, COMPILE_BACKENDS):
+        options = Options(runtime_profile=profile, stability_mode=mode, compile_backend=backend)
+        assert plan_for(options, CPU) == resolve_plan(profile, mode, backend, device=CPU)
 
 
 def test_defaults_are_the_documented_ones() -> None:

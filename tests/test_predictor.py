@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import errno
 import json
+import logging
 import random
 import tempfile
 import threading
@@ -25,13 +26,14 @@ from codeformer.engine.codeformer import CodeFormerRestorer
 from codeformer.engine.pipeline import Pipeline
 from codeformer.errors import DeviceError, ImageError, OptionError, OutputError
 from codeformer.imaging.files import decode_image
-from codeformer.options import Options
+from codeformer.options import Options, Output
 from codeformer.serving import request
 from codeformer.serving.request import MAX_IMAGES, describe, serve
 from codeformer.serving.service import _FILE_THREADS, MAX_REQUESTS
 from predict import Predictor
 from scripts.write_schema import PINNED_SCHEMA, build_schema
 from tests.compare import assert_pictures_close
+from tests.conftest import service_of
 from tests.faults import largest_file
 from tests.shared import ROOT
 
@@ -140,6 +142,24 @@ def test_serving_gives_a_jpeg_per_photo_in_order(
     line = describe(outcome.metrics)
     assert "\n" not in line
     assert "images.count=3" in line
+
+
+@pytest.mark.parametrize("file_format", ["jpg", "png", "webp"])
+def test_the_log_names_pictures_without_faces_and_no_wrong_format(
+    blind_pipeline: Pipeline, photo_path: Path, caplog: pytest.LogCaptureFixture, file_format: str
+) -> None:
+    caplog.set_level(logging.INFO)
+    serve(blind_pipeline, [photo_path, photo_path], output=Output(file_format))
+    lines = [line for line in caplog.messages if "no face" in line]
+    assert lines == [f"image {number}: no face to restore; its pixels are unaltered" for number in (1, 2)]
+
+
+def test_a_server_logs_pictures_without_faces(
+    blind_pipeline: Pipeline, photo_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    asyncio.run(service_of(blind_pipeline).serve([photo_path], Options()))
+    assert "image 1: no face to restore; its pixels are unaltered" in caplog.messages
 
 
 @pytest.mark.parametrize("count", [0, MAX_IMAGES + 1])

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 
+from codeformer import environment
 from codeformer.engine import models
-from codeformer.engine.pipeline import Pipeline, recipe_of
+from codeformer.engine.pipeline import Pipeline, recipe_for, recipe_of
 from codeformer.engine.plan import resolve_plan
 from codeformer.errors import OptionError
 from codeformer.imaging.geometry import FFHQ_TEMPLATE_XY, make_working_copy, transform_points
-from codeformer.options import Options, Recipe, Selection, Step
+from codeformer.options import RESTORERS, Options, Recipe, Selection, Step
 from tests import pictures
 from tests.conftest import CPU, models_of
 from tests.test_faces import FixedDetector, Negative
@@ -27,9 +28,20 @@ NEGATIVE = Step("negative", None)
 
 @pytest.fixture
 def both(monkeypatch: pytest.MonkeyPatch, tiny_weights: Path) -> Pipeline:
-    """CodeFormer in small, and another restorer by one line in the table of them."""
+    """CodeFormer in small, and another restorer by a line in the table of them and its name."""
     monkeypatch.setitem(models.RESTORERS, "negative", NegativeRestorer)
+    monkeypatch.setattr(environment, "RESTORERS", (*RESTORERS, "negative"))
     return Pipeline.load(tiny_weights, "cpu", restorers=("codeformer", "negative"), download=False)
+
+
+def test_every_restorer_that_may_be_asked_for_has_an_adapter() -> None:
+    assert tuple(models.RESTORERS) == RESTORERS
+
+
+def test_the_recipe_of_a_request_has_its_restorers_fidelity_and_strength() -> None:
+    options = Options(0.25, restorer="gfpgan+codeformer", strength=0.75)
+    steps = (Step("gfpgan", None), Step("codeformer", 0.25))
+    assert recipe_for(options) == Recipe(steps, 0.75)
 
 
 @pytest.mark.parametrize("mode", ["safe", "optimized"])

@@ -4,7 +4,6 @@ machines.
 
 import dataclasses
 import json
-import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -90,11 +89,6 @@ class Job:
     def open_ledger(self) -> Ledger:
         """The ledger, with this job's digests."""
         return Ledger(open_store(self.ledger), self.options_digest(), self.weights_digest())
-
-
-def processors() -> int:
-    """How many processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass

@@ -18,12 +18,13 @@ from typing import Any, Final
 
 from codeformer.bulk.drain import Drain
 from codeformer.bulk.extras import load
-from codeformer.bulk.job import Counts, Job, Outcome, processors
+from codeformer.bulk.job import Counts, Job, Outcome
 from codeformer.bulk.ledger import Row
 from codeformer.bulk.report import Report
 from codeformer.bulk.run import Feed
 from codeformer.bulk.shards import Shard
 from codeformer.errors import BulkError, CodeFormerError
+from codeformer.machine import cores
 
 # Ray reads them when it is imported, and when it starts its processes.
 _ENVIRONMENT: Final = {
@@ -200,7 +201,7 @@ def _connected(address: str, needs: Needs) -> Iterator[Any]:
         own = {"include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
         if needs.workers is not None:
             # A number that is asked for is meant: the machine's count of processors does not bound it.
-            own["num_cpus"] = max(processors(), math.ceil(needs.workers * needs.cpus))
+            own["num_cpus"] = max(cores(), math.ceil(needs.workers * needs.cpus))
     try:
         ray.init(address=address, log_to_driver=False, logging_level="ERROR", **own)
     except (ConnectionError, ValueError, RuntimeError) as cause:

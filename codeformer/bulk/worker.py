@@ -19,8 +19,8 @@ from codeformer.bulk.shards import Shard
 from codeformer.bulk.sources import Entry
 from codeformer.bulk.stores import Reader, open_store
 from codeformer.engine.devices import available_device
-from codeformer.engine.pipeline import Pipeline, RestoredImage, recipe_of
-from codeformer.engine.plan import resolve_plan
+from codeformer.engine.pipeline import Pipeline, RestoredImage, recipe_for
+from codeformer.engine.plan import plan_for
 from codeformer.engine.stages import STAGES
 from codeformer.errors import (
     BulkError,
@@ -123,11 +123,8 @@ class Worker:
     def __init__(self, job: Job, pipeline: Pipeline) -> None:
         self._job = job
         self._pipeline = pipeline
-        options = job.options
-        self._plan = resolve_plan(
-            options.runtime_profile, options.stability_mode, options.compile_backend, device=pipeline.device
-        )
-        self._recipe = recipe_of(options.restorer, options.codeformer_fidelity, options.strength)
+        self._plan = plan_for(job.options, pipeline.device)
+        self._recipe = recipe_for(job.options)
         pipeline.check(self._plan, self._recipe)
         self._reader = Reader(job.source_query)
         self._target = open_store(job.target)

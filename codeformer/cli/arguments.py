@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from codeformer.environment import restorers_for
 from codeformer.options import (
     COMPILE_BACKENDS,
     DEFAULT_FIDELITY,
@@ -37,7 +38,11 @@ exit codes:
 
 
 def add_command(
-    commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, purpose: str, example: str
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    name: str,
+    purpose: str,
+    example: str,
+    exit_codes: str = EXIT_CODES,
 ) -> argparse.ArgumentParser:
     """Adds a command whose help begins with what it does, and an example.
 
@@ -46,12 +51,13 @@ def add_command(
         name: of the command.
         purpose: what it does, a phrase without a full stop.
         example: a call.
+        exit_codes: what they mean.
     """
     return commands.add_parser(
         name,
         help=purpose,
         description=f"{purpose[0].upper()}{purpose[1:]}.\n\nexample:\n  {example}",
-        epilog=EXIT_CODES,
+        epilog=exit_codes,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 
@@ -73,8 +79,13 @@ def is_progress_shown(*, quiet: bool = False) -> bool:
     return not quiet and sys.stderr.isatty()
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """What is done to photos: everything that `options_of` reads."""
+def add_options(parser: argparse.ArgumentParser, *, pastes: bool = True) -> None:
+    """What is done to photos: everything that `options_of` reads.
+
+    Args:
+        parser: of the command.
+        pastes: whether it pastes faces into photos, and so can do that with less strength.
+    """
     parser.add_argument(
         "--codeformer-fidelity",
         "--fidelity",
@@ -83,22 +94,28 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="W",
         help="0 (quality) to 1 (fidelity), default 0.5",
     )
-    parser.add_argument("--runtime-profile", choices=RUNTIME_PROFILES, default="baseline")
-    parser.add_argument("--stability-mode", choices=STABILITY_MODES, default="safe")
-    parser.add_argument("--compile-backend", choices=COMPILE_BACKENDS, default="eager")
+    add_profile(parser)
+    parser.add_argument(
+        "--compile-backend",
+        choices=COMPILE_BACKENDS,
+        default="eager",
+        help="backend of torch.compile, used only in optimized mode; default: eager",
+    )
     parser.add_argument(
         "--restorer",
         choices=RESTORER_CHOICES,
         default="codeformer",
-        help="which network, or which after which on the same crops; its weights are fetched at first use",
+        help="the network that restores the faces, or two that do it one after the other; weights are "
+        "downloaded at first use; default: codeformer",
     )
-    parser.add_argument(
-        "--strength",
-        type=float,
-        default=1.0,
-        metavar="S",
-        help="how much of each restored face goes into the photo, 0 to 1, default 1",
-    )
+    parser.set_defaults(strength=Options.strength)
+    if pastes:
+        parser.add_argument(
+            "--strength",
+            type=float,
+            metavar="S",
+            help="how much of each restored face goes into the photo, 0 to 1, default 1",
+        )
     parser.add_argument("--faces", choices=FACE_CHOICES, default="all", help="which faces; default: all")
     parser.add_argument(
         "--min-face-px",
@@ -109,16 +126,38 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_profile(parser: argparse.ArgumentParser) -> None:
+    """How the networks run."""
+    parser.add_argument(
+        "--runtime-profile",
+        choices=RUNTIME_PROFILES,
+        default="baseline",
+        help="baseline: float32, face after face, as upstream; fast: batched, with mixed precision where the "
+        "device has it; max_speed: fast without face parsing; default: baseline",
+    )
+    parser.add_argument(
+        "--stability-mode",
+        choices=STABILITY_MODES,
+        default="safe",
+        help="safe: the networks as they are; optimized: rewritten, with torch.compile or CUDA graphs; "
+        "default: safe",
+    )
+
+
 def add_output(parser: argparse.ArgumentParser) -> None:
     """How results are written: everything that `output_of` reads."""
     parser.add_argument(
-        "--format", dest="file_format", choices=FILE_FORMATS, default="jpg", help="of results; default: jpg"
+        "--format",
+        dest="file_format",
+        choices=FILE_FORMATS,
+        default="jpg",
+        help="file format of the results; default: jpg",
     )
     parser.add_argument(
         "--quality",
         type=int,
         metavar="Q",
-        help=f"of jpg and webp, 1 to 100, default {DEFAULT_QUALITY}; png is lossless",
+        help=f"quality of jpg and webp, 1 to 100, default {DEFAULT_QUALITY}; png is lossless",
     )
     parser.add_argument(
         "--metadata",
@@ -167,7 +206,6 @@ def load_pipeline(arguments: argparse.Namespace, restorers: Sequence[str] | None
         restorers: which to load; None for those that the environment names.
     """
     from codeformer.engine.devices import available_device
-    from codeformer.engine.models import restorers_for
     from codeformer.engine.pipeline import Pipeline
     from codeformer.process import tune_process
 

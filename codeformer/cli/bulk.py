@@ -10,9 +10,10 @@ import time
 from typing import TYPE_CHECKING, Any, Final
 
 from codeformer.cli.arguments import add_command, add_networks, add_options, add_output, options_of, output_of
+from codeformer.environment import is_second_look_on, restorers_for
 from codeformer.errors import BulkError, InputError, OptionError
 from codeformer.limits import Limits
-from codeformer.options import Options
+from codeformer.machine import cores
 
 if TYPE_CHECKING:
     from codeformer.bulk.drain import Drain
@@ -23,6 +24,15 @@ if TYPE_CHECKING:
 
 _SHARD_SIZE: Final = 256
 _ENDED_BY_SIGNAL: Final = 128
+_EXIT_CODES: Final = """\
+exit codes:
+  0    all was done; photos that failed are counted in the summary and named in the ledger
+  1    the run could not go on, or more than --max-error-rate of its photos failed
+  2    wrong usage
+  130  stopped by Ctrl-C; the same command goes on
+  141  ended because the program that reads the output has closed it
+  143  stopped by SIGTERM; the same command goes on
+"""
 
 
 def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -32,6 +42,7 @@ def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
         "bulk",
         "restore any number of photos once each, with a record; goes on where it stopped",
         "codeformer bulk s3://archive/scans --to s3://archive/restored",
+        _EXIT_CODES,
     )
     parser.add_argument(
         "source",
@@ -39,8 +50,14 @@ def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
         help="a folder, a pattern in quotes, a bucket (s3://, gs://), or a list: .parquet, .csv or .jsonl",
     )
     parser.add_argument("--to", required=True, metavar="TARGET", help="a folder or a bucket for the outputs")
-    parser.add_argument("--ledger", metavar="DIR", help="default: _ledger in TARGET")
-    parser.add_argument("--column", default="address", help="of a list, with the addresses; default: address")
+    parser.add_argument(
+        "--ledger",
+        metavar="DIR",
+        help="a folder or a bucket for the record of what is done; default: _ledger in TARGET",
+    )
+    parser.add_argument(
+        "--column", default="address", help="the column of a list that holds the addresses; default: address"
+    )
     parser.add_argument(
         "--hashed-folders",
         action="store_true",
@@ -59,19 +76,30 @@ def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
         "--ray", metavar="ADDRESS", help="use Ray: local, auto (the cluster of this machine), or an address"
     )
     parser.add_argument(
-        "--workers", type=int, metavar="N", help="of Ray; default: as many as there is room for"
+        "--workers",
+        type=int,
+        metavar="N",
+        help="how many workers run on Ray; default: as many as there is room for",
     )
     parser.add_argument(
-        "--gpus-per-worker", type=float, metavar="G", help="of Ray; default: 1 unless --device cpu"
+        "--gpus-per-worker",
+        type=float,
+        metavar="G",
+        help="GPUs for each worker on Ray, or a part of one, such as 0.5; default: 1, or 0 with --device cpu",
     )
     parser.add_argument(
         "--cpus-per-worker",
         type=int,
         metavar="C",
-        help="also the threads that compute on a CPU; default: 1 with Ray, otherwise OMP_NUM_THREADS or all",
+        help="cores for each worker, and threads that compute on them; default: 1 with Ray, otherwise "
+        "OMP_NUM_THREADS or all",
     )
     parser.add_argument(
-        "--shard-size", type=int, default=_SHARD_SIZE, metavar="N", help=f"default: {_SHARD_SIZE} pictures"
+        "--shard-size",
+        type=int,
+        default=_SHARD_SIZE,
+        metavar="N",
+        help=f"pictures that a worker takes at a time; default: {_SHARD_SIZE}",
     )
     parser.add_argument("--retry-errors", action="store_true", help="also do pictures again that failed")
     parser.add_argument(
@@ -212,35 +240,21 @@ def job_of(arguments: argparse.Namespace, source: "Source") -> "Job":
         options=options,
         output=output_of(arguments),
         weights=arguments.weights,
-        restorers=tuple(_restorers(options)),
+        restorers=restorers_for(options.restorer.split("+")),
         device=arguments.device,
-        second_look=arguments.second_look is None and _is_second_look_on(),
+        second_look=arguments.second_look is None and is_second_look_on(),
         hashed_folders=arguments.hashed_folders,
         limits=Limits.from_environment(),
         threads=_threads(arguments),
     )
 
 
-def _restorers(options: Options) -> list[str]:
-    """What to load, each restorer in the version that the environment names."""
-    named = [name.strip() for name in os.environ.get("CODEFORMER_RESTORERS", "").split(",")]
-    versions = {name.partition("-")[0]: name for name in named}
-    return [versions.get(name, name) for name in options.restorer.split("+")]
-
-
-def _is_second_look_on() -> bool:
-    """What the environment says; a worker checks that it is one of both."""
-    return os.environ.get("CODEFORMER_SECOND_LOOK", "").strip().lower() != "off"
-
-
 def _threads(arguments: argparse.Namespace) -> int:
     """Threads that compute on a CPU: always set, since too many slow each other down."""
-    from codeformer.bulk.job import processors
-
     if arguments.cpus_per_worker is not None or arguments.ray is not None:
         return int(arguments.cpus_per_worker or 1)
     asked = os.environ.get("OMP_NUM_THREADS", "")
-    return int(asked) if asked.isdigit() and int(asked) else processors()
+    return int(asked) if asked.isdigit() and int(asked) else cores()
 
 
 def _slice_of(text: str | None) -> Any:

@@ -6,10 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from codeformer.cli.arguments import add_command, add_networks, is_progress_shown, load_pipeline, shown
+from codeformer.cli.arguments import (
+    add_command,
+    add_networks,
+    add_profile,
+    is_progress_shown,
+    load_pipeline,
+    shown,
+)
 from codeformer.cli.extras import check_installed
 from codeformer.errors import CodeFormerError, ImageError, InputError
-from codeformer.options import RESTORER_CHOICES, RUNTIME_PROFILES, STABILITY_MODES
+from codeformer.options import RESTORER_CHOICES
 
 if TYPE_CHECKING:
     from codeformer.demo.comparison import Photo
@@ -27,8 +34,15 @@ def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
         "compare restorers and fidelities on photos, as one HTML page",
         "codeformer compare photo.jpg -o comparison.html --fidelities 0 0.5 1",
     )
-    parser.add_argument("photos", nargs="+", type=Path, metavar="PHOTO")
-    parser.add_argument("-o", "--output", type=Path, default=Path("comparison.html"), metavar="PAGE.html")
+    parser.add_argument("photos", nargs="+", type=Path, metavar="PHOTO", help="a file")
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        default=Path("comparison.html"),
+        metavar="PAGE.html",
+        help="the page; default: comparison.html",
+    )
     parser.add_argument(
         "--clean",
         nargs="+",
@@ -51,13 +65,12 @@ def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
         type=float,
         default=[0.0, 0.5, 1.0],
         metavar="W",
-        help="of CodeFormer; default: 0 0.5 1",
+        help="fidelities of CodeFormer, each 0 to 1; default: 0 0.5 1",
     )
     parser.add_argument(
-        "--price", metavar="P", help="of the device, like 0.81/h or 0.000225/s, for the costs"
+        "--price", metavar="P", help="price of the device, like 0.81/h or 0.000225/s, to compare costs"
     )
-    parser.add_argument("--runtime-profile", choices=RUNTIME_PROFILES, default="baseline")
-    parser.add_argument("--stability-mode", choices=STABILITY_MODES, default="safe")
+    add_profile(parser)
     parser.add_argument(
         "--repeats", type=int, default=1, metavar="N", help="measured runs of each recipe; default: 1"
     )

@@ -7,6 +7,7 @@ import socket
 
 from codeformer.cli.arguments import add_command, add_networks, load_pipeline
 from codeformer.cli.extras import check_installed
+from codeformer.environment import RESTORERS_VARIABLE, without_version
 from codeformer.errors import InputError
 from codeformer.weights.manifest import WeightSet, load_weight_set
 
@@ -25,7 +26,10 @@ def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
         "codeformer demo --port 8080",
     )
     parser.add_argument(
-        "--port", type=int, default=_DEFAULT_PORT, help=f"default: {_DEFAULT_PORT}; 0 for any free one"
+        "--port",
+        type=int,
+        default=_DEFAULT_PORT,
+        help=f"port of the page; default: {_DEFAULT_PORT}; 0 for any free one",
     )
     add_networks(parser)
     parser.add_argument("-v", "--verbose", action="store_true", help="log faces and stage times")
@@ -63,12 +67,12 @@ def _demo(options: argparse.Namespace) -> int:
 
 def _restorers(weight_set: WeightSet) -> list[str] | None:
     """What CODEFORMER_RESTORERS says, if anything; else CodeFormer, and what is there of other restorers."""
-    if os.environ.get("CODEFORMER_RESTORERS", "").strip():
+    if os.environ.get(RESTORERS_VARIABLE, "").strip():
         return None
     found: dict[str, str] = {}
     for role, file in weight_set.optional.items():
         if file.path.exists():
-            found.setdefault(role.partition("-")[0], role)
+            found.setdefault(without_version(role), role)
     return ["codeformer", *found.values()]
 
 

@@ -17,6 +17,7 @@ from codeformer import machine
 from codeformer.cli.arguments import add_command, set_help, shown
 from codeformer.cli.reports import json_line
 from codeformer.cli.weights import VERIFIED, state_of
+from codeformer.environment import is_second_look_on, restorers_to_load
 from codeformer.errors import CodeFormerError
 from codeformer.limits import Limits
 from codeformer.locations import checkout, downloads
@@ -122,12 +123,14 @@ def examine(weights: str | None, device: str | None, output: Path) -> Findings:
     }
     with findings.asking():
         Limits.from_environment()
+    with findings.asking():
+        is_second_look_on()
     chosen: WeightSet | None = None
     with findings.asking():
         chosen = load_weight_set(weights)
-    has_torch = _examine_computing(findings, device)
+    _examine_computing(findings, device)
     if chosen is not None:
-        _examine_weights(findings, chosen, has_torch=has_torch)
+        _examine_weights(findings, chosen)
     _examine_memory(findings, chosen)
     findings.facts["disk"] = {"weights": _free_disk(downloads()), "output": _free_disk(output)}
     if not os.access(_existing(output), os.W_OK):
@@ -137,8 +140,8 @@ def examine(weights: str | None, device: str | None, output: Path) -> Findings:
     return findings
 
 
-def _examine_computing(findings: Findings, asked: str | None) -> bool:
-    """Device, threads and precision; returns whether torch can be imported."""
+def _examine_computing(findings: Findings, asked: str | None) -> None:
+    """Device, threads and precision."""
     quota, cores = machine.cpu_quota(), machine.cores()
     cpu = {"name": machine.cpu_name(), "cores": cores, "quota": quota}
     findings.facts["cpu"] = cpu
@@ -151,15 +154,12 @@ def _examine_computing(findings: Findings, asked: str | None) -> bool:
             f"torch and torchvision: cannot be imported ({cause}); install versions that belong together, "
             "such as those in requirements.txt."
         )
-        return False
+        return
     from codeformer.engine import devices
     from codeformer.engine.devices import available_device
-    from codeformer.engine.finder import is_second_look_on
     from codeformer.process import limit_threads
 
     findings.facts["no_gpu"] = devices.why_no_gpu() or None
-    with findings.asking():
-        is_second_look_on()
     with findings.asking():
         device = available_device(asked)
         is_gpu = device.type == "cuda"
@@ -171,12 +171,11 @@ def _examine_computing(findings: Findings, asked: str | None) -> bool:
                 f"{device}: does not compute ({failure}); install a torch that was built for it, update its "
                 "driver, or use another device with --device."
             )
-            return True
+            return
         findings.facts["precision"] = _precision(device)
         if not is_gpu:
             limit_threads()
             _examine_cpu(findings, torch.get_num_threads(), min(cores, quota or cores))
-    return True
 
 
 def _precision(device: "torch.device") -> dict[str, str]:
@@ -218,7 +217,7 @@ def _examine_cpu(findings: Findings, threads: int, usable: float) -> None:
         findings.slow.append(f"{threads} of {usable:g} cores are used; OMP_NUM_THREADS sets how many")
 
 
-def _examine_weights(findings: Findings, chosen: WeightSet, *, has_torch: bool) -> None:
+def _examine_weights(findings: Findings, chosen: WeightSet) -> None:
     """The sets; only the chosen one is read, for its hashes."""
     sets: list[dict[str, Any]] = [
         {
@@ -239,20 +238,13 @@ def _examine_weights(findings: Findings, chosen: WeightSet, *, has_torch: bool) 
     findings.facts["weights"] = sets
     needed: dict[str, WeightFile] = {}
     with findings.asking():
-        needed = dict(chosen.files(_restorers() if has_torch else None))
+        needed = dict(chosen.files(restorers_to_load()))
     for role, file in needed.items():
         if (state := sets[0]["files"][role]) != VERIFIED:
             size = f" ({_size(file.size_bytes)})" if file.sources else ""
             findings.problems.append(f"{shown(file.path)}: {state}. {file.remedy}{size}")
     if chosen.parser is None:
         findings.slow.append(f"the set {chosen.name} has no face parser; a fixed mask takes its place")
-
-
-def _restorers() -> tuple[str, ...]:
-    """Those that the environment asks for."""
-    from codeformer.engine.models import restorers_to_load
-
-    return restorers_to_load()
 
 
 def _examine_memory(findings: Findings, chosen: WeightSet | None) -> None:

@@ -1,11 +1,9 @@
 """`codeformer faces`: each face's crop and restored crop as PNG files, and its place in the photo as JSON."""
 
 import argparse
-import errno
+import dataclasses
 import os
 import re
-import secrets
-import unicodedata
 from collections.abc import Iterator, Sequence
 from itertools import count
 from pathlib import Path
@@ -20,6 +18,7 @@ from codeformer.cli.arguments import (
     options_of,
     shown,
 )
+from codeformer.cli.files import FULL_DISK, folded, temporary
 from codeformer.cli.reports import Report, json_line, numbers_of, photo_in_log, place_of, progress, say
 from codeformer.errors import CodeFormerError, InputError
 from codeformer.limits import Limits
@@ -36,7 +35,6 @@ INDEX: Final = "faces.jsonl"
 _CROP: Final = "crop"
 _RESTORED: Final = "restored"
 _LONGEST_STEM_BYTES: Final = 200
-_FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 _NAME: Final = re.compile(rf"(.*)_\d+_(?:{_CROP}|{_RESTORED})\.png", re.DOTALL)
 _FACTS: Final = (
     *("number", "reason", "box", "landmarks", "score"),
@@ -54,9 +52,14 @@ def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     )
     parser.add_argument("photos", nargs="+", type=Path, metavar="PHOTO", help="a file or a folder")
     parser.add_argument(
-        "-o", "--output", type=Path, default=Path("faces"), metavar="DIR", help="default: faces"
+        "-o",
+        "--output",
+        type=Path,
+        default=Path("faces"),
+        metavar="DIR",
+        help="folder for the crops; default: faces",
     )
-    add_options(parser)
+    add_options(parser, pastes=False)
     add_networks(parser)
     parser.add_argument("-r", "--recursive", action="store_true", help="include subfolders")
     parser.add_argument(
@@ -85,7 +88,7 @@ def _faces(options: argparse.Namespace) -> int:
                     try:
                         lines = folder.write(photo, _restored(pipeline, photo, asked, limits))
                     except (CodeFormerError, OSError) as failure:
-                        if isinstance(failure, OSError) and failure.errno in _FULL:
+                        if isinstance(failure, OSError) and failure.errno in FULL_DISK:
                             raise InputError(
                                 f"--output {shown(options.output)}: expected room for the crops, got: "
                                 f"{failure.strerror}; free space there."
@@ -101,8 +104,8 @@ def _faces(options: argparse.Namespace) -> int:
 
 
 def _restored(pipeline: "Pipeline", photo: "Photo", asked: Options, limits: Limits) -> "RestoredImage":
-    from codeformer.engine.pipeline import recipe_of
-    from codeformer.engine.plan import resolve_plan
+    from codeformer.engine.pipeline import recipe_for
+    from codeformer.engine.plan import plan_for
     from codeformer.imaging.files import decode_image
     from codeformer.limits import Deadline
     from codeformer.serving.fetching import DEFAULT_POLICY
@@ -112,11 +115,10 @@ def _restored(pipeline: "Pipeline", photo: "Photo", asked: Options, limits: Limi
     image = decode_image(read_source(photo.path, 1, limits, DEFAULT_POLICY, deadline), 1, limits)
     [result] = pipeline.restore(
         [image],
-        plan=resolve_plan(
-            asked.runtime_profile, asked.stability_mode, asked.compile_backend, device=pipeline.device
-        ),
+        # Crops are taken before the paste, so nobody reads a mask.
+        plan=dataclasses.replace(plan_for(asked, pipeline.device), parse_faces=False),
         limits=limits,
-        recipe=recipe_of(asked.restorer, asked.codeformer_fidelity),
+        recipe=recipe_for(asked),
         selection=asked.selection,
         keep_crops=True,
     )
@@ -156,10 +158,10 @@ class FaceFolder:
         except OSError as cause:
             raise InputError(f"--output {shown(folder)}: cannot be written ({cause.strerror}).") from cause
         self._stems: dict[Photo, str] = {}
-        stems = {found[1] for name in taken if (found := _NAME.fullmatch(_folded(name)))}
+        stems = {found[1] for name in taken if (found := _NAME.fullmatch(folded(name)))}
         for photo in photos:
-            self._stems[photo] = next(stem for stem in _stems_of(photo) if _folded(stem) not in stems)
-            stems.add(_folded(self._stems[photo]))
+            self._stems[photo] = next(stem for stem in _stems_of(photo) if folded(stem) not in stems)
+            stems.add(folded(self._stems[photo]))
 
     def __enter__(self) -> "FaceFolder":
         return self
@@ -206,12 +208,8 @@ class FaceFolder:
         import cv2
 
         _, data = cv2.imencode(".png", image_bgr)
-        part = self._folder / f".codeformer-{secrets.token_hex(8)}.part"
-        try:
-            part.write_bytes(data.tobytes())
+        with temporary(self._folder, data.tobytes()) as part:
             part.replace(self._folder / name)
-        finally:
-            part.unlink(missing_ok=True)
 
 
 def _line(photo: "Photo", status: str, **facts: Any) -> str:
@@ -233,8 +231,3 @@ def _stems_of(photo: "Photo") -> Iterator[str]:
         name = name[:-1]
     yield name
     yield from (f"{name}_{number}" for number in count(2))
-
-
-def _folded(name: str) -> str:
-    """A form that is equal for names that some file systems treat as equal."""
-    return unicodedata.normalize("NFC", name).casefold()

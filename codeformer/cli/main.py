@@ -6,7 +6,6 @@ help and messages about invalid arguments appear at once.
 
 import argparse
 import contextlib
-import errno
 import logging
 import os
 import signal
@@ -18,6 +17,7 @@ from typing import Final
 
 from codeformer.cli import bulk, compare, compiling, demo, doctor, faces, restore, verifying, weights
 from codeformer.cli.arguments import EXIT_CODES
+from codeformer.cli.files import FULL_DISK
 from codeformer.errors import CodeFormerError
 
 # In the order of the help.
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _discard_output()
         return _ENDED_BY_SIGNAL + signal.SIGPIPE
     except OSError as failure:
-        if failure.errno not in {errno.ENOSPC, errno.EDQUOT}:
+        if failure.errno not in FULL_DISK:
             raise
         with contextlib.suppress(OSError):
             print(f"error: {failure.strerror}.", file=sys.stderr)

@@ -44,7 +44,12 @@ def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     )
     parser.add_argument("photos", nargs="+", type=Path, metavar="PHOTO", help="a file or a folder")
     parser.add_argument(
-        "-o", "--output", type=Path, default=Path("restored"), metavar="DIR", help="default: restored"
+        "-o",
+        "--output",
+        type=Path,
+        default=Path("restored"),
+        metavar="DIR",
+        help="folder for the results; default: restored",
     )
     add_output(parser)
     add_options(parser)

@@ -1,18 +1,16 @@
 """Names and writes the results of the command line; never overwrites originals or other photos' results."""
 
 import contextlib
-import errno
 import fcntl
 import os
 import re
-import secrets
-import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Final
 
 from codeformer.cli.arguments import shown
+from codeformer.cli.files import FULL_DISK, folded, temporary
 from codeformer.cli.marks import Role, marked, read_mark
 from codeformer.cli.photos import Photo
 from codeformer.errors import DiskFullError, InputError
@@ -21,7 +19,6 @@ from codeformer.errors import DiskFullError, InputError
 _LONG_STEM_BYTES: Final = 100
 # Assumed if the system does not report how long a name may be.
 _NAME_BYTES: Final = 255
-_FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 class ResultFolder:
@@ -93,7 +90,7 @@ class ResultFolder:
         """
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            with _temporary(self._folder, b""):
+            with temporary(self._folder, b""):
                 pass
         except OSError as cause:
             _raise_if_full(self._folder, cause)
@@ -119,7 +116,7 @@ class ResultFolder:
             folder.mkdir(parents=True, exist_ok=True)
             with contextlib.ExitStack() as stack:
                 partial = [
-                    stack.enter_context(_temporary(folder, marked(data, role, photo.source)))
+                    stack.enter_context(temporary(folder, marked(data, role, photo.source)))
                     for role, data in zip(self._roles, files, strict=True)
                 ]
                 stack.enter_context(_locked(folder))
@@ -149,7 +146,7 @@ class ResultFolder:
         Or 1, if a file of another origin has that name and is to be overwritten now.
         """
         numbers = self._numbers_in(self._folder / photo.folder)
-        stem = _folded(photo.path.stem)
+        stem = folded(photo.path.stem)
         # A shortened name is a prefix of the photo's name.
         shortest = len(stem) if len(os.fsencode(stem)) < _LONG_STEM_BYTES else 1
         candidates = {n for length in range(shortest, len(stem) + 1) for n in numbers.get(stem[:length], ())}
@@ -163,7 +160,7 @@ class ResultFolder:
 
     def _own_number(self, photo: Photo) -> list[int]:
         """1 if the photo itself has the name of its result."""
-        return [1] if _folded(self._named(photo, 1)[0].name) == _folded(photo.path.name) else []
+        return [1] if folded(self._named(photo, 1)[0].name) == folded(photo.path.name) else []
 
     def _choose(self, photo: Photo, numbers: Iterable[int]) -> list[Path] | None:
         for number in numbers:
@@ -211,14 +208,14 @@ class ResultFolder:
 
     def _actual(self, file: Path) -> Path | None:
         """The existing file with this name, or with a name that differs only in case."""
-        name = self._listing(file.parent).get(_folded(file.name))
+        name = self._listing(file.parent).get(folded(file.name))
         return None if name is None else file.parent / name
 
     def _listing(self, folder: Path) -> dict[str, str]:
         """The names in a folder, indexed by their case-folded forms."""
         if folder not in self._listings:
             names = [file.name for file in folder.iterdir()] if folder.is_dir() else []
-            self._listings[folder] = {_folded(name): name for name in names}
+            self._listings[folder] = {folded(name): name for name in names}
         return self._listings[folder]
 
     def _numbers_in(self, folder: Path) -> dict[str, list[int]]:
@@ -244,18 +241,13 @@ class ResultFolder:
         return files
 
 
-def _folded(name: str) -> str:
-    """A form that is equal for names that some file systems treat as equal."""
-    return unicodedata.normalize("NFC", name).casefold()
-
-
 def _real(path: Path) -> Path:
     """Like Path.resolve, which however fails on links that refer to themselves."""
     return Path(os.path.realpath(path))
 
 
 def _key(file: Path) -> str:
-    return _folded(str(_real(file.parent) / file.name))
+    return folded(str(_real(file.parent) / file.name))
 
 
 def _longest_name(folder: Path) -> int:
@@ -266,18 +258,6 @@ def _longest_name(folder: Path) -> int:
         return os.pathconf(folder, "PC_NAME_MAX")
     except (OSError, ValueError):
         return _NAME_BYTES
-
-
-@contextlib.contextmanager
-def _temporary(folder: Path, data: bytes) -> Iterator[Path]:
-    """A file with a unique name, removed afterwards unless it was renamed."""
-    path = folder / f".codeformer-{secrets.token_hex(8)}.part"
-    try:
-        with path.open("xb") as stream:
-            stream.write(data)
-        yield path
-    finally:
-        path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -293,5 +273,5 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _raise_if_full(path: Path, cause: OSError) -> None:
-    if cause.errno in _FULL:
+    if cause.errno in FULL_DISK:
         raise DiskFullError(path, os.strerror(cause.errno)) from cause

@@ -54,7 +54,9 @@ def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
         choices=OPTIONAL_ROLES,
         help="verify this restorer as well",
     )
-    parser.add_argument("--weights", metavar="SET", default=DEFAULT_SET, help="default: official")
+    parser.add_argument(
+        "--weights", metavar="SET", default=DEFAULT_SET, help="a set's name or folder; default: official"
+    )
     parser.add_argument("--device", help="auto, cpu, cuda or cuda:N; default: CODEFORMER_DEVICE, else auto")
     parser.set_defaults(command=_verify)
 

@@ -49,8 +49,8 @@ from codeformer.demo.views import (
     to_jpeg,
 )
 from codeformer.engine.picture import RestoredImage
-from codeformer.engine.pipeline import Pipeline, recipe_of
-from codeformer.engine.plan import ExecutionPlan, resolve_plan
+from codeformer.engine.pipeline import Pipeline, recipe_for
+from codeformer.engine.plan import ExecutionPlan, plan_for
 from codeformer.errors import CodeFormerError, InputError, OptionError
 from codeformer.imaging.files import ImageU8, decode_image, encode_jpeg
 from codeformer.limits import Deadline, Limits
@@ -224,7 +224,7 @@ class Demo:
         photo = self._photos.get(name)
         options, plan = self._options_of(wanted)
         stop = threading.Event()
-        recipe = recipe_of(options.restorer, options.codeformer_fidelity, options.strength)
+        recipe = recipe_for(options)
         work = self._pipeline.work_for(recipe, None, plan, self._limits, self._deadline(stop))
         results: list[RestoredImage] = []
 
@@ -349,10 +349,7 @@ class Demo:
         }
         chosen = {name: wanted[name] for name in names & set(wanted)}
         options = Options(compile_backend="none", **chosen)
-        plan = resolve_plan(
-            options.runtime_profile, options.stability_mode, "none", device=self._pipeline.device
-        )
-        return options, plan
+        return options, plan_for(options, self._pipeline.device)
 
     def _deadline(self, stop: threading.Event) -> Deadline:
         return Deadline(self._limits.max_seconds, stop)

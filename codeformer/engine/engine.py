@@ -17,10 +17,11 @@ from torch import Tensor
 from codeformer.engine.canvas import Canvas
 from codeformer.engine.graphs import batch_size_of
 from codeformer.engine.memory import batch_size_for, clear_frames_of, release_failed_attempt
-from codeformer.engine.models import RESTORERS_VARIABLE, Models, ModelStore
+from codeformer.engine.models import Models, ModelStore
 from codeformer.engine.plan import ExecutionPlan, torch_switches
 from codeformer.engine.restorer import match_gray
 from codeformer.engine.stages import Span, Stage, run_stage
+from codeformer.environment import RESTORERS_VARIABLE
 from codeformer.errors import DeviceMemoryError, InferenceError, NonFiniteOutputError, OptionError, in_words
 from codeformer.imaging.geometry import FACE_SIZE, AlignedFace
 from codeformer.imaging.traits import Area

@@ -8,9 +8,8 @@ views agrees with it. Where one does not, or nothing was found, the whole pictur
 for faces too large for their frame, with a margin.
 """
 
-import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Final
@@ -19,12 +18,10 @@ import cv2
 import numpy as np
 
 from codeformer.engine.detector import DETECTION_SIDE, FaceDetector, resize_for_detection
-from codeformer.errors import OptionError
 from codeformer.imaging.files import ImageU8
 from codeformer.imaging.geometry import FFHQ_TEMPLATE_XY, Detection, WorkingCopy
 from codeformer.networks.retinaface import MEAN_BGR
 
-SECOND_LOOK_VARIABLE: Final = "CODEFORMER_SECOND_LOOK"
 NO_POSE: Final = "landmarks that fit no pose of a face"
 
 # Of upright faces in photographs, 99 % are tilted by less than 13 degrees and fit the template to 0.16.
@@ -120,18 +117,6 @@ class _Candidate:
     def is_plausible(self) -> bool:
         """Whether it deviates no more from an upright face, in its orientation, than most faces do."""
         return self.value == self.detection.score
-
-
-def is_second_look_on(environment: Mapping[str, str] = os.environ) -> bool:
-    """What the environment says; on by default.
-
-    Raises:
-        OptionError: neither "on" nor "off".
-    """
-    text = environment.get(SECOND_LOOK_VARIABLE, "").strip().lower() or "on"
-    if text not in ("on", "off"):
-        raise OptionError(SECOND_LOOK_VARIABLE, text, "on or off")
-    return text == "on"
 
 
 class FaceFinder:

@@ -1,7 +1,6 @@
 """The networks of a weight set, behind their adapters, as a plan wants them."""
 
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,11 +17,11 @@ from codeformer.engine.memory import is_out_of_memory
 from codeformer.engine.plan import ExecutionPlan
 from codeformer.engine.restorer import FaceRestorer
 from codeformer.engine.runner import Execution
+from codeformer.environment import DEFAULT_RESTORERS, check_restorers, without_version
 from codeformer.errors import (
     BackendConflictError,
     DeviceMemoryError,
     InferenceError,
-    OptionError,
     in_words,
 )
 from codeformer.log import operator_logger
@@ -30,7 +29,7 @@ from codeformer.networks.inference import GroupNormFunction, for_inference
 from codeformer.networks.parsenet import FaceParsingNetwork
 from codeformer.networks.retinaface import build_retinaface
 from codeformer.weights.checkpoints import build, load_into, place
-from codeformer.weights.manifest import OPTIONAL_ROLES, WeightSet
+from codeformer.weights.manifest import WeightSet
 
 logger = logging.getLogger(__name__)
 
@@ -45,9 +44,6 @@ Layout = Literal["contiguous", "channels_last", "channels_last_fused", "mixed"]
 GPU_LAYOUT: Final[Layout] = "mixed"
 # In units of a precision's own rounding.
 _ROUNDING: Final = 100.0
-
-DEFAULT_RESTORERS: Final = ("codeformer",)
-RESTORERS_VARIABLE: Final = "CODEFORMER_RESTORERS"
 
 
 @dataclass(frozen=True)
@@ -232,48 +228,6 @@ class ModelStore:
             self._optimized = None
 
 
-def restorers_to_load(environment: Mapping[str, str] = os.environ) -> tuple[str, ...]:
-    """What CODEFORMER_RESTORERS says, names joined by commas; CodeFormer where it says nothing.
-
-    Raises:
-        OptionError: it says something else.
-    """
-    value = environment.get(RESTORERS_VARIABLE, "").strip()
-    if not value:
-        return DEFAULT_RESTORERS
-    choices = tuple(choice.strip() for choice in value.split(","))
-    check_restorers(RESTORERS_VARIABLE, choices)
-    return choices
-
-
-def restorers_for(recipe: Sequence[str]) -> tuple[str, ...]:
-    """What to load for the restorers of a recipe, each in the version that CODEFORMER_RESTORERS names."""
-    chosen = {_name_of(choice): choice for choice in restorers_to_load()}
-    return tuple(chosen.get(name, name) for name in recipe)
-
-
-def check_restorers(option: str, choices: Sequence[str]) -> None:
-    """Checks which restorers are to be loaded.
-
-    Args:
-        option: where they are named, for the message.
-        choices: names of restorers, or of other versions, as in `manifest.OPTIONAL_ROLES`.
-
-    Raises:
-        OptionError: there is none, one is not known, or two are versions of one.
-    """
-    known = dict.fromkeys((*RESTORERS, *OPTIONAL_ROLES))
-    names = [_name_of(choice) for choice in choices]
-    if not choices or not set(choices) <= set(known) or len(set(names)) < len(names):
-        expected = f"names out of {', '.join(known)}, each restorer once"
-        raise OptionError(option, ",".join(choices), expected)
-
-
-def _name_of(choice: str) -> str:
-    """The restorer's own name, without a version."""
-    return choice.partition("-")[0]
-
-
 def load_models(
     weight_set: WeightSet, device: torch.device, restorers: Sequence[str] = DEFAULT_RESTORERS
 ) -> Models:
@@ -292,7 +246,9 @@ def load_models(
     check_restorers("restorers", restorers)
     with ThreadPoolExecutor(thread_name_prefix="codeformer-load") as workers:
         loading = {
-            _name_of(choice): workers.submit(RESTORERS[_name_of(choice)].load, weight_set, device, choice)
+            (name := without_version(choice)): workers.submit(
+                RESTORERS[name].load, weight_set, device, choice
+            )
             for choice in restorers
         }
         detector = workers.submit(_load_detector, weight_set, device)

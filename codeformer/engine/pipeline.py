@@ -11,24 +11,30 @@ import torch
 
 from codeformer.engine.devices import as_device, available_device
 from codeformer.engine.engine import Engine
-from codeformer.engine.finder import is_second_look_on
 from codeformer.engine.graphs import recording_lock
 from codeformer.engine.memory import is_out_of_memory
 from codeformer.engine.models import (
     RESTORERS,
     Models,
     ModelStore,
-    check_restorers,
     load_models,
-    restorers_to_load,
 )
 from codeformer.engine.picture import RestoredImage
 from codeformer.engine.plan import ExecutionPlan, resolve_plan
 from codeformer.engine.stream import DEFAULT_WINDOW, Work, check_array, stream
+from codeformer.environment import check_restorers, is_second_look_on, restorers_to_load
 from codeformer.errors import CodeFormerError, OptionError
 from codeformer.imaging.files import ImageU8
 from codeformer.limits import DEFAULT_LIMITS, Deadline, Limits
-from codeformer.options import DEFAULT_FIDELITY, Recipe, Selection, Step, check_aligned, check_fidelity
+from codeformer.options import (
+    DEFAULT_FIDELITY,
+    Options,
+    Recipe,
+    Selection,
+    Step,
+    check_aligned,
+    check_fidelity,
+)
 from codeformer.weights.download import fetch_set
 from codeformer.weights.manifest import WeightSet, load_weight_set
 
@@ -297,3 +303,8 @@ def recipe_of(restorer: str, fidelity: float, strength: float = 1.0) -> Recipe:
         ),
         strength,
     )
+
+
+def recipe_for(options: Options) -> Recipe:
+    """The recipe of a request, see `recipe_of`."""
+    return recipe_of(options.restorer, options.codeformer_fidelity, options.strength)

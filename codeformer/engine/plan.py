@@ -13,7 +13,7 @@ import torch
 
 from codeformer.engine.devices import as_device
 from codeformer.engine.precision import half_dtype_of
-from codeformer.options import COMPILE_BACKENDS, RUNTIME_PROFILES, STABILITY_MODES, check_choice
+from codeformer.options import COMPILE_BACKENDS, RUNTIME_PROFILES, STABILITY_MODES, Options, check_choice
 
 # Faces per forward pass of a batching profile. On a CPU a larger batch is no faster, costs memory, and
 # torch's group normalisation loses three digits on it.
@@ -157,4 +157,11 @@ def resolve_plan(
         compile_backend=compile_backend if optimized and compile_backend != "none" else None,
         device_pixels=batched and device.type == "cuda",
         cudnn_benchmark=optimized,
+    )
+
+
+def plan_for(options: Options, device: torch.device | str) -> ExecutionPlan:
+    """The plan of a request on a device, see `resolve_plan`."""
+    return resolve_plan(
+        options.runtime_profile, options.stability_mode, options.compile_backend, device=device
     )

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import unquote_to_bytes
 
-from codeformer.engine.pipeline import Pipeline, RestoredImage, recipe_of
-from codeformer.engine.plan import resolve_plan
+from codeformer.engine.pipeline import Pipeline, RestoredImage, recipe_for
+from codeformer.engine.plan import plan_for
 from codeformer.engine.restorer import FaceRestorer
 from codeformer.engine.stages import STAGES
 from codeformer.errors import CancelledError, CodeFormerError, ImageError, OptionError
@@ -92,10 +92,8 @@ def serve(
     """
     started = time.perf_counter()
     deadline = Deadline(limits.max_seconds, stop)
-    plan = resolve_plan(
-        options.runtime_profile, options.stability_mode, options.compile_backend, device=pipeline.device
-    )
-    recipe = recipe_of(options.restorer, options.codeformer_fidelity, options.strength)
+    plan = plan_for(options, pipeline.device)
+    recipe = recipe_for(options)
     pipeline.check(plan, recipe)
     check_count(paths)
     found: dict[int, RestoredImage] = {}
@@ -134,7 +132,7 @@ def serve(
         total_s=finished - started,
         degraded=pipeline.degraded,
     )
-    logger.info("%s", describe(metrics))
+    log_outcome(results, metrics)
     return Outcome(photos, results, files, metrics)
 
 
@@ -142,6 +140,14 @@ def check_count(sources: Sequence[object]) -> None:
     """Raises OptionError unless there are 1 to 4 pictures; before anything is fetched."""
     if not 1 <= len(sources) <= MAX_IMAGES:
         raise OptionError("images", f"{len(sources)} pictures", f"1 to {MAX_IMAGES} pictures")
+
+
+def log_outcome(results: Sequence[RestoredImage], metrics: Metrics) -> None:
+    """Logs which pictures of a request have stayed as they were, and its metrics."""
+    for number, result in enumerate(results, start=1):
+        if not result.faces:
+            logger.info("image %d: no face to restore; its pixels are unaltered", number)
+    logger.info("%s", describe(metrics))
 
 
 def describe(metrics: Metrics) -> str:
@@ -285,7 +291,4 @@ def metrics_of(
     metrics["images.without_faces"] = sum(not result.faces for result in results)
     metrics["images.sizes"] = [f"{r.image_bgr.shape[1]}x{r.image_bgr.shape[0]}" for r in results]
     metrics["faces.per_pass"] = sum(passes) / len(passes) if passes else 0.0
-    for number, result in enumerate(results, start=1):
-        if not result.faces:
-            logger.info("image %d: no face to restore; its pixels are unaltered, encoded as JPG", number)
     return {name: round(value, 3) if isinstance(value, float) else value for name, value in metrics.items()}

@@ -22,8 +22,8 @@ import numpy as np
 from codeformer.engine.devices import describe_device
 from codeformer.engine.memory import clear_frames_of
 from codeformer.engine.picture import RestoredImage
-from codeformer.engine.pipeline import Pipeline, recipe_of
-from codeformer.engine.plan import resolve_plan
+from codeformer.engine.pipeline import Pipeline, recipe_for, recipe_of
+from codeformer.engine.plan import plan_for
 from codeformer.engine.precision import half_dtype_of
 from codeformer.errors import CancelledError, CodeFormerError, DeviceError, InferenceError
 from codeformer.imaging.files import check_size, decode_image, decode_photo, encode_result, size_of
@@ -36,7 +36,7 @@ from codeformer.serving.request import (
     SAMPLES,
     Metrics,
     check_count,
-    describe,
+    log_outcome,
     metrics_of,
     read_source,
 )
@@ -154,13 +154,8 @@ class Service:
         self, sources: Sequence[object], options: Options, deadline: Deadline
     ) -> tuple[list[Path], Metrics]:
         started = time.perf_counter()
-        plan = resolve_plan(
-            options.runtime_profile,
-            options.stability_mode,
-            options.compile_backend,
-            device=self._pipeline.device,
-        )
-        recipe = recipe_of(options.restorer, options.codeformer_fidelity, options.strength)
+        plan = plan_for(options, self._pipeline.device)
+        recipe = recipe_for(options)
         work = self._pipeline.work_for(recipe, options.selection, plan, self._limits, deadline)
         check_count(sources)
         failed = threading.Event()
@@ -212,7 +207,7 @@ class Service:
                 total_s=time.perf_counter() - started,
                 degraded=self._pipeline.degraded,
             )
-        logger.info("%s", describe(metrics))
+        log_outcome(ordered, metrics)
         return paths, metrics
 
     def _read(self, source: object, number: int, deadline: Deadline) -> tuple[bytes, int]:
