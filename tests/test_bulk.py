@@ -20,10 +20,10 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from codeformer.bulk import run as runs
-from codeformer.bulk.extras import load as load_module
 from codeformer.bulk.stores import LocalStore, open_store
 from codeformer.cli.main import main
 from codeformer.errors import DeviceError, InferenceError, MissingPackageError
+from codeformer.extras import load as load_module
 from codeformer.imaging.files import encode_jpeg
 from tests import pictures, shared
 from tests.bulk_stub import final_rows, outputs, use_stub, write_pictures

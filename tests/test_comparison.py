@@ -344,6 +344,6 @@ def test_a_run_that_fails_leaves_the_page_as_it_was(
 def test_a_missing_extra_is_named_before_anything_is_loaded(
     command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("codeformer.cli.extras.find_spec", lambda name: None if name == "jinja2" else name)
+    monkeypatch.setattr("codeformer.extras.find_spec", lambda name: None if name == "jinja2" else name)
     assert main([*command, "--weights", "nowhere"]) == 1
     assert "jinja2 is not installed. Run `pip install 'codeformer[demo]'`" in capsys.readouterr().err

@@ -15,6 +15,7 @@ WITHOUT_TORCH = [
     "codeformer",
     "codeformer.environment",
     "codeformer.errors",
+    "codeformer.extras",
     "codeformer.limits",
     "codeformer.locations",
     "codeformer.log",
@@ -154,7 +155,7 @@ ROOMS = [
     "cli",
     "training",
 ]
-GROUND = {"limits", "locations", "log", "machine", "options"}
+GROUND = {"extras", "limits", "locations", "log", "machine", "options"}
 # What measures and trains is no part of a server; the page for trying compares, too.
 NOT_SERVED = {"evaluation", "training"}
 MAY_MEASURE = NOT_SERVED | {"demo"}

@@ -22,11 +22,11 @@ from typing import Any, Final
 
 import numpy as np
 
-from codeformer.bulk.extras import load
 from codeformer.bulk.keys import DIGEST, DIGEST_BYTES, Digests, DigestSet, Slice
 from codeformer.bulk.shards import Shard
 from codeformer.bulk.stores import FileFact, Store
 from codeformer.errors import LedgerError, TargetError
+from codeformer.extras import load
 
 RUN_FILE: Final = "run.json"
 FORMAT: Final = 1

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from codeformer.bulk.drain import Drain
-from codeformer.bulk.extras import load
 from codeformer.bulk.job import Counts, Job, Outcome
 from codeformer.bulk.ledger import Row
 from codeformer.bulk.report import Report
 from codeformer.bulk.run import Feed
 from codeformer.bulk.shards import Shard
 from codeformer.errors import BulkError, CodeFormerError
+from codeformer.extras import load
 from codeformer.machine import cores
 
 # Ray reads them when it is imported, and when it starts its processes.

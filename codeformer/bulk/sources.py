@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Final, NamedTuple
 
-from codeformer.bulk.extras import load
 from codeformer.bulk.stores import LocalStore, Store, is_uri, open_store, query_of
 from codeformer.errors import SourceError
+from codeformer.extras import load
 from codeformer.imaging.kinds import PICTURE_SUFFIXES
 
 LEDGER_FOLDER: Final = "_ledger"

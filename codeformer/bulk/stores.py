@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Final, NamedTuple, Protocol, cast
 
-from codeformer.bulk.extras import load
 from codeformer.errors import BulkError
+from codeformer.extras import load
 
 _URI: Final = re.compile(r"([a-z][a-z0-9+.-]*)://([^/?]*)/*", re.IGNORECASE)
 # Options of a file system, such as `?region=eu-west-1`; other question marks belong to keys and patterns.

@@ -14,8 +14,8 @@ from codeformer.cli.arguments import (
     load_pipeline,
     shown,
 )
-from codeformer.cli.extras import check_installed
 from codeformer.errors import CodeFormerError, ImageError, InputError
+from codeformer.extras import check_installed
 from codeformer.options import RESTORER_CHOICES
 
 if TYPE_CHECKING:

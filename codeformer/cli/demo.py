@@ -6,9 +6,9 @@ import os
 import socket
 
 from codeformer.cli.arguments import add_command, add_networks, load_pipeline
-from codeformer.cli.extras import check_installed
 from codeformer.environment import RESTORERS_VARIABLE, without_version
 from codeformer.errors import InputError
+from codeformer.extras import check_installed
 from codeformer.weights.manifest import WeightSet, load_weight_set
 
 _HOST = "127.0.0.1"
