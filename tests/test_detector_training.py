@@ -98,7 +98,8 @@ def scenes(detector: FaceDetector, tmp_path_factory: pytest.TempPathFactory) -> 
     for name, picture in (("group", pictures.group()), ("face", pictures.portrait())):
         cv2.imwrite(str(folder / f"{name}.png"), picture)
     labels = teacher_labels(detector, sorted(folder.iterdir()))
-    assert [len(faces) for faces in labels.values()] == [1, 4]
+    sure = [[face for face in faces if face.score > 0.8] for faces in labels.values()]
+    assert [len(faces) for faces in sure] == [1, 4]
     faceless = [shipped_picture(name) for name in TAUGHT]
     return LabelledScenes(labels, labels, faceless, 12, seed=3)
 
@@ -309,5 +310,5 @@ def test_the_exported_detector_lies_between_the_one_before_and_the_hardened_one(
     assert main(arguments) == 0
     exported = load_models(load_weight_set(target), CPU).detector.network.state_dict()
     for name, value in before["average"].items():
-        moved = value + (0.3 if value.is_floating_point() else 7)
+        moved = value + (0.35 if value.is_floating_point() else 7)
         torch.testing.assert_close(exported[name], moved, rtol=1e-3, atol=1e-3)
