@@ -195,11 +195,14 @@ def test_the_teacher_answers_for_faces_that_are_hidden_or_moved(
         }
 
     side = float((face.box_xyxy[2:] - face.box_xyxy[:2]).mean())
-    for kind in (FACE, HIDDEN):
-        agreed = losses(kind, 0.03 * side, picture)
-        assert agreed["landmarks"] < 1e-3
-        assert agreed["hidden"] < 1e-3
-    assert losses(FACE, 0.5 * side, picture)["landmarks"] > 0.5
+    hidden = losses(HIDDEN, 0.03 * side, picture)
+    assert hidden["landmarks"] == 0
+    assert hidden["hidden"] < 1e-3
+    # Anchors at the face's edge, where the teacher is not sure, have the label's.
+    labelled = losses(FACE, 0.03 * side, nothing)["landmarks"]
+    assert losses(FACE, 0.03 * side, picture)["landmarks"] < 0.7 * labelled
+    # Another face's landmarks are not corrected.
+    assert losses(FACE, 0.5 * side, picture)["landmarks"] == losses(FACE, 0.5 * side, nothing)["landmarks"]
     # If nothing can be seen of it, to see it is a mistake, where it is hidden; a labelled face is one.
     unseen = losses(HIDDEN, 0.0, nothing)
     assert unseen["hidden"] > 0.5
