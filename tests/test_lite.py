@@ -158,6 +158,12 @@ def test_the_committed_scores_are_of_these_weights_and_as_documented() -> None:
     assert scores["sha256"] == {file.role: file.sha256 for file in files}
     assert scores["faces"] == 53
     assert_as_promised(scores["restorer"])
+    detectors = scores["robustness"]["detectors"]
+    recall, teachers = (detectors[name]["recall"] for name in ("this", "teacher"))
+    assert recall["clean"] >= 0.99
+    assert recall["old photo"] >= teachers["old photo"] + 0.03
+    assert all(recall[kind] >= teachers[kind] for kind in ("moderate", "heavy", "8 times smaller"))
+    assert detectors["this"]["ghosts"] <= detectors["compared"]["ghosts"] / 2
 
 
 @pytest.mark.slow
